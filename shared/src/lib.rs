@@ -1,0 +1,2 @@
+//! shared
+pub mod json;
