@@ -1,0 +1,129 @@
+//! Why a delivery was not taken: what its sender reads, and the status that falls out of it.
+
+use std::fmt;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
+use hyper::{Response, StatusCode};
+
+use crate::publish::NotStored;
+
+/// Seconds after which it makes sense to come back.
+const RETRY_AFTER_SECONDS: &str = "5";
+
+/// Why a delivery was not taken. `Display` is for the sender: no internals, no secret, no body.
+#[derive(Debug)]
+pub enum Reject {
+    /// No such path.
+    NotFound,
+    /// The path is right, the method is not.
+    MethodNotAllowed,
+    /// No signature header.
+    SignatureMissing,
+    /// The signature header is not one value of 64 hex digits.
+    SignatureMalformed,
+    /// No secret gives this signature over this body.
+    BadSignature,
+    /// The body is larger than it may be: this many bytes.
+    TooLarge(usize),
+    /// The headers took too long.
+    SlowHeaders,
+    /// The body took too long.
+    SlowBody,
+    /// The body ended early or was framed wrongly.
+    BrokenBody,
+    /// Too many connections.
+    TooManyConnections,
+    /// Too many bytes of bodies in memory.
+    TooManyBytes,
+    /// Too many signatures wait for their canonical form.
+    VerifyBusy,
+    /// It could not be made durable in time.
+    NotStored(NotStored),
+}
+
+impl Reject {
+    /// The answer's status.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Reject::NotFound => StatusCode::NOT_FOUND,
+            Reject::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Reject::SignatureMissing | Reject::SignatureMalformed | Reject::BadSignature => StatusCode::UNAUTHORIZED,
+            Reject::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Reject::SlowHeaders | Reject::SlowBody => StatusCode::REQUEST_TIMEOUT,
+            Reject::BrokenBody => StatusCode::BAD_REQUEST,
+            Reject::TooManyConnections | Reject::TooManyBytes | Reject::VerifyBusy | Reject::NotStored(_) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
+        }
+    }
+
+    /// The header that goes with the status.
+    fn header(&self) -> Option<(HeaderName, HeaderValue)> {
+        match self.status() {
+            StatusCode::METHOD_NOT_ALLOWED => Some((ALLOW, HeaderValue::from_static("POST"))),
+            StatusCode::UNAUTHORIZED => {
+                let challenge = r#"HMAC-SHA256 realm="sentry", header="Sentry-Hook-Signature""#;
+                Some((WWW_AUTHENTICATE, HeaderValue::from_static(challenge)))
+            }
+            StatusCode::REQUEST_TIMEOUT => Some((CONNECTION, HeaderValue::from_static("close"))),
+            StatusCode::SERVICE_UNAVAILABLE => Some((RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER_SECONDS))),
+            _ => None,
+        }
+    }
+
+    /// The answer: `{"error": "..."}`.
+    pub fn to_response(&self) -> Response<Full<Bytes>> {
+        let mut response = Response::new(Full::new(self.to_json()));
+        *response.status_mut() = self.status();
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        response.headers_mut().extend(self.header());
+        response
+    }
+
+    /// The answer as bytes on the wire (RFC 9112), for a connection that no HTTP server holds any more, or yet. It is
+    /// closed afterwards.
+    pub fn to_wire(&self) -> Vec<u8> {
+        let (status, body) = (self.status(), self.to_json());
+        let reason = status.canonical_reason().unwrap_or_default();
+        let mut head = format!("HTTP/1.1 {} {reason}\r\n", status.as_u16());
+        if let Some((name, value)) = self.header().filter(|(name, _)| name != CONNECTION) {
+            let value = value.to_str().expect("the values above are ASCII");
+            head.push_str(&format!("{name}: {value}\r\n"));
+        }
+        let length = body.len();
+        head.push_str(&format!(
+            "content-type: application/json\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n"
+        ));
+        [head.as_bytes(), &body].concat()
+    }
+
+    fn to_json(&self) -> Bytes {
+        serde_json::json!({ "error": self.to_string() }).to_string().into()
+    }
+}
+
+impl fmt::Display for Reject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Reject::NotFound => f.write_str("nothing here: deliveries go to POST /api/signals/sentry"),
+            Reject::MethodNotAllowed => f.write_str("only POST is allowed here"),
+            Reject::SignatureMissing => f.write_str("the header Sentry-Hook-Signature is missing"),
+            Reject::SignatureMalformed => {
+                f.write_str("the header Sentry-Hook-Signature must be one value of 64 hex digits, without a prefix")
+            }
+            Reject::BadSignature => {
+                f.write_str("the signature does not match: is the client secret here the one of this integration?")
+            }
+            Reject::TooLarge(limit) => write!(f, "the body is larger than the {limit} bytes that are taken here"),
+            Reject::SlowHeaders => f.write_str("the headers took too long to arrive"),
+            Reject::SlowBody => f.write_str("the body took too long to arrive"),
+            Reject::BrokenBody => f.write_str("the body ended early or was framed wrongly"),
+            Reject::TooManyConnections => f.write_str("too many connections at the moment"),
+            Reject::TooManyBytes => f.write_str("too many deliveries in flight at the moment"),
+            Reject::VerifyBusy => f.write_str("too many signatures wait to be checked at the moment"),
+            Reject::NotStored(_) => f.write_str("the delivery could not be stored at the moment"),
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! What can be set, and the config that comes of it.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use shared::settings::{self, BadSettings, LOG_FORMAT, RUST_LOG, SHUTDOWN_GRACE, Setting};
+use shared::stream::{self, NatsSettings};
+use shared::telemetry::LogSettings;
+
+use crate::signature::{Form, Secrets};
+
+const SENTRY_CLIENT_SECRET: Setting = Setting::secret(
+    "SENTRY_CLIENT_SECRET",
+    "The integration's client secret; several separated by commas while it is rotated",
+);
+const SENTRY_CLIENT_SECRET_FILE: Setting =
+    Setting::bare("SENTRY_CLIENT_SECRET_FILE", "A file that holds the client secret, instead of the variable");
+const SENTRY_SIGNATURE_FORM: Setting = Setting::new(
+    "SENTRY_SIGNATURE_FORM",
+    "any",
+    "What a signature may be over: the body's bytes (raw), its canonical JSON (canonical), either (any)",
+);
+const GATEWAY_LISTEN: Setting = Setting::new("GATEWAY_LISTEN", "0.0.0.0:8080", "Where Sentry reaches the gateway");
+const GATEWAY_OPS_LISTEN: Setting =
+    Setting::new("GATEWAY_OPS_LISTEN", "127.0.0.1:9464", "Where operators reach /healthz and /readyz");
+const GATEWAY_MAX_BODY_BYTES: Setting =
+    Setting::new("GATEWAY_MAX_BODY_BYTES", "8MiB", "Largest body that is taken; a larger one is answered 413");
+const GATEWAY_HEADER_TIMEOUT: Setting =
+    Setting::new("GATEWAY_HEADER_TIMEOUT", "5s", "How long a request's headers may take to arrive");
+const GATEWAY_BODY_TIMEOUT: Setting =
+    Setting::new("GATEWAY_BODY_TIMEOUT", "10s", "How long a request's body may take to arrive");
+const GATEWAY_MAX_CONNECTIONS: Setting =
+    Setting::new("GATEWAY_MAX_CONNECTIONS", "10000", "Connections at once; more are answered 503");
+const GATEWAY_MAX_BYTES_IN_FLIGHT: Setting = Setting::new(
+    "GATEWAY_MAX_BYTES_IN_FLIGHT",
+    "256MiB",
+    "Bytes of bodies held in memory at once; more is answered 503",
+);
+
+/// Every setting of the gateway, in the order of `--help`.
+pub const SETTINGS: [Setting; 18] = [
+    SENTRY_CLIENT_SECRET,
+    SENTRY_CLIENT_SECRET_FILE,
+    SENTRY_SIGNATURE_FORM,
+    GATEWAY_LISTEN,
+    GATEWAY_OPS_LISTEN,
+    GATEWAY_MAX_BODY_BYTES,
+    GATEWAY_HEADER_TIMEOUT,
+    GATEWAY_BODY_TIMEOUT,
+    GATEWAY_MAX_CONNECTIONS,
+    GATEWAY_MAX_BYTES_IN_FLIGHT,
+    stream::SETTINGS[0],
+    stream::SETTINGS[1],
+    stream::SETTINGS[2],
+    stream::SETTINGS[3],
+    stream::SETTINGS[4],
+    SHUTDOWN_GRACE,
+    RUST_LOG,
+    LOG_FORMAT,
+];
+
+/// The gateway's settings, read and checked.
+#[derive(Debug)]
+pub struct Config {
+    /// `GATEWAY_LISTEN`
+    pub listen: SocketAddr,
+    /// `GATEWAY_OPS_LISTEN`
+    pub ops_listen: SocketAddr,
+    /// `SENTRY_CLIENT_SECRET` or the content of `SENTRY_CLIENT_SECRET_FILE`
+    pub secrets: Secrets,
+    /// `SENTRY_SIGNATURE_FORM`
+    pub form: Form,
+    /// What the public listener puts up with.
+    pub limits: Limits,
+    /// Where NATS is, and the stream.
+    pub nats: NatsSettings,
+    /// `SHUTDOWN_GRACE`
+    pub grace: Duration,
+    /// `RUST_LOG`, `LOG_FORMAT`
+    pub logs: LogSettings,
+}
+
+/// What the public listener puts up with.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// `GATEWAY_MAX_BODY_BYTES`
+    pub body_bytes: usize,
+    /// `GATEWAY_HEADER_TIMEOUT`
+    pub header_timeout: Duration,
+    /// `GATEWAY_BODY_TIMEOUT`
+    pub body_timeout: Duration,
+    /// `GATEWAY_MAX_CONNECTIONS`
+    pub connections: usize,
+    /// `GATEWAY_MAX_BYTES_IN_FLIGHT`
+    pub bytes_in_flight: usize,
+}
+
+impl Config {
+    /// Reads every setting through `lookup`.
+    ///
+    /// # Errors
+    /// All mistakes at once.
+    pub fn load(lookup: &dyn Fn(&str) -> Option<String>) -> Result<Self, BadSettings> {
+        let mut reader = settings::Reader::new(lookup);
+        let secrets = secrets(&mut reader);
+        let form = reader
+            .parse(&SENTRY_SIGNATURE_FORM, |text| Form::named(text).ok_or_else(|| "any, canonical or raw".into()));
+        let listen = reader.parse(&GATEWAY_LISTEN, settings::address);
+        let ops_listen = reader.parse(&GATEWAY_OPS_LISTEN, settings::address);
+        let limits = limits(&mut reader);
+        let nats = NatsSettings::read(&mut reader);
+        let grace = reader.parse(&SHUTDOWN_GRACE, settings::duration);
+        let logs = settings::logs(&mut reader);
+        let config = || {
+            Some(Config {
+                listen: listen?,
+                ops_listen: ops_listen?,
+                secrets: secrets?,
+                form: form?,
+                limits: limits?,
+                nats: nats?,
+                grace: grace?,
+                logs: logs?,
+            })
+        };
+        let config = config();
+        reader.finish(config)
+    }
+}
+
+fn limits(reader: &mut settings::Reader<'_>) -> Option<Limits> {
+    // A body must fit into u32: the budget of bytes in flight is handed out in such pieces.
+    let body_bytes = reader.parse(&GATEWAY_MAX_BODY_BYTES, |text| {
+        let small_enough = |size: &u64| *size <= 1 << 30;
+        let size = Some(settings::size(text)?).filter(small_enough).ok_or("a size of at most 1GiB")?;
+        usize::try_from(size).map_err(|_| "a size this machine can address".into())
+    });
+    let header_timeout = reader.parse(&GATEWAY_HEADER_TIMEOUT, settings::duration);
+    let body_timeout = reader.parse(&GATEWAY_BODY_TIMEOUT, settings::duration);
+    let connections = reader.parse(&GATEWAY_MAX_CONNECTIONS, |text| settings::number(text, 1..=1_000_000));
+    let bytes_in_flight = reader.parse(&GATEWAY_MAX_BYTES_IN_FLIGHT, |text| {
+        usize::try_from(settings::size(text)?).map_err(|_| "a size this machine can address".into())
+    });
+    let limits = Limits {
+        body_bytes: body_bytes?,
+        header_timeout: header_timeout?,
+        body_timeout: body_timeout?,
+        connections: connections?,
+        bytes_in_flight: bytes_in_flight?,
+    };
+    if limits.bytes_in_flight < limits.body_bytes {
+        let (flight, body) = (GATEWAY_MAX_BYTES_IN_FLIGHT.variable, GATEWAY_MAX_BODY_BYTES.variable);
+        reader.mistake(format!("{flight} must be at least {body}, or the largest body could never be taken"));
+    }
+    Some(limits)
+}
+
+/// The secrets, from the variable or from the file.
+fn secrets(reader: &mut settings::Reader<'_>) -> Option<Secrets> {
+    let parse = |text: &str| Secrets::parse(text).ok_or_else(|| "the integration's client secret, not empty".into());
+    let Some(file) = reader.text(&SENTRY_CLIENT_SECRET_FILE) else {
+        return reader.parse(&SENTRY_CLIENT_SECRET, parse);
+    };
+    if reader.text(&SENTRY_CLIENT_SECRET).is_some() {
+        let (variable, file) = (SENTRY_CLIENT_SECRET.variable, SENTRY_CLIENT_SECRET_FILE.variable);
+        reader.mistake(format!("{variable} and {file} are both set: keep one"));
+        return None;
+    }
+    reader.parse(&SENTRY_CLIENT_SECRET_FILE, |_| match std::fs::read_to_string(&file) {
+        Ok(content) => {
+            Secrets::parse(&content).ok_or_else(|| "a file that holds the client secret; it is empty".into())
+        }
+        Err(error) => Err(format!("a file that can be read: {error}")),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(set: &[(&str, &str)]) -> Result<Config, BadSettings> {
+        let value =
+            |variable: &str| set.iter().find(|(name, _)| *name == variable).map(|(_, value)| (*value).to_owned());
+        Config::load(&value)
+    }
+
+    #[test]
+    fn a_secret_is_all_that_must_be_set() {
+        let config = load(&[("SENTRY_CLIENT_SECRET", "s3cr3t")]).unwrap();
+        assert_eq!(config.listen, "0.0.0.0:8080".parse().unwrap());
+        assert_eq!(config.limits.body_bytes, 8 << 20);
+        assert!(!format!("{config:?}").contains("s3cr3t"));
+    }
+
+    #[test]
+    fn every_mistake_is_named_at_once() {
+        let bad = [
+            ("SENTRY_SIGNATURE_FORM", "sha1"),
+            ("GATEWAY_LISTEN", "here"),
+            ("GATEWAY_MAX_BODY_BYTES", "0"),
+            ("NATS_URL", "::"),
+            ("LOG_FORMAT", "xml"),
+        ];
+        let error = load(&bad).unwrap_err().to_string();
+        for (variable, _) in bad {
+            assert!(error.contains(variable), "{variable} is missing in {error}");
+        }
+        assert!(error.contains("SENTRY_CLIENT_SECRET is not set"), "{error}");
+    }
+
+    #[test]
+    fn limits_that_contradict_each_other_are_a_mistake() {
+        let error = load(&[("SENTRY_CLIENT_SECRET", "s"), ("GATEWAY_MAX_BYTES_IN_FLIGHT", "1MiB")]).unwrap_err();
+        assert!(error.to_string().contains("GATEWAY_MAX_BYTES_IN_FLIGHT must be at least"), "{error}");
+    }
+}

@@ -1,0 +1,220 @@
+//! The signature: proof that a delivery comes from somebody who knows the client secret.
+//!
+//! `Sentry-Hook-Signature` is 64 hex digits, the HMAC-SHA256 (RFC 2104) with the client secret over either of
+//! - *raw*: the body's bytes. This is what Sentry signs.
+//! - *canonical*: the UTF-8 of `JSON.stringify(JSON.parse(body))` (see [`crate::canonical`]). This is what Loop's
+//!   documentation says; it differs from raw wherever Python and JavaScript write JSON differently.
+//!
+//! Both prove knowledge of the secret. Raw is tried first, it costs one pass; canonical only when raw fails, a bounded
+//! number at once, so that unsigned floods cannot spend our CPU and genuine deliveries never wait for them.
+
+use std::fmt;
+use std::time::Duration;
+
+use bytes::Bytes;
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use hyper::HeaderMap;
+use sha2::Sha256;
+use subtle::{Choice, ConstantTimeEq as _};
+use tokio::sync::Semaphore;
+
+use crate::canonical::canonical;
+use crate::reject::Reject;
+
+/// The header that holds the signature.
+pub const SIGNATURE: &str = "sentry-hook-signature";
+
+/// From this size on, the canonical form is made on a thread that may block.
+const INLINE_MAX: usize = 16 * 1024;
+/// How long a delivery waits for its turn to have its canonical form made, before it is told to come back.
+const TURN_MAX: Duration = Duration::from_millis(500);
+
+/// What a signature may be over: `SENTRY_SIGNATURE_FORM`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// Either.
+    Any,
+    /// Only the canonical form.
+    Canonical,
+    /// Only the body's bytes.
+    Raw,
+}
+
+impl Form {
+    /// The form of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        match name {
+            "any" => Some(Form::Any),
+            "canonical" => Some(Form::Canonical),
+            "raw" => Some(Form::Raw),
+            _ => None,
+        }
+    }
+}
+
+/// What the sender put into [`SIGNATURE`]: well formed, not yet believed.
+#[derive(Clone)]
+pub struct Signature([u8; 32]);
+
+impl Signature {
+    /// Takes it from a request's headers.
+    ///
+    /// # Errors
+    /// Where it is missing, or is not exactly one value of 64 hex digits.
+    pub fn of(headers: &HeaderMap) -> Result<Self, Reject> {
+        let mut values = headers.get_all(SIGNATURE).into_iter();
+        let value = values.next().ok_or(Reject::SignatureMissing)?;
+        let mut tag = [0; 32];
+        match (values.next(), hex::decode_to_slice(value, &mut tag)) {
+            (None, Ok(())) => Ok(Signature(tag)),
+            _ => Err(Reject::SignatureMalformed),
+        }
+    }
+}
+
+/// The client secrets, any of which may have signed. Never shown.
+#[derive(Clone)]
+pub struct Secrets(Vec<Hmac<Sha256>>);
+
+impl Secrets {
+    /// Secrets separated by commas; white space around each is dropped. None where nothing is left.
+    pub fn parse(text: &str) -> Option<Self> {
+        let secrets = text.split(',').map(str::trim).filter(|secret| !secret.is_empty());
+        // Keyed once here; each delivery clones the keyed state.
+        let key = |secret: &str| Hmac::new_from_slice(secret.as_bytes()).expect("HMAC takes a key of any length");
+        let keyed: Vec<_> = secrets.map(key).collect();
+        (!keyed.is_empty()).then_some(Secrets(keyed))
+    }
+
+    /// Whether any of the secrets gives `signature` over `signed`, in a time that depends on neither.
+    fn signed(&self, signed: &[u8], signature: &Signature) -> bool {
+        let matches =
+            |secret: &Hmac<Sha256>| secret.clone().chain_update(signed).finalize().into_bytes().ct_eq(&signature.0);
+        self.0.iter().map(matches).fold(Choice::from(0), |any, this| any | this).into()
+    }
+}
+
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Secrets({} of them, not shown)", self.0.len())
+    }
+}
+
+/// A body whose signature was right. Only [`Verifier::verify`] makes one, so nothing else can go on from here.
+#[derive(Debug)]
+pub struct VerifiedBody(Bytes);
+
+impl VerifiedBody {
+    /// The bytes.
+    pub fn into_bytes(self) -> Bytes {
+        self.0
+    }
+}
+
+/// Verifies bodies.
+#[derive(Debug)]
+pub struct Verifier {
+    secrets: Secrets,
+    form: Form,
+    /// How many canonical forms are made at once.
+    turns: Semaphore,
+}
+
+impl Verifier {
+    /// A verifier that takes signatures of `form` by any of `secrets`.
+    pub fn new(secrets: Secrets, form: Form) -> Self {
+        // Half of the cores, so that raw-signed deliveries always find one.
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Verifier { secrets, form, turns: Semaphore::new((cores / 2).max(1)) }
+    }
+
+    /// Gives the body back as a verified one.
+    ///
+    /// # Errors
+    /// [`Reject::BadSignature`] where no secret gives this signature; [`Reject::VerifyBusy`] where too many canonical
+    /// forms wait to be made.
+    pub async fn verify(&self, body: Bytes, signature: &Signature) -> Result<VerifiedBody, Reject> {
+        if self.form != Form::Canonical && self.secrets.signed(&body, signature) {
+            return Ok(VerifiedBody(body));
+        }
+        if self.form == Form::Raw {
+            return Err(Reject::BadSignature);
+        }
+        let turn = tokio::time::timeout(TURN_MAX, self.turns.acquire()).await.map_err(|_| Reject::VerifyBusy)?;
+        let _turn = turn.expect("this semaphore is never closed");
+        let right = if body.len() <= INLINE_MAX {
+            self.canonical_signed(&body, signature)
+        } else {
+            let (secrets, body, signature) = (self.secrets.clone(), body.clone(), signature.clone());
+            let check = move || canonical(&body).is_ok_and(|form| secrets.signed(&form, &signature));
+            tokio::task::spawn_blocking(check).await.expect("making a canonical form does not panic")
+        };
+        if right { Ok(VerifiedBody(body)) } else { Err(Reject::BadSignature) }
+    }
+
+    fn canonical_signed(&self, body: &[u8], signature: &Signature) -> bool {
+        canonical(body).is_ok_and(|form| self.secrets.signed(&form, signature))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Computed with Python: `hmac.new(b"secret", b'{"a":1.0}', "sha256").hexdigest()`.
+    const RAW: &str = "2bac577cffaeadabc9fe55d703d10df2e0c578ba4002dfd722071a8e9c639017";
+    /// The same over `{"a":1}`.
+    const CANONICAL: &str = "aa9e2e3575f5d7098b6caccd790888c36d5fdb63342a73bada2d6a51747a8494";
+    const BODY: &[u8] = br#"{"a":1.0}"#;
+
+    fn headers(values: &[&str]) -> HeaderMap {
+        values.iter().map(|value| (SIGNATURE.parse().unwrap(), value.parse().unwrap())).collect()
+    }
+
+    async fn verifies(secrets: &str, form: Form, signature: &str) -> bool {
+        let verifier = Verifier::new(Secrets::parse(secrets).unwrap(), form);
+        let signature = Signature::of(&headers(&[signature])).unwrap();
+        match verifier.verify(Bytes::from_static(BODY), &signature).await {
+            Ok(body) => body.into_bytes() == BODY,
+            Err(reject) => {
+                assert!(matches!(reject, Reject::BadSignature), "{reject:?}");
+                false
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn each_form_takes_what_it_says() {
+        let table = [(Form::Any, true, true), (Form::Raw, true, false), (Form::Canonical, false, true)];
+        for (form, raw, canonical) in table {
+            assert_eq!(verifies("secret", form, RAW).await, raw, "{form:?}");
+            assert_eq!(verifies("secret", form, CANONICAL).await, canonical, "{form:?}");
+            assert!(!verifies("secret", form, &"0".repeat(64)).await, "{form:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn any_of_several_secrets_may_have_signed() {
+        assert!(verifies("other, secret", Form::Any, RAW).await);
+        assert!(verifies("secret,other", Form::Any, CANONICAL).await);
+        assert!(!verifies("other,third", Form::Any, RAW).await);
+    }
+
+    #[test]
+    fn a_signature_is_64_hex_digits_and_nothing_else() {
+        assert!(Signature::of(&headers(&[RAW])).is_ok());
+        assert!(Signature::of(&headers(&[&RAW.to_uppercase()])).is_ok());
+        assert!(matches!(Signature::of(&headers(&[])), Err(Reject::SignatureMissing)));
+        let prefixed = format!("sha256={RAW}");
+        for bad in ["", "0", &RAW[1..], &prefixed, &format!("{RAW}0"), &format!("{}g", &RAW[1..])] {
+            assert!(matches!(Signature::of(&headers(&[bad])), Err(Reject::SignatureMalformed)), "{bad}");
+        }
+        assert!(matches!(Signature::of(&headers(&[RAW, RAW])), Err(Reject::SignatureMalformed)));
+    }
+
+    #[test]
+    fn secrets_are_never_shown() {
+        assert_eq!(format!("{:?}", Secrets::parse("hunter2,hunter3").unwrap()), "Secrets(2 of them, not shown)");
+        assert!(Secrets::parse(" , ").is_none());
+    }
+}

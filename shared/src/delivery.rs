@@ -1,0 +1,310 @@
+//! One delivery: its identity, the ids derived from it, and how it travels on the stream.
+
+use std::fmt;
+
+use async_nats::HeaderMap;
+use async_nats::header::NATS_MESSAGE_ID;
+use bytes::Bytes;
+use sha2::{Digest, Sha256};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use uuid::Uuid;
+
+/// Message header: the [`DeliveryId`].
+pub const DELIVERY_ID: &str = "Delivery-Id";
+/// Message header: when the gateway had read the delivery, RFC 3339.
+pub const RECEIVED_AT: &str = "Received-At";
+/// Request and message header: Sentry's id of one attempt to deliver.
+pub const REQUEST_ID: &str = "Request-Id";
+/// Request and message header: what Sentry says the delivery is about. Unsigned.
+pub const HOOK_RESOURCE: &str = "Sentry-Hook-Resource";
+/// Request and message header: when Sentry sent it, in seconds since 1970. Unsigned.
+pub const HOOK_TIMESTAMP: &str = "Sentry-Hook-Timestamp";
+
+/// Longest sender's header value that travels along; a longer one is left out.
+const HEADER_VALUE_MAX: usize = 200;
+
+/// What makes a delivery the same delivery, through redelivery, repeat and replay.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DeliveryId(String);
+
+impl DeliveryId {
+    /// The identity of a request. With a `Request-ID` it is a digest of that and the body (UUIDv8, RFC 9562 section
+    /// 5.8), so that the same HTTP request sent again by a proxy is one delivery; Sentry itself makes a new
+    /// `Request-ID` at every attempt. Without one it is a fresh UUIDv7.
+    pub fn of_request(request_id: Option<&[u8]>, body: &[u8]) -> Self {
+        let uuid = match request_id {
+            Some(request_id) => digest("request", request_id, body),
+            None => Uuid::now_v7(),
+        };
+        DeliveryId(uuid.hyphenated().to_string())
+    }
+
+    /// The identity of a message that somebody else put on the stream without one: its place there and its body, so
+    /// that reading it again finds the same.
+    pub fn of_foreign_message(stream_sequence: u64, body: &[u8]) -> Self {
+        DeliveryId(digest("foreign message", &stream_sequence.to_be_bytes(), body).hyphenated().to_string())
+    }
+
+    /// Takes an id back from a header: 1 to 128 letters, digits, `-` or `_`. Anything else is none.
+    pub fn parse(text: &str) -> Option<Self> {
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+        ((1..=128).contains(&text.len()) && text.bytes().all(allowed)).then(|| DeliveryId(text.to_owned()))
+    }
+
+    /// As it stands in headers, answers, logs and the ledger.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The id of the signal that this delivery becomes.
+    pub fn signal_id(&self) -> String {
+        self.derived("signal")
+    }
+
+    /// The id of the issue that this delivery becomes.
+    pub fn issue_id(&self) -> String {
+        self.derived("issue")
+    }
+
+    /// 24 characters `[a-z][a-z0-9]{23}`, the shape of Loop's cuid2 ids: 123 bits of a digest, so that the gateway can
+    /// name a row in its answer that the worker writes later.
+    fn derived(&self, what: &str) -> String {
+        let digest = Sha256::new().chain_update(what).chain_update([0]).chain_update(&self.0).finalize();
+        let mut left = u128::from_be_bytes(digest[..16].try_into().expect("SHA-256 has 32 bytes"));
+        let mut take = |base: u8| {
+            let digit = u8::try_from(left % u128::from(base)).expect("a remainder below 36");
+            left /= u128::from(base);
+            char::from(if digit < 26 { b'a' + digit } else { b'0' + digit - 26 })
+        };
+        std::iter::once(take(26)).chain(std::iter::repeat_with(|| take(36)).take(23)).collect()
+    }
+}
+
+impl fmt::Display for DeliveryId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A UUIDv8 over what `kind` of key, the key (length first, so that no two pairs read the same) and the body.
+fn digest(kind: &str, key: &[u8], body: &[u8]) -> Uuid {
+    let digest = Sha256::new()
+        .chain_update(kind)
+        .chain_update((key.len() as u64).to_be_bytes())
+        .chain_update(key)
+        .chain_update(body)
+        .finalize();
+    uuid::Builder::from_custom_bytes(digest[..16].try_into().expect("SHA-256 has 32 bytes")).into_uuid()
+}
+
+/// The last token of a delivery's subject, from the unsigned `Sentry-Hook-Resource`. It routes; it never decides what
+/// a delivery means.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resource(String);
+
+impl Resource {
+    /// A token of `[a-z0-9_]{1,40}`; anything else is `unknown`.
+    pub fn of(header: Option<&str>) -> Self {
+        let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
+        let token = |name: &&str| (1..=40).contains(&name.len()) && name.bytes().all(allowed);
+        Resource(header.filter(token).unwrap_or("unknown").to_owned())
+    }
+
+    /// The token.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// A verified delivery, as the gateway took it and the worker gets it back.
+#[derive(Debug, Clone)]
+pub struct Delivery {
+    /// Its identity.
+    pub id: DeliveryId,
+    /// When the gateway had read it, to the microsecond (what PostgreSQL keeps).
+    pub received_at: OffsetDateTime,
+    /// Where it is routed.
+    pub resource: Resource,
+    /// Sentry's `Request-ID`, where it was sent and is plain ASCII.
+    pub request_id: Option<String>,
+    /// Sentry's `Sentry-Hook-Timestamp`, likewise.
+    pub hook_timestamp: Option<String>,
+    /// The raw request body, byte for byte.
+    pub body: Bytes,
+}
+
+impl Delivery {
+    /// A delivery that was just read. Header values are the sender's; what cannot travel in a header is left out.
+    pub fn received(
+        body: Bytes,
+        request_id: Option<&[u8]>,
+        hook_resource: Option<&[u8]>,
+        hook_timestamp: Option<&[u8]>,
+    ) -> Self {
+        let now = OffsetDateTime::now_utc();
+        Delivery {
+            id: DeliveryId::of_request(request_id, &body),
+            received_at: now.replace_nanosecond(now.microsecond() * 1000).expect("microseconds * 1000 are in range"),
+            resource: Resource::of(hook_resource.and_then(travelling).as_deref()),
+            request_id: request_id.and_then(travelling),
+            hook_timestamp: hook_timestamp.and_then(travelling),
+            body,
+        }
+    }
+
+    /// The subject it is published on: `signals.sentry.<resource>`.
+    pub fn subject(&self) -> String {
+        format!("{}.{}", crate::stream::SUBJECT_PREFIX, self.resource.as_str())
+    }
+
+    /// The message headers it is published with. `Nats-Msg-Id` is the id itself: published twice within the stream's
+    /// duplicate window it is stored once.
+    pub fn headers(&self) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        headers.insert(NATS_MESSAGE_ID, self.id.as_str());
+        headers.insert(DELIVERY_ID, self.id.as_str());
+        headers.insert(RECEIVED_AT, rfc3339(self.received_at));
+        headers.insert(HOOK_RESOURCE, self.resource.as_str());
+        let optional = [(REQUEST_ID, &self.request_id), (HOOK_TIMESTAMP, &self.hook_timestamp)];
+        for (name, value) in optional {
+            if let Some(value) = value {
+                headers.insert(name, value.as_str());
+            }
+        }
+        headers
+    }
+
+    /// Takes a delivery back from a message. Never fails: what a foreign message lacks follows from its place on the
+    /// stream (`stream_sequence`) and the time at which the stream stored it (`stored_at`).
+    pub fn from_message(message: &async_nats::Message, stream_sequence: u64, stored_at: OffsetDateTime) -> Self {
+        let header = |name: &str| Some(message.headers.as_ref()?.get(name)?.as_str());
+        let received_at = header(RECEIVED_AT).and_then(|text| OffsetDateTime::parse(text, &Rfc3339).ok());
+        let id = header(DELIVERY_ID).and_then(DeliveryId::parse);
+        Delivery {
+            id: id.unwrap_or_else(|| DeliveryId::of_foreign_message(stream_sequence, &message.payload)),
+            received_at: received_at.unwrap_or(stored_at),
+            resource: Resource::of(message.subject.as_str().rsplit('.').next()),
+            request_id: header(REQUEST_ID).map(str::to_owned),
+            hook_timestamp: header(HOOK_TIMESTAMP).map(str::to_owned),
+            body: message.payload.clone(),
+        }
+    }
+}
+
+/// RFC 3339, UTC.
+fn rfc3339(at: OffsetDateTime) -> String {
+    at.format(&Rfc3339).expect("a date of our own clock has a year of four digits")
+}
+
+/// A header value that can travel: printable ASCII of bounded length.
+fn travelling(value: &[u8]) -> Option<String> {
+    let printable = |byte: &u8| matches!(byte, b' '..=b'~');
+    let fits = value.len() <= HEADER_VALUE_MAX && value.iter().all(printable);
+    fits.then(|| String::from_utf8(value.to_vec()).expect("ASCII is UTF-8"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_request_is_the_same_delivery() {
+        let id = |request_id: &[u8], body: &[u8]| DeliveryId::of_request(Some(request_id), body);
+        assert_eq!(id(b"r1", b"body"), id(b"r1", b"body"));
+        assert_ne!(id(b"r1", b"body"), id(b"r2", b"body"));
+        assert_ne!(id(b"r1", b"body"), id(b"r1", b"Body"));
+        assert_ne!(id(b"r1", b"body"), id(b"r1b", b"ody")); // the border between the two counts
+        assert_ne!(DeliveryId::of_request(None, b"body"), DeliveryId::of_request(None, b"body"));
+    }
+
+    #[test]
+    fn an_id_is_a_uuid_and_parses_back() {
+        for (id, version) in [(DeliveryId::of_request(Some(b"r"), b""), 8), (DeliveryId::of_request(None, b""), 7)] {
+            assert_eq!(Uuid::parse_str(id.as_str()).unwrap().get_version_num(), version);
+            assert_eq!(DeliveryId::parse(id.as_str()), Some(id));
+        }
+        for bad in ["", "a b", "é", "a\n", &"x".repeat(129)] {
+            assert_eq!(DeliveryId::parse(bad), None);
+        }
+    }
+
+    #[test]
+    fn derived_ids_have_the_shape_of_cuid2() {
+        for n in 0..1000_u32 {
+            let id = DeliveryId::of_request(Some(&n.to_be_bytes()), b"body");
+            for derived in [id.signal_id(), id.issue_id()] {
+                assert_eq!(derived.len(), 24);
+                assert!(derived.starts_with(|first: char| first.is_ascii_lowercase()));
+                assert!(derived.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit()));
+            }
+            assert_ne!(id.signal_id(), id.issue_id());
+        }
+    }
+
+    #[test]
+    fn derived_ids_never_change() {
+        // A worker of a later version must name the rows that a gateway of this version promised.
+        let id = DeliveryId::of_request(Some(b"request"), b"body");
+        assert_eq!(id.as_str(), "7a2a9da4-5265-8c06-815b-133483823384");
+        assert_eq!(id.signal_id(), "osju16k5nml4s8ihbqha6wgc");
+        assert_eq!(id.issue_id(), "fdhcnj0dx41ufyxb89f1xudi");
+    }
+
+    #[test]
+    fn a_resource_is_a_token_or_unknown() {
+        for good in ["issue", "event_alert", "a1"] {
+            assert_eq!(Resource::of(Some(good)).as_str(), good);
+        }
+        let long = "x".repeat(41);
+        for bad in [None, Some(""), Some("Issue"), Some("a.b"), Some("*"), Some("a b"), Some(">"), Some(long.as_str())]
+        {
+            assert_eq!(Resource::of(bad).as_str(), "unknown");
+        }
+    }
+
+    #[test]
+    fn a_delivery_comes_back_from_its_message() {
+        let sent = Delivery::received(Bytes::from_static(b"{}"), Some(b"abc"), Some(b"issue"), Some(b"1700000000"));
+        let message = async_nats::Message {
+            subject: sent.subject().into(),
+            reply: None,
+            payload: sent.body.clone(),
+            headers: Some(sent.headers()),
+            status: None,
+            description: None,
+            length: 0,
+        };
+        let back = Delivery::from_message(&message, 7, OffsetDateTime::UNIX_EPOCH);
+        assert_eq!((&back.id, back.received_at), (&sent.id, sent.received_at));
+        assert_eq!((&back.resource, &back.request_id), (&sent.resource, &sent.request_id));
+        assert_eq!((&back.hook_timestamp, &back.body), (&sent.hook_timestamp, &sent.body));
+    }
+
+    #[test]
+    fn a_foreign_message_gets_what_it_lacks_from_its_place() {
+        let message = async_nats::Message {
+            subject: "signals.sentry.issue".into(),
+            reply: None,
+            payload: Bytes::from_static(b"{}"),
+            headers: None,
+            status: None,
+            description: None,
+            length: 0,
+        };
+        let at = OffsetDateTime::UNIX_EPOCH;
+        let first = Delivery::from_message(&message, 7, at);
+        assert_eq!(first.received_at, at);
+        assert_eq!(first.id, Delivery::from_message(&message, 7, at).id);
+        assert_ne!(first.id, Delivery::from_message(&message, 8, at).id);
+    }
+
+    #[test]
+    fn values_that_cannot_travel_are_left_out() {
+        let long = [b'x'; HEADER_VALUE_MAX + 1];
+        for bad in [&b"a\r\nb: c"[..], b"caf\xc3\xa9", b"\0", &long] {
+            let delivery = Delivery::received(Bytes::new(), Some(bad), None, Some(bad));
+            assert_eq!((delivery.request_id, delivery.hook_timestamp), (None, None));
+        }
+    }
+}
