@@ -60,7 +60,8 @@ impl Setting {
 /// `command` with a flag for each setting that is no secret; the secrets' variables are named below the flags.
 pub fn command(command: Command, settings: &[&[Setting]]) -> Command {
     let program = command.get_name().to_owned();
-    let (secrets, open): (Vec<_>, Vec<_>) = settings.iter().copied().flatten().partition(|setting| setting.secret);
+    let (secrets, open): (Vec<&Setting>, Vec<&Setting>) =
+        settings.iter().copied().flatten().partition(|setting| setting.secret);
     let named = secrets.iter().map(|secret| format!("\n  {}\n          {}", secret.variable, secret.help));
     let after = match secrets.is_empty() {
         true => String::new(),
