@@ -4,8 +4,14 @@
 //! [`payload`] how its body becomes jsonb, [`store`] how a batch is written once and only once, [`migrate`] what tables
 //! it is written to.
 
+pub mod dead_letters;
+pub mod interpret;
+pub mod migrate;
+pub mod payload;
 pub mod pull;
 pub mod settings;
+pub mod severity;
+pub mod store;
 
 use std::time::Duration;
 
@@ -18,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use crate::settings::Config;
 
-use crate::migrate::Report;
+use crate::migrate::{MigrateError, Report};
 use crate::pull::Puller;
 use crate::store::Store;
 
@@ -82,8 +88,19 @@ async fn work(
 }
 
 /// Makes or checks the tables, as `WORKER_MIGRATE` says, and tells what was made.
-async fn prepare(config: &Config, store: &Store) -> anyhow::Result<()> {
-    let report = migrate_with(config, store).await?;
-    tracing::info!("the database is ready: {report}");
+async fn prepare(config: &Config, store: &Store) -> Result<(), MigrateError> {
+    let report = if config.migrate { store.migrate().await? } else { store.check().await? };
+    for note in report.notes() {
+        tracing::warn!("{note}");
+    }
+    tracing::info!(changed = report.changed(), "the database is ready");
     Ok(())
+}
+
+/// `worker migrate`: makes the tables that are missing, checks those that are there, and tells what it found.
+///
+/// # Errors
+/// Where the database cannot be reached or does not fit.
+pub async fn migrate_now(config: &Config) -> Result<Report, MigrateError> {
+    Store::new(&config.database, 1).migrate().await
 }

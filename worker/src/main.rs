@@ -35,7 +35,7 @@ fn main() -> ExitCode {
 async fn execute(command: &str, config: Config) -> anyhow::Result<()> {
     match command {
         "migrate" => {
-            println!("{}", worker::migrate_now(&config).await?);
+            print!("{}", worker::migrate_now(&config).await?);
             Ok(())
         }
         _ => worker::run(config, shutdown::on_signal()?).await,

@@ -18,7 +18,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::interpret::interpret;
 use crate::payload::payload;
-use crate::store::{Batch, DeadLetter, Record, Store, StoreError, Stored};
+use crate::dead_letters::DeadLetter;
+use crate::store::{Batch, Origin, Record, Store, StoreError, Stored};
 
 /// Most bytes of bodies in one batch, so that memory stays bounded when bodies are large. Well above the largest single
 /// message that the servers here take: a pull that asks for less than the next message would stand still.
@@ -81,7 +82,10 @@ impl Puller {
         match shutdown.run_until_cancelled(self.persist(&batch)).await {
             Some(stored) => {
                 acknowledge(messages).await;
-                tracing::debug!(stored = stored.fresh.len(), known = stored.known.len(), "stored a batch");
+                tracing::debug!(fresh = stored.fresh.len(), known = stored.known.len(), "stored a batch");
+                for dead in &stored.dead {
+                    tracing::warn!(delivery.id = dead.delivery_id, reason = dead.reason, "a delivery became a dead letter");
+                }
             }
             None => hand_back(messages).await,
         }
@@ -96,8 +100,8 @@ impl Puller {
             .with_jitter()
             .without_max_times();
         let note = |error: &StoreError, wait: Duration| {
-            let (deliveries, wait) = (batch.len(), humantime_seconds(wait));
-            tracing::warn!(deliveries, wait, "a batch is not stored yet, will try again until it is: {error}");
+            let deliveries = batch.records.len() + batch.dead_letters.len();
+            tracing::warn!(deliveries, ?wait, "a batch is not stored yet, will try again until it is: {error}");
         };
         let stored = (|| self.store.persist(batch)).retry(backoff).notify(note).await;
         stored.unwrap_or_else(|_| unreachable!("a retry without a limit ends only in success"))
@@ -124,6 +128,12 @@ fn read_one(message: &Message) -> Result<Record, DeadLetter> {
     // Every message of a consumer has its place in the reply subject; without one it could not be acknowledged either.
     let info = message.info().expect("a message from a consumer says where it stands");
     let delivery = Delivery::from_message(message, info.stream_sequence, info.published);
+    let origin = Origin {
+        subject: message.subject.to_string(),
+        headers: message.headers.clone().unwrap_or_default(),
+        body: message.payload.clone(),
+        attempts: info.delivered,
+    };
     let meaning = interpret(&delivery.body).and_then(|meaning| Ok((meaning, payload(&delivery.body)?.into_owned())));
     match meaning {
         Ok((meaning, payload)) => Ok(Record {
@@ -139,8 +149,15 @@ fn read_one(message: &Message) -> Result<Record, DeadLetter> {
             title: meaning.title,
             source_id: meaning.source_id,
             payload,
+            origin,
         }),
-        Err(not_json) => Err(DeadLetter::new(&delivery, message, info.stream_sequence, not_json.to_string())),
+        Err(not_json) => Err(DeadLetter {
+            delivery_id: delivery.id.to_string(),
+            stream_sequence: info.stream_sequence,
+            origin,
+            reason: format!("the body is {not_json}"),
+            failed_at: OffsetDateTime::now_utc(),
+        }),
     }
 }
 

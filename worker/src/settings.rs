@@ -1,12 +1,13 @@
 //! What can be set, and the config that comes of it.
 
-use std::fmt;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use shared::settings::{self, BadSettings, SHUTDOWN_GRACE, Setting};
 use shared::stream::{self, NatsSettings};
 use shared::telemetry::LogSettings;
+
+use crate::store::DatabaseUrl;
 
 const DATABASE_URL: Setting =
     Setting::bare("DATABASE_URL", "Loop's PostgreSQL, such as postgres://user:password@host:5432/loop");
@@ -33,7 +34,7 @@ pub const SETTINGS: [&[Setting]; 3] = [
 #[derive(Debug)]
 pub struct Config {
     /// `DATABASE_URL`
-    pub database: Database,
+    pub database: DatabaseUrl,
     /// `WORKER_OPS_LISTEN`
     pub ops_listen: SocketAddr,
     /// `WORKER_BATCH_MAX`
@@ -48,21 +49,6 @@ pub struct Config {
     pub grace: Duration,
     /// `RUST_LOG`, `LOG_FORMAT`
     pub logs: LogSettings,
-}
-
-/// Where the database is. Holds a password, which is never shown.
-#[derive(Clone)]
-pub struct Database(pub tokio_postgres::Config);
-
-impl fmt::Debug for Database {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Database")
-            .field("hosts", &self.0.get_hosts())
-            .field("ports", &self.0.get_ports())
-            .field("dbname", &self.0.get_dbname())
-            .field("user", &self.0.get_user())
-            .finish_non_exhaustive()
-    }
 }
 
 impl Config {
