@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use shared::settings::{self, BadSettings, LOG_FORMAT, RUST_LOG, SHUTDOWN_GRACE, Setting};
+use shared::settings::{self, BadSettings, SHUTDOWN_GRACE, Setting};
 use shared::stream::{self, NatsSettings};
 use shared::telemetry::LogSettings;
 
@@ -38,25 +38,21 @@ const GATEWAY_MAX_BYTES_IN_FLIGHT: Setting = Setting::new(
 );
 
 /// Every setting of the gateway, in the order of `--help`.
-pub const SETTINGS: [Setting; 18] = [
-    SENTRY_CLIENT_SECRET,
-    SENTRY_CLIENT_SECRET_FILE,
-    SENTRY_SIGNATURE_FORM,
-    GATEWAY_LISTEN,
-    GATEWAY_OPS_LISTEN,
-    GATEWAY_MAX_BODY_BYTES,
-    GATEWAY_HEADER_TIMEOUT,
-    GATEWAY_BODY_TIMEOUT,
-    GATEWAY_MAX_CONNECTIONS,
-    GATEWAY_MAX_BYTES_IN_FLIGHT,
-    stream::SETTINGS[0],
-    stream::SETTINGS[1],
-    stream::SETTINGS[2],
-    stream::SETTINGS[3],
-    stream::SETTINGS[4],
-    SHUTDOWN_GRACE,
-    RUST_LOG,
-    LOG_FORMAT,
+pub const SETTINGS: [&[Setting]; 3] = [
+    &[
+        SENTRY_CLIENT_SECRET,
+        SENTRY_CLIENT_SECRET_FILE,
+        SENTRY_SIGNATURE_FORM,
+        GATEWAY_LISTEN,
+        GATEWAY_OPS_LISTEN,
+        GATEWAY_MAX_BODY_BYTES,
+        GATEWAY_HEADER_TIMEOUT,
+        GATEWAY_BODY_TIMEOUT,
+        GATEWAY_MAX_CONNECTIONS,
+        GATEWAY_MAX_BYTES_IN_FLIGHT,
+    ],
+    &stream::SETTINGS,
+    &settings::PROCESS,
 ];
 
 /// The gateway's settings, read and checked.

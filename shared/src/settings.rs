@@ -58,16 +58,16 @@ impl Setting {
 }
 
 /// `command` with a flag for each setting that is no secret; the secrets' variables are named below the flags.
-pub fn command(command: Command, settings: &[Setting]) -> Command {
+pub fn command(command: Command, settings: &[&[Setting]]) -> Command {
     let program = command.get_name().to_owned();
-    let secrets: Vec<_> = settings.iter().filter(|setting| setting.secret).collect();
+    let (secrets, open): (Vec<&Setting>, Vec<&Setting>) =
+        settings.iter().copied().flatten().partition(|setting| setting.secret);
     let named = secrets.iter().map(|secret| format!("\n  {}\n          {}", secret.variable, secret.help));
     let after = match secrets.is_empty() {
         true => String::new(),
         false => format!("Only in the environment:{}", named.collect::<String>()),
     };
-    let flags = settings.iter().filter(|setting| !setting.secret).map(|setting| setting.arg(&program));
-    command.args(flags).after_help(after)
+    command.args(open.iter().map(|setting| setting.arg(&program))).after_help(after)
 }
 
 /// Parses this process's arguments, and ends it where they are wrong (exit code 64) or ask for help (0).
@@ -184,6 +184,9 @@ pub const RUST_LOG: Setting = Setting::new("RUST_LOG", "info", "What is logged: 
 pub const LOG_FORMAT: Setting =
     Setting::new("LOG_FORMAT", "text", "How it is logged: text for people, json for machines");
 
+/// The settings that every long-running program has.
+pub const PROCESS: [Setting; 3] = [SHUTDOWN_GRACE, RUST_LOG, LOG_FORMAT];
+
 /// [`RUST_LOG`] and [`LOG_FORMAT`].
 pub fn logs(reader: &mut Reader<'_>) -> Option<LogSettings> {
     let filter = reader.parse(&RUST_LOG, |text| match text.parse::<tracing_subscriber::EnvFilter>() {
@@ -248,7 +251,7 @@ mod tests {
     fn a_flag_drops_the_programs_own_prefix() {
         assert_eq!(PORT.flag("gateway"), "listen");
         assert_eq!(PORT.flag("worker"), "gateway-listen");
-        let command = command(Command::new("gateway"), &[PORT, KEY]);
+        let command = command(Command::new("gateway"), &[&[PORT, KEY]]);
         let matches = command.clone().try_get_matches_from(["gateway", "--listen", "1.2.3.4:5"]).unwrap();
         assert_eq!(flags_then_environment(&matches)("GATEWAY_LISTEN").as_deref(), Some("1.2.3.4:5"));
         assert!(command.try_get_matches_from(["gateway", "--sentry-client-secret", "x"]).is_err());

@@ -1,1 +1,229 @@
-//! World.
+//! World: real gateway, worker, nats-server and PostgreSQL, each world its own, on free ports and in folders that are gone
+//! afterwards. Everything that is promised is tested in one of these.
+//!
+//! - [`World`]: what runs, and how to look at it.
+//! - [`Post`]: what Sentry sends.
+//! - [`eventually`]: how to wait. Nothing here sleeps for a fixed time.
+
+mod post;
+mod setup;
+
+use std::fmt::Debug;
+use std::time::{Duration, Instant};
+
+use local::process::Process;
+use local::{NatsServer, Postgres, Scratch};
+use nix::sys::signal::Signal;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, NoTls, Row};
+
+pub use post::{Answer, Connection, Post, sign};
+pub use setup::{Binaries, Setup};
+
+/// The client secret of every world.
+pub const SECRET: &str = "a-client-secret-of-the-tests";
+
+/// How long something may take before a test gives up on it. Generous: machines are slow at times, and a test that works
+/// never waits this long.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What runs, and how to look at it. Dropping it ends and removes all of it.
+pub struct World {
+    /// The broker.
+    pub nats: NatsServer,
+    /// The gateway.
+    pub gateway: Program,
+    /// The workers.
+    pub workers: Vec<Program>,
+    /// A connection to the database, for looking; none while the world has not started one.
+    sql: Option<Client>,
+    /// Where the database is.
+    pub database_url: String,
+    /// A PostgreSQL server of this world's own, where it asked for one.
+    pub postgres: Option<Postgres>,
+    // Last, because what runs above writes into it until it is dropped.
+    scratch: Scratch,
+}
+
+/// The gateway or a worker: a process, and how to start it again.
+pub struct Program {
+    name: String,
+    command: Box<dyn Fn() -> std::process::Command + Send + Sync>,
+    log: std::path::PathBuf,
+    /// Its public port, for a gateway.
+    pub port: u16,
+    /// Its ops port.
+    pub ops_port: u16,
+    process: Process,
+}
+
+impl Program {
+    /// The running process.
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// Everything it has logged, in all its lives.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.log).expect("a program that was started has a log")).into_owned()
+    }
+
+    /// `kill -9`.
+    pub async fn kill(&self) {
+        self.process.kill().await;
+    }
+
+    /// Starts it again, with the same settings and ports, once it has ended.
+    pub fn start_again(&mut self) {
+        assert!(!self.process.is_alive(), "{} still runs", self.name);
+        self.process = Process::spawn(&self.name, (self.command)(), &self.log, Signal::SIGKILL).unwrap();
+    }
+
+    /// SIGTERM; gives the exit code.
+    pub async fn stop(&self) -> Option<i32> {
+        self.process.signal(Signal::SIGTERM);
+        let ended = tokio::time::timeout(PATIENCE, self.process.ended()).await;
+        ended.unwrap_or_else(|_| panic!("{} did not stop", self.process.last_words())).code()
+    }
+
+    /// An answer of its ops listener, once there is one.
+    pub async fn ops(&self, path: &str) -> Answer {
+        eventually("an answer of the ops listener", || async { Post::get(path).try_send(self.ops_port).await.ok() })
+            .await
+    }
+
+    /// Waits until `/readyz` says 200.
+    pub async fn ready(&self) {
+        let ready = async || {
+            assert!(self.process.is_alive(), "{}", self.process.last_words());
+            let answer = Post::get("/readyz").try_send(self.ops_port).await.ok()?;
+            (answer.status == 200).then_some(())
+        };
+        eventually(&format!("{} to be ready", self.name), ready).await;
+    }
+}
+
+impl World {
+    /// What Sentry would reach.
+    pub fn port(&self) -> u16 {
+        self.gateway.port
+    }
+
+    /// Posts a body, signed as Sentry signs it, as an `issue`.
+    pub async fn post(&self, body: impl Into<bytes::Bytes>) -> Answer {
+        Post::signed(body).send(self.port()).await
+    }
+
+    /// A folder of this world's own.
+    pub fn folder(&self) -> &std::path::Path {
+        self.scratch.path()
+    }
+
+    /// Rows of a query.
+    pub async fn query(&self, sql: &str, parameters: &[&(dyn ToSql + Sync)]) -> Vec<Row> {
+        let client = self.sql.as_ref().expect("this world's database was not started");
+        client.query(sql, parameters).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"))
+    }
+
+    /// The one value of a query that has one row of one column.
+    pub async fn value<T: for<'a> tokio_postgres::types::FromSql<'a>>(&self, sql: &str) -> T {
+        self.query(sql, &[]).await[0].get(0)
+    }
+
+    /// Statements without parameters.
+    pub async fn execute(&self, sql: &str) {
+        let client = self.sql.as_ref().expect("this world's database was not started");
+        client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+    }
+
+    /// Connects (again) to the database, for looking.
+    pub async fn connect_sql(&mut self) {
+        let url = &self.database_url;
+        let connect = async || tokio_postgres::connect(url, NoTls).await.ok();
+        let (client, connection) = eventually("a connection to PostgreSQL", connect).await;
+        tokio::spawn(connection);
+        self.sql = Some(client);
+    }
+
+    /// Waits until a delivery's signal and issue are there, and gives them as one row: all columns of `signals` as
+    /// `signal` and of `issues` as `issue`, both as JSON.
+    pub async fn stored(&self, delivery_id: &str) -> Stored {
+        const SQL: &str = "SELECT to_jsonb(s)::text, to_jsonb(i)::text, l.state
+            FROM ingest.deliveries l JOIN signals s ON s.id = l.signal_id JOIN issues i ON i.id = s.issue_id
+            WHERE l.delivery_id = $1";
+        let row = eventually(&format!("delivery {delivery_id} to be stored"), || async {
+            self.query(SQL, &[&delivery_id]).await.into_iter().next()
+        })
+        .await;
+        let json = |column: usize| serde_json::from_str(row.get(column)).unwrap();
+        assert_eq!(row.get::<_, String>(2), "stored");
+        Stored { signal: json(0), issue: json(1) }
+    }
+
+    /// Waits until a query's one value is `expected`.
+    pub async fn until<T>(&self, sql: &str, expected: T)
+    where
+        T: for<'a> tokio_postgres::types::FromSql<'a> + PartialEq + Debug,
+    {
+        let begin = Instant::now();
+        loop {
+            let found: T = self.value(sql).await;
+            if found == expected {
+                return;
+            }
+            assert!(begin.elapsed() < PATIENCE, "{sql} gives {found:?}, not {expected:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// JetStream, as a client of this world's broker.
+    pub async fn jetstream(&self) -> async_nats::jetstream::Context {
+        let client = eventually("a connection to NATS", || async { async_nats::connect(self.nats.url()).await.ok() });
+        async_nats::jetstream::new(client.await)
+    }
+
+    /// Waits until every message of the stream is acknowledged.
+    pub async fn all_acknowledged(&self) {
+        let jetstream = self.jetstream().await;
+        eventually("all messages to be acknowledged", || async {
+            let stream = jetstream.get_stream("SIGNALS").await.ok()?;
+            let info = stream.consumer_info("worker").await.ok()?;
+            (info.num_pending == 0 && info.num_ack_pending == 0).then_some(())
+        })
+        .await;
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for program in std::iter::once(&self.gateway).chain(&self.workers) {
+                eprintln!("{}", program.process.last_words());
+            }
+        }
+    }
+}
+
+/// What a delivery became.
+#[derive(Debug)]
+pub struct Stored {
+    /// Its row of `signals`.
+    pub signal: serde_json::Value,
+    /// Its row of `issues`.
+    pub issue: serde_json::Value,
+}
+
+/// Asks until there is an answer, and gives it.
+///
+/// # Panics
+/// When there is none for a minute.
+pub async fn eventually<T>(what: &str, ask: impl AsyncFn() -> Option<T>) -> T {
+    let begin = Instant::now();
+    loop {
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+        assert!(begin.elapsed() < PATIENCE, "waited in vain for {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}

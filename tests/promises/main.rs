@@ -1,0 +1,28 @@
+//! What is promised, a file a promise, each shown with real parts.
+
+mod contract;
+mod existing_stream;
+mod hard_bodies;
+mod identity;
+mod meaning;
+mod outages;
+mod programs;
+mod signature_forms;
+
+use world::{Binaries, Setup};
+
+/// A world with the programs of this tree.
+fn setup() -> Setup {
+    Setup::new(Binaries {
+        gateway: env!("CARGO_BIN_EXE_gateway-under-test"),
+        worker: env!("CARGO_BIN_EXE_worker-under-test"),
+    })
+}
+
+/// A fixture: a payload of Sentry's shape, as it stands on the wire.
+macro_rules! fixture {
+    ($name:literal) => {
+        include_str!(concat!("../fixtures/", $name, ".json")).trim_end()
+    };
+}
+use fixture;

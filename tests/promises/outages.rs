@@ -1,0 +1,129 @@
+//! What starts before what it needs waits for it; what loses it waits again.
+
+use world::{Post, World, eventually};
+
+use crate::{fixture, setup};
+
+async fn state(world: &World, program: usize, check: &str) -> Option<bool> {
+    let program = if program == 0 { &world.gateway } else { &world.workers[program - 1] };
+    let list = program.ops("/readyz").await.json();
+    list.as_array()?.iter().find(|entry| entry["name"] == check)?["ok"].as_bool()
+}
+
+#[tokio::test]
+async fn both_programs_start_without_nats_and_postgresql_and_wait() {
+    let mut world = setup().servers_later().launch().await;
+    assert_eq!(world.gateway.ops("/healthz").await.status, 200);
+    assert_eq!(world.workers[0].ops("/healthz").await.status, 200);
+    assert_eq!(world.gateway.ops("/readyz").await.status, 503);
+    assert_eq!(world.workers[0].ops("/readyz").await.status, 503);
+    assert_eq!(state(&world, 0, "nats").await, Some(false));
+    assert_eq!(state(&world, 1, "database").await, Some(false));
+    let refused = world.post(fixture!("issue_created")).await;
+    assert_eq!(refused.status, 503, "never a 202 before the delivery is safe");
+    assert!(refused.headers.contains_key("retry-after"));
+
+    world.nats.start_again().await.unwrap();
+    world.postgres.as_mut().unwrap().start_again().await.unwrap();
+    world.gateway.ready().await;
+    world.workers[0].ready().await;
+    world.connect_sql().await;
+    world.stored(&world.post(fixture!("issue_created")).await.accepted()).await;
+    for (log, what) in [(world.gateway.log(), "NATS"), (world.workers[0].log(), "database")] {
+        assert!(log.contains(what), "{log}");
+    }
+}
+
+#[tokio::test]
+async fn nats_away_is_503_and_nats_back_is_202() {
+    let mut world = setup().start().await;
+    let before = world.post(fixture!("issue_created")).await.accepted();
+    world.nats.kill().await;
+    eventually("the gateway to notice", || async { (state(&world, 0, "nats").await == Some(false)).then_some(()) })
+        .await;
+    assert_eq!(world.post(fixture!("issue_created")).await.status, 503);
+    world.nats.start_again().await.unwrap();
+    let back = || async { Some(world.post(fixture!("error_created")).await).filter(|answer| answer.status == 202) };
+    let after = eventually("NATS to be back", back).await.accepted();
+    for id in [before, after] {
+        world.stored(&id).await;
+    }
+}
+
+#[tokio::test]
+async fn a_broker_that_hangs_costs_503_within_sentrys_second() {
+    let world = setup().workers(0).start().await;
+    world.post(fixture!("issue_created")).await.accepted();
+    world.nats.process().freeze().unwrap();
+    let begin = std::time::Instant::now();
+    let answer = world.post(fixture!("issue_created")).await;
+    let took = begin.elapsed();
+    world.nats.process().thaw().unwrap();
+    assert_eq!(answer.status, 503);
+    assert!(took.as_millis() >= 900, "it waited for the ack for all of its time: {took:?}");
+}
+
+#[tokio::test]
+async fn postgresql_killed_and_back_loses_and_doubles_nothing() {
+    let mut world = setup().own_postgres().start().await;
+    let mut ids = vec![world.post(fixture!("issue_created")).await.accepted()];
+    world.stored(&ids[0]).await;
+    world.postgres.as_ref().unwrap().kill().await;
+    for _ in 0..50 {
+        ids.push(world.post(fixture!("error_created")).await.accepted());
+    }
+    eventually("the worker to notice", || async { world.workers[0].log().contains("not stored yet").then_some(()) })
+        .await;
+    world.postgres.as_mut().unwrap().start_again().await.unwrap();
+    world.connect_sql().await;
+    for id in &ids {
+        world.stored(id).await;
+    }
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM signals").await, 51);
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM ingest.dead_letters").await, 0);
+}
+
+#[tokio::test]
+async fn a_worker_killed_amid_its_work_loses_and_doubles_nothing() {
+    let mut world = setup().start().await;
+    let mut ids = Vec::new();
+    for round in 0..5 {
+        for _ in 0..40 {
+            ids.push(Post::signed(fixture!("issue_created")).send(world.port()).await.accepted());
+        }
+        world.workers[0].kill().await;
+        assert!(world.value::<i64>("SELECT count(*) FROM signals").await <= 40 * (round + 1));
+        world.workers[0].start_again();
+    }
+    // What the killed worker held comes again after the ack wait; nobody has to wait for that here.
+    let stream = world.jetstream().await.get_stream("SIGNALS").await.unwrap();
+    stream.delete_consumer("worker").await.unwrap();
+    world.until("SELECT count(*) FROM signals", 200_i64).await;
+    world.all_acknowledged().await;
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM issues").await, 200);
+}
+
+#[tokio::test]
+async fn a_stop_answers_what_is_in_flight_and_exits_0() {
+    let world = setup().start().await;
+    let sending: Vec<_> = (0..20)
+        .map(|_| {
+            let port = world.port();
+            tokio::spawn(async move { Post::signed(fixture!("issue_created")).try_send(port).await })
+        })
+        .collect();
+    let mut answered = Vec::new();
+    let first = sending.into_iter();
+    let stopped = world.gateway.stop();
+    for sent in first {
+        // A connection that came too late was refused; one that was taken is answered.
+        if let Ok(answer) = sent.await.unwrap() {
+            answered.push(answer.accepted());
+        }
+    }
+    assert_eq!(stopped.await, Some(0), "{}", world.gateway.log());
+    for id in &answered {
+        world.stored(id).await;
+    }
+    assert_eq!(world.workers[0].stop().await, Some(0), "{}", world.workers[0].log());
+}

@@ -1,0 +1,67 @@
+//! The programs as a person meets them: settings, help, exit codes.
+
+use std::process::{Command, Output};
+
+const GATEWAY: &str = env!("CARGO_BIN_EXE_gateway-under-test");
+const WORKER: &str = env!("CARGO_BIN_EXE_worker-under-test");
+
+fn run(program: &str, arguments: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String, String) {
+    let mut command = Command::new(program);
+    let Output { status, stdout, stderr } =
+        command.args(arguments).env_clear().envs(environment.iter().copied()).output().unwrap();
+    (status.code(), String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap())
+}
+
+#[test]
+fn every_mistake_in_the_settings_is_named_at_once_with_exit_code_64_and_no_value() {
+    let (code, _, stderr) = run(
+        GATEWAY,
+        &["--body-timeout", "hunter2"],
+        &[("GATEWAY_LISTEN", "hunter2"), ("SENTRY_SIGNATURE_FORM", "hunter2")],
+    );
+    assert_eq!(code, Some(64), "{stderr}");
+    for variable in ["GATEWAY_LISTEN", "SENTRY_SIGNATURE_FORM", "SENTRY_CLIENT_SECRET", "GATEWAY_BODY_TIMEOUT"] {
+        assert!(stderr.contains(variable), "{variable} is missing in {stderr}");
+    }
+    assert!(!stderr.contains("hunter2"), "{stderr}");
+    let (code, _, stderr) = run(WORKER, &[], &[("DATABASE_URL", "hunter2"), ("WORKER_CONCURRENCY", "many")]);
+    assert_eq!(code, Some(64), "{stderr}");
+    for variable in ["DATABASE_URL", "WORKER_CONCURRENCY"] {
+        assert!(stderr.contains(variable), "{variable} is missing in {stderr}");
+    }
+    assert!(!stderr.contains("hunter2"), "{stderr}");
+}
+
+#[test]
+fn an_unknown_flag_is_exit_code_64() {
+    for program in [GATEWAY, WORKER] {
+        let (code, _, stderr) = run(program, &["--no-such-flag"], &[]);
+        assert_eq!(code, Some(64), "{stderr}");
+    }
+}
+
+#[test]
+fn help_names_every_variable_and_its_default() {
+    let (code, stdout, _) = run(GATEWAY, &["--help"], &[]);
+    assert_eq!(code, Some(0));
+    let groups = gateway::settings::SETTINGS;
+    for setting in groups.into_iter().flatten() {
+        assert!(stdout.contains(setting.variable), "{} is missing in {stdout}", setting.variable);
+        assert_eq!(stdout.contains(&format!("--{}", setting.flag("gateway"))), !setting.secret, "{stdout}");
+    }
+    let (code, stdout, _) = run(WORKER, &["--help"], &[]);
+    assert_eq!(code, Some(0));
+    for setting in worker::settings::SETTINGS.into_iter().flatten() {
+        assert!(stdout.contains(setting.variable), "{} is missing in {stdout}", setting.variable);
+    }
+    assert!(stdout.contains("migrate"), "{stdout}");
+}
+
+#[test]
+fn an_address_that_is_taken_is_told_with_its_setting() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let (code, _, stderr) = run(GATEWAY, &["--listen", &address], &[("SENTRY_CLIENT_SECRET", "s")]);
+    assert_eq!(code, Some(1), "{stderr}");
+    assert!(stderr.contains(&address) && stderr.contains("GATEWAY_LISTEN"), "{stderr}");
+}

@@ -1,0 +1,211 @@
+//! How a world comes into being.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use local::process::Process;
+use local::{NatsOptions, NatsServer, Postgres, PostgresOptions, Programs, Scratch, ports};
+use nix::sys::signal::Signal;
+use tokio::sync::OnceCell;
+
+use crate::{Program, SECRET, World};
+
+/// The programs under test.
+#[derive(Debug, Clone, Copy)]
+pub struct Binaries {
+    /// The gateway.
+    pub gateway: &'static str,
+    /// The worker.
+    pub worker: &'static str,
+}
+
+/// What a world is to be. Made with [`Setup::new`], changed, then started.
+pub struct Setup {
+    binaries: Binaries,
+    gateway: Vec<(String, String)>,
+    worker: Vec<(String, String)>,
+    workers: usize,
+    own_postgres: bool,
+    servers_later: bool,
+    sql: String,
+    nats: NatsOptions,
+}
+
+impl Setup {
+    /// A gateway, a worker, a broker of its own, and a database of its own on a server that all worlds of this process
+    /// share.
+    pub fn new(binaries: Binaries) -> Self {
+        Setup {
+            binaries,
+            gateway: vec![],
+            worker: vec![],
+            workers: 1,
+            own_postgres: false,
+            servers_later: false,
+            sql: String::new(),
+            nats: NatsOptions::new(PathBuf::new()),
+        }
+    }
+
+    /// With a setting of the gateway.
+    #[must_use]
+    pub fn gateway(mut self, variable: &str, value: &str) -> Self {
+        self.gateway.push((variable.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// With a setting of all workers.
+    #[must_use]
+    pub fn worker(mut self, variable: &str, value: &str) -> Self {
+        self.worker.push((variable.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// With that many workers; 0 is possible.
+    #[must_use]
+    pub fn workers(mut self, count: usize) -> Self {
+        self.workers = count;
+        self
+    }
+
+    /// With a PostgreSQL server of its own, which can be killed.
+    #[must_use]
+    pub fn own_postgres(mut self) -> Self {
+        self.own_postgres = true;
+        self
+    }
+
+    /// With NATS and PostgreSQL stopped when the gateway and the workers start; nobody is waited for.
+    #[must_use]
+    pub fn servers_later(mut self) -> Self {
+        self.own_postgres = true;
+        self.servers_later = true;
+        self
+    }
+
+    /// With these statements run on the database before anything else.
+    #[must_use]
+    pub fn sql(mut self, sql: &str) -> Self {
+        self.sql.push_str(sql);
+        self
+    }
+
+    /// With these lines in the broker's configuration.
+    #[must_use]
+    pub fn nats(mut self, change: impl FnOnce(&mut NatsOptions)) -> Self {
+        change(&mut self.nats);
+        self
+    }
+
+    /// Starts everything, and waits until gateway and workers are ready.
+    pub async fn start(self) -> World {
+        let world = self.launch().await;
+        world.gateway.ready().await;
+        for worker in &world.workers {
+            worker.ready().await;
+        }
+        world
+    }
+
+    /// Starts everything, and waits for the servers only.
+    pub async fn launch(mut self) -> World {
+        let programs = programs();
+        let scratch = Scratch::new("world").unwrap();
+        self.nats.dir = scratch.path().join("nats");
+        let nats = NatsServer::start(programs, self.nats.clone()).await.unwrap();
+        let (postgres, database_url) = self.database(programs, scratch.path()).await;
+        if self.servers_later {
+            nats.stop().await.unwrap();
+            postgres.as_ref().expect("asked for above").stop().await.unwrap();
+        }
+        let nats_url = nats.url();
+        let gateway = self.program(scratch.path(), "gateway", self.binaries.gateway, &self.gateway, &nats_url, "");
+        let worker = |number: usize| {
+            let name = format!("worker-{number}");
+            self.program(scratch.path(), &name, self.binaries.worker, &self.worker, &nats_url, &database_url)
+        };
+        let workers = (0..self.workers).map(worker).collect();
+        let mut world = World { nats, gateway, workers, sql: None, database_url, postgres, scratch };
+        if !self.servers_later {
+            world.connect_sql().await;
+        }
+        world
+    }
+
+    async fn database(&self, programs: &Programs, folder: &Path) -> (Option<Postgres>, String) {
+        let own = match self.own_postgres {
+            true => Some(Postgres::start(programs, PostgresOptions::for_tests(folder.join("postgres"))).await.unwrap()),
+            false => None,
+        };
+        let server = match &own {
+            Some(own) => own,
+            None => shared_postgres(programs).await,
+        };
+        let name = format!("world_{}", uuid::Uuid::new_v4().simple());
+        let url = server.create_database(&name).await.unwrap();
+        if !self.sql.is_empty() {
+            let (client, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await.unwrap();
+            tokio::spawn(connection);
+            client.batch_execute(&self.sql).await.unwrap();
+        }
+        (own, url)
+    }
+
+    fn program(
+        &self,
+        folder: &Path,
+        name: &str,
+        binary: &'static str,
+        settings: &[(String, String)],
+        nats_url: &str,
+        database_url: &str,
+    ) -> Program {
+        let (port, ops_port) = (ports::free().unwrap(), ports::free().unwrap());
+        let mut environment = vec![
+            ("NATS_URL".to_owned(), nats_url.to_owned()),
+            ("RUST_LOG".to_owned(), "info,gateway=debug,worker=debug,shared=debug".to_owned()),
+        ];
+        let own = match name {
+            "gateway" => [
+                ("SENTRY_CLIENT_SECRET", SECRET.to_owned()),
+                ("GATEWAY_LISTEN", format!("127.0.0.1:{port}")),
+                ("GATEWAY_OPS_LISTEN", format!("127.0.0.1:{ops_port}")),
+                ("GATEWAY_JOURNAL_DIR", folder.join("journal").display().to_string()),
+            ]
+            .to_vec(),
+            _ => [("DATABASE_URL", database_url.to_owned()), ("WORKER_OPS_LISTEN", format!("127.0.0.1:{ops_port}"))]
+                .to_vec(),
+        };
+        environment.extend(own.into_iter().map(|(variable, value)| (variable.to_owned(), value)));
+        environment.extend(settings.iter().cloned());
+        let command = move || {
+            let mut command = Command::new(binary);
+            // Nothing of the machine's own environment decides what a test finds.
+            command.env_clear().envs(environment.iter().map(|(variable, value)| (variable, value)));
+            command
+        };
+        let log = folder.join(format!("{name}.log"));
+        let process = Process::spawn(name, command(), &log, Signal::SIGKILL).unwrap();
+        Program { name: name.to_owned(), command: Box::new(command), log, port, ops_port, process }
+    }
+}
+
+/// The servers' programs, found or fetched once.
+fn programs() -> &'static Programs {
+    static PROGRAMS: OnceLock<Programs> = OnceLock::new();
+    PROGRAMS.get_or_init(|| Programs::find_or_fetch(&mut |line| eprintln!("{line}")).unwrap())
+}
+
+/// A PostgreSQL server for all worlds of this process that need none of their own. Ended by the watchdog, with its
+/// folder, when the process ends.
+async fn shared_postgres(programs: &Programs) -> &'static Postgres {
+    static SHARED: OnceCell<(Postgres, Scratch)> = OnceCell::const_new();
+    let start = || async {
+        let scratch = Scratch::new("postgres").unwrap();
+        let mut options = PostgresOptions::for_tests(scratch.path().join("postgres"));
+        options.max_connections = 400;
+        (Postgres::start(programs, options).await.unwrap(), scratch)
+    };
+    &SHARED.get_or_init(start).await.0
+}

@@ -1,0 +1,121 @@
+//! What can be set, and the config that comes of it.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use shared::settings::{self, BadSettings, SHUTDOWN_GRACE, Setting};
+use shared::stream::{self, NatsSettings};
+use shared::telemetry::LogSettings;
+
+use crate::store::DatabaseUrl;
+
+const DATABASE_URL: Setting =
+    Setting::bare("DATABASE_URL", "Loop's PostgreSQL, such as postgres://user:password@host:5432/loop");
+const WORKER_OPS_LISTEN: Setting =
+    Setting::new("WORKER_OPS_LISTEN", "127.0.0.1:9465", "Where operators reach /healthz and /readyz");
+const WORKER_BATCH_MAX: Setting =
+    Setting::new("WORKER_BATCH_MAX", "256", "Most deliveries stored in one transaction (1 to 10000)");
+const WORKER_CONCURRENCY: Setting =
+    Setting::new("WORKER_CONCURRENCY", "2", "Batches worked on at once, a database connection each (1 to 64)");
+const WORKER_MIGRATE: Setting = Setting::new(
+    "WORKER_MIGRATE",
+    "on",
+    "Whether a start makes the tables that are missing (on), or only checks them (off)",
+);
+
+/// Every setting of the worker, in the order of `--help`.
+pub const SETTINGS: [&[Setting]; 3] = [
+    &[DATABASE_URL, WORKER_OPS_LISTEN, WORKER_BATCH_MAX, WORKER_CONCURRENCY, WORKER_MIGRATE],
+    &stream::SETTINGS,
+    &settings::PROCESS,
+];
+
+/// The worker's settings, read and checked.
+#[derive(Debug)]
+pub struct Config {
+    /// `DATABASE_URL`
+    pub database: DatabaseUrl,
+    /// `WORKER_OPS_LISTEN`
+    pub ops_listen: SocketAddr,
+    /// `WORKER_BATCH_MAX`
+    pub batch_max: usize,
+    /// `WORKER_CONCURRENCY`
+    pub concurrency: usize,
+    /// `WORKER_MIGRATE`
+    pub migrate: bool,
+    /// Where NATS is, and the stream.
+    pub nats: NatsSettings,
+    /// `SHUTDOWN_GRACE`
+    pub grace: Duration,
+    /// `RUST_LOG`, `LOG_FORMAT`
+    pub logs: LogSettings,
+}
+
+impl Config {
+    /// Reads every setting through `lookup`.
+    ///
+    /// # Errors
+    /// All mistakes at once.
+    pub fn load(lookup: &dyn Fn(&str) -> Option<String>) -> Result<Self, BadSettings> {
+        let mut reader = settings::Reader::new(lookup);
+        let database = reader.parse(&DATABASE_URL, |text| {
+            let config = text.parse().ok().filter(|config: &tokio_postgres::Config| !config.get_hosts().is_empty());
+            config
+                .map(Database)
+                .ok_or_else(|| "a PostgreSQL URL, such as postgres://user:password@host:5432/loop".into())
+        });
+        let ops_listen = reader.parse(&WORKER_OPS_LISTEN, settings::address);
+        let batch_max = reader.parse(&WORKER_BATCH_MAX, |text| settings::number(text, 1..=10_000));
+        let concurrency = reader.parse(&WORKER_CONCURRENCY, |text| settings::number(text, 1..=64));
+        let migrate = reader.parse(&WORKER_MIGRATE, |text| match text {
+            "on" => Ok(true),
+            "off" => Ok(false),
+            _ => Err("on or off".into()),
+        });
+        let nats = NatsSettings::read(&mut reader);
+        let grace = reader.parse(&SHUTDOWN_GRACE, settings::duration);
+        let logs = settings::logs(&mut reader);
+        let config = || {
+            Some(Config {
+                database: database?,
+                ops_listen: ops_listen?,
+                batch_max: batch_max?,
+                concurrency: concurrency?,
+                migrate: migrate?,
+                nats: nats?,
+                grace: grace?,
+                logs: logs?,
+            })
+        };
+        let config = config();
+        reader.finish(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_database_is_all_that_must_be_set() {
+        let url = |variable: &str| (variable == "DATABASE_URL").then(|| "postgres://u:hunter2@h/loop".to_owned());
+        let config = Config::load(&url).unwrap();
+        assert_eq!((config.batch_max, config.concurrency, config.migrate), (256, 2, true));
+        assert!(!format!("{config:?}").contains("hunter2"), "{config:?}");
+    }
+
+    #[test]
+    fn every_mistake_is_named_at_once_and_no_password_with_it() {
+        let bad = |variable: &str| match variable {
+            "DATABASE_URL" => Some("mysql://u:hunter2@h/loop".to_owned()),
+            "WORKER_BATCH_MAX" => Some("0".to_owned()),
+            "WORKER_MIGRATE" => Some("yes".to_owned()),
+            _ => None,
+        };
+        let error = Config::load(&bad).unwrap_err().to_string();
+        for variable in ["DATABASE_URL", "WORKER_BATCH_MAX", "WORKER_MIGRATE"] {
+            assert!(error.contains(variable), "{error}");
+        }
+        assert!(!error.contains("hunter2"), "{error}");
+    }
+}
