@@ -90,10 +90,7 @@ async fn start(options: &Options) -> anyhow::Result<Stack> {
     progress.step("Starting nats-server and PostgreSQL");
     let ports = Ports::choose(&data_dir)?;
     let nats = NatsOptions { port: Some(ports.nats), ..NatsOptions::new(nats_dir) };
-    let postgres = PostgresOptions {
-        port: Some(ports.postgres),
-        ..PostgresOptions::lasting(postgres_dir, data_dir.secret("postgres-password")?)
-    };
+    let postgres = PostgresOptions { port: Some(ports.postgres), ..PostgresOptions::lasting(postgres_dir) };
     let (nats, postgres) = tokio::try_join!(NatsServer::start(&programs, nats), Postgres::start(&programs, postgres))?;
     let secret = data_dir.secret(SECRET_FILE)?;
     let env = StackEnv {
