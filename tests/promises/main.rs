@@ -22,7 +22,7 @@ fn setup() -> Setup {
 /// A fixture: a payload of Sentry's shape, as it stands on the wire.
 macro_rules! fixture {
     ($name:literal) => {
-        include_str!(concat!("../fixtures/", $name, ".json")).trim_end()
+        include_str!(concat!("../fixtures/", $name, ".json"))
     };
 }
 use fixture;

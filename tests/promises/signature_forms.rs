@@ -7,7 +7,7 @@ use crate::{fixture, setup};
 
 /// As Sentry writes it: `\uXXXX` for what is not ASCII, `1.0`, keys `"10","9"` in that order. JSON.stringify writes each of
 /// these differently, so the two forms have two signatures.
-const GENUINE: &str = fixture!("issue_non_ascii");
+const GENUINE: &str = fixture!("issue_created_non_ascii");
 
 async fn answers(world: &World) -> (u16, u16, u16) {
     let signed = |over: &[u8]| Post::unsigned(GENUINE).header("Sentry-Hook-Signature", &sign(SECRET, over));
