@@ -1,1 +1,4 @@
 //! x
+pub mod dead_letters;
+pub mod migrate;
+pub mod store;
