@@ -8,6 +8,7 @@ mod meaning;
 mod outages;
 mod programs;
 mod signature_forms;
+mod store;
 
 use world::{Binaries, Setup};
 
