@@ -11,14 +11,18 @@
 
 mod account;
 pub mod data_dir;
+pub mod http;
 pub mod leftovers;
 pub mod nats;
 pub mod ports;
 pub mod postgres;
 pub mod process;
 pub mod programs;
+pub mod sentry;
+pub mod stack_env;
 pub mod watchdog;
 pub mod wheels;
+pub mod wire;
 
 pub use nats::{NatsOptions, NatsServer};
 pub use postgres::{Postgres, PostgresOptions};
