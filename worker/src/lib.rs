@@ -1,1 +1,4 @@
 //! x
+pub mod interpret;
+pub mod payload;
+pub mod severity;
