@@ -97,7 +97,8 @@ pub(super) const VERSIONS: &[&str] = &["
         received_at     timestamptz,
         stored_at       timestamptz NOT NULL DEFAULT now()
     );
-    COMMENT ON TABLE ingest.deliveries IS 'One row for each delivery taken from the stream: what makes a repeat harmless';
+    COMMENT ON TABLE ingest.deliveries IS
+        'One row for each delivery taken from the stream: what makes a repeat harmless';
 
     -- What could not become a row, with the bytes as they came. Ordinarily empty.
     CREATE TABLE ingest.dead_letters (

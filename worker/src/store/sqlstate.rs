@@ -1,8 +1,8 @@
 //! Whose fault a failure is, by its SQLSTATE
 //! (<https://www.postgresql.org/docs/current/errcodes-appendix.html>).
 //!
-//! "Ours" is the safe side: the batch waits and is tried again, and nothing is lost. Only what PostgreSQL says about the
-//! data itself is the row's, because those bytes cannot change. What this table does not know is ours.
+//! "Ours" is the safe side: the batch waits and is tried again, and nothing is lost. Only what PostgreSQL says about
+//! the data itself is the row's, because those bytes cannot change. What this table does not know is ours.
 
 use std::error::Error;
 
