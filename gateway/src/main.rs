@@ -9,7 +9,7 @@ use shared::shutdown;
 
 fn main() -> ExitCode {
     let about = "Takes Sentry's webhooks, verifies them, makes them durable, and answers";
-    let command = Command::new("gateway").about(about).version(env!("CARGO_PKG_VERSION"));
+    let command = Command::new("gateway").bin_name("gateway").about(about).version(env!("CARGO_PKG_VERSION"));
     let arguments = settings::arguments(settings::command(command, &gateway::settings::SETTINGS));
     let config = match Config::load(&settings::flags_then_environment(&arguments)) {
         Ok(config) => config,

@@ -1,5 +1,7 @@
 //! Logs: a sentence plus fields, on stderr. No body, no title, no secret, no signature in any of them.
 
+use std::io::IsTerminal as _;
+
 use tracing_subscriber::EnvFilter;
 
 /// `LOG_FORMAT`.
@@ -25,7 +27,10 @@ impl LogSettings {
     pub fn start(&self) {
         // async-nats tells each reconnect attempt at info; `shared::stream` says it once, in our words.
         let filter = EnvFilter::new(format!("async_nats=off,{}", self.filter));
-        let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        let logs = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_ansi(std::io::stderr().is_terminal())
+            .with_writer(std::io::stderr);
         let started = match self.format {
             LogFormat::Text => logs.try_init(),
             LogFormat::Json => logs.json().flatten_event(true).try_init(),

@@ -37,7 +37,8 @@ async fn raw(port: u16, request: &[u8]) -> (TcpStream, String) {
 
 /// Whether the other side closes the connection.
 async fn closes(mut socket: TcpStream) -> bool {
-    let rest = socket.read_to_end(&mut Vec::new());
+    let mut left = Vec::new();
+    let rest = socket.read_to_end(&mut left);
     matches!(tokio::time::timeout(Duration::from_secs(30), rest).await, Ok(Ok(_)))
 }
 

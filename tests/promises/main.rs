@@ -8,6 +8,7 @@ mod meaning;
 mod outages;
 mod programs;
 mod signature_forms;
+mod store;
 
 use world::{Binaries, Setup};
 
@@ -22,7 +23,7 @@ fn setup() -> Setup {
 /// A fixture: a payload of Sentry's shape, as it stands on the wire.
 macro_rules! fixture {
     ($name:literal) => {
-        include_str!(concat!("../fixtures/", $name, ".json")).trim_end()
+        include_str!(concat!("../fixtures/", $name, ".json"))
     };
 }
 use fixture;

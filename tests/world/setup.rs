@@ -140,7 +140,7 @@ impl Setup {
         };
         let server = match &own {
             Some(own) => own,
-            None => shared_postgres(programs).await,
+            None => postgres().await,
         };
         let name = format!("world_{}", uuid::Uuid::new_v4().simple());
         let url = server.create_database(&name).await.unwrap();
@@ -197,15 +197,15 @@ fn programs() -> &'static Programs {
     PROGRAMS.get_or_init(|| Programs::find_or_fetch(&mut |line| eprintln!("{line}")).unwrap())
 }
 
-/// A PostgreSQL server for all worlds of this process that need none of their own. Ended by the watchdog, with its
-/// folder, when the process ends.
-async fn shared_postgres(programs: &Programs) -> &'static Postgres {
+/// A PostgreSQL server for all worlds and tests of this process that need none of their own. Ended by the watchdog, with
+/// its folder, when the process ends.
+pub async fn postgres() -> &'static Postgres {
     static SHARED: OnceCell<(Postgres, Scratch)> = OnceCell::const_new();
     let start = || async {
         let scratch = Scratch::new("postgres").unwrap();
         let mut options = PostgresOptions::for_tests(scratch.path().join("postgres"));
         options.max_connections = 400;
-        (Postgres::start(programs, options).await.unwrap(), scratch)
+        (Postgres::start(programs(), options).await.unwrap(), scratch)
     };
     &SHARED.get_or_init(start).await.0
 }

@@ -16,9 +16,9 @@ use shared::delivery::Delivery;
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
+use crate::dead_letters::DeadLetter;
 use crate::interpret::interpret;
 use crate::payload::payload;
-use crate::dead_letters::DeadLetter;
 use crate::store::{Batch, Origin, Record, Store, StoreError, Stored};
 
 /// Most bytes of bodies in one batch, so that memory stays bounded when bodies are large. Well above the largest single
@@ -84,7 +84,11 @@ impl Puller {
                 acknowledge(messages).await;
                 tracing::debug!(fresh = stored.fresh.len(), known = stored.known.len(), "stored a batch");
                 for dead in &stored.dead {
-                    tracing::warn!(delivery.id = dead.delivery_id, reason = dead.reason, "a delivery became a dead letter");
+                    tracing::warn!(
+                        delivery.id = dead.delivery_id,
+                        reason = dead.reason,
+                        "a delivery became a dead letter"
+                    );
                 }
             }
             None => hand_back(messages).await,

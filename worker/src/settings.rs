@@ -59,10 +59,7 @@ impl Config {
     pub fn load(lookup: &dyn Fn(&str) -> Option<String>) -> Result<Self, BadSettings> {
         let mut reader = settings::Reader::new(lookup);
         let database = reader.parse(&DATABASE_URL, |text| {
-            let config = text.parse().ok().filter(|config: &tokio_postgres::Config| !config.get_hosts().is_empty());
-            config
-                .map(Database)
-                .ok_or_else(|| "a PostgreSQL URL, such as postgres://user:password@host:5432/loop".into())
+            text.parse().map_err(|_| "a PostgreSQL URL, such as postgres://user:password@host:5432/loop".into())
         });
         let ops_listen = reader.parse(&WORKER_OPS_LISTEN, settings::address);
         let batch_max = reader.parse(&WORKER_BATCH_MAX, |text| settings::number(text, 1..=10_000));

@@ -1,0 +1,364 @@
+//! PostgreSQL: a batch becomes rows in one transaction, and the same batch again becomes nothing.
+//!
+//! [`Store::persist`] runs three statements, the same for one row and for 256:
+//! 1. [`LEDGER`] claims each delivery by its id. What it returns is fresh; the rest was stored before, here or by
+//!    another worker, and nothing more happens to it. A replay therefore sends ids, not payloads.
+//! 2. [`ISSUES`] inserts the issues of the fresh ones in the order of the stream, and so draws their numbers in it.
+//! 3. [`SIGNALS`] inserts their signals, taking each payload from the issue just written.
+//!
+//! Repeating is harmless whatever happened: the ledger's row is written in the same transaction as what it stands
+//! for, so a COMMIT whose answer got lost is found by the next try. Issue numbers are the exception that PostgreSQL
+//! makes (sequences are not transactional): a transaction that fails may leave a gap, a repeat draws none.
+//!
+//! Whose fault a failure is, [`sqlstate`] decides. Ours (an outage): the whole batch waits, nothing is judged. The
+//! row's: the batch is run once more with a savepoint a row, and what PostgreSQL refuses becomes a dead letter in that
+//! same transaction, next to the rows of all the others.
+
+mod pool;
+mod rows;
+mod sqlstate;
+
+use std::collections::HashSet;
+
+use bytes::Bytes;
+use deadpool_postgres::{Object, Pool, Transaction};
+use futures_util::try_join;
+use time::OffsetDateTime;
+use tokio_postgres::IsolationLevel;
+
+use crate::dead_letters::{self, DeadLetter};
+use crate::migrate::{self, MigrateError, Report};
+
+pub(crate) use pool::ANSWER_WITHIN;
+pub use pool::{BadDatabaseUrl, DatabaseUrl};
+use rows::{Claim, Statements};
+pub(crate) use rows::{JsonText, bigint};
+
+/// Claims deliveries: `$1` to `$10` are columns, one array each. Returns the ids that nobody had claimed before. Where
+/// another worker is claiming the same id right now, this waits for its COMMIT or ROLLBACK, and so never answers
+/// "known" for a delivery that might yet not be stored. Callers send ids in ascending order: two workers with the same
+/// messages then wait for each other in the same order and cannot deadlock.
+const LEDGER: &str = "\
+    INSERT INTO ingest.deliveries
+        (delivery_id, state, signal_id, issue_id, stream_sequence, resource, severity, type, source_id, received_at)
+    SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bigint[],
+                         $6::text[], $7::text[], $8::text[], $9::text[], $10::timestamptz[])
+    ON CONFLICT (delivery_id) DO NOTHING
+    RETURNING delivery_id";
+
+/// Inserts the issues of fresh deliveries. `number` comes from its default, in the order of the arrays.
+const ISSUES: &str = "\
+    INSERT INTO public.issues
+        (id, title, type, status, priority, signal_source, signal_payload, created_at, updated_at)
+    SELECT id, title, 'signal'::public.issue_type, 'triage'::public.issue_status, priority, 'sentry', payload,
+           received_at, received_at
+    FROM unnest($1::text[], $2::text[], $3::integer[], $4::jsonb[], $5::timestamptz[]) WITH ORDINALITY
+         AS fresh (id, title, priority, payload, received_at, place)
+    ORDER BY place";
+
+/// Inserts the signals of fresh deliveries. The payload is copied from the issue inside the server: it crosses the
+/// wire and is parsed and compressed once, not twice (TOAST keeps a value that is already compressed as it is), which
+/// at 16 KB saves a third of the server's time.
+const SIGNALS: &str = "\
+    INSERT INTO public.signals (id, source, source_id, type, severity, payload, issue_id, created_at)
+    SELECT fresh.id, 'sentry', fresh.source_id, fresh.type, fresh.severity::public.signal_severity,
+           issue.signal_payload, issue.id, issue.created_at
+    FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[])
+         AS fresh (id, issue_id, source_id, type, severity)
+    JOIN public.issues AS issue ON issue.id = fresh.issue_id";
+
+/// Appended to [`ISSUES`] and [`SIGNALS`] when a batch is run row by row: where the ledger was lost and Loop's tables
+/// were not (a backup of the schema `public` alone), the derived ids still keep a replay from writing anything twice.
+/// Not in the ordinary way, where it costs a seventh of the server's time for 2 KB rows.
+const UNLESS_THERE: &str = " ON CONFLICT (id) DO NOTHING";
+
+/// Set for one transaction, so that it also holds behind a connection pooler that hands sessions around.
+///
+/// The time limits keep a transaction that lost its worker from holding its claims against the others. The planner is
+/// told to look issues up by their key: a plan made while the table was empty would read the whole of it, and
+/// PostgreSQL keeps a prepared plan until the next ANALYZE, by when there may be a million rows.
+const SETTINGS: &str = "\
+    SET LOCAL statement_timeout = '30s';
+    SET LOCAL idle_in_transaction_session_timeout = '30s';
+    SET LOCAL enable_seqscan = off;
+    SET LOCAL enable_hashjoin = off;
+    SET LOCAL enable_mergejoin = off";
+
+/// A delivery that was understood, ready to become a signal and an issue.
+#[derive(Debug, Clone)]
+pub struct Record {
+    /// The identity: the ledger's key.
+    pub delivery_id: String,
+    /// `signals.id`, derived from the delivery id.
+    pub signal_id: String,
+    /// `issues.id`, derived from the delivery id.
+    pub issue_id: String,
+    /// Its place in the stream.
+    pub stream_sequence: u64,
+    /// What the subject says it is about (`issue`, `error`, ...).
+    pub resource: String,
+    /// When the gateway received it; becomes `created_at`.
+    pub received_at: OffsetDateTime,
+    /// A label of Loop's enum `signal_severity`.
+    pub severity: &'static str,
+    /// `issues.priority`.
+    pub priority: i32,
+    /// `signals.type`: the action.
+    pub kind: String,
+    /// `issues.title`.
+    pub title: String,
+    /// The Sentry issue, where there is one.
+    pub source_id: Option<String>,
+    /// The body as JSON text. Not parsed here; PostgreSQL does that.
+    pub payload: String,
+    /// What arrived, for a dead letter should PostgreSQL refuse the row.
+    pub origin: Origin,
+}
+
+/// A message as it came from the stream.
+#[derive(Debug, Clone, Default)]
+pub struct Origin {
+    /// Its subject.
+    pub subject: String,
+    /// Its headers.
+    pub headers: async_nats::HeaderMap,
+    /// Its body, byte for byte.
+    pub body: Bytes,
+    /// How many times the stream has delivered it.
+    pub attempts: i64,
+}
+
+/// What is persisted together. A delivery id that occurs twice counts once: the first record, else the first dead
+/// letter.
+#[derive(Debug, Clone, Default)]
+pub struct Batch {
+    /// In the order of the stream.
+    pub records: Vec<Record>,
+    /// What can never become a row, by the caller's judgement.
+    pub dead_letters: Vec<DeadLetter>,
+}
+
+/// What a committed batch did. Every distinct delivery id of the batch is in exactly one of these lists.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Stored {
+    /// Became a signal and an issue now, in the order of the stream.
+    pub fresh: Vec<String>,
+    /// Became a dead letter now: the caller's, and the rows that PostgreSQL refused.
+    pub dead: Vec<Dead>,
+    /// Were in the ledger before; nothing was changed.
+    pub known: Vec<String>,
+}
+
+/// A delivery that became a dead letter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dead {
+    /// The delivery.
+    pub delivery_id: String,
+    /// Why, without anything of what it said.
+    pub reason: String,
+}
+
+/// Why a batch was not stored. Nothing of it was.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// PostgreSQL is away, full, read-only, out of step with this program. Try again later, with the same batch.
+    #[error("PostgreSQL cannot store this now: {0}")]
+    Outage(String),
+    /// PostgreSQL refused a row for what is in it. [`Store::persist`] deals with this itself; it only comes out when
+    /// even the dead letter is refused.
+    #[error("PostgreSQL refused a row: {0}")]
+    Refused(String),
+}
+
+impl StoreError {
+    /// What an error of one statement means.
+    pub(crate) fn from_sql(err: &tokio_postgres::Error) -> StoreError {
+        sqlstate::judge(err)
+    }
+
+    /// Whether trying again later can help.
+    pub fn is_outage(&self) -> bool {
+        match self {
+            StoreError::Outage(_) => true,
+            StoreError::Refused(_) => false,
+        }
+    }
+}
+
+/// The worker's connections to PostgreSQL. Cloning is cheap and shares them.
+#[derive(Debug, Clone)]
+pub struct Store {
+    pool: Pool,
+}
+
+impl Store {
+    /// At most `connections` at a time, made when they are first needed: a database that is down is found out by the
+    /// first use, not here.
+    pub fn new(url: &DatabaseUrl, connections: usize) -> Store {
+        Store { pool: pool::pool(url, connections) }
+    }
+
+    /// Stores a batch: all of it, in one transaction. When this returns, it is committed.
+    ///
+    /// # Errors
+    /// [`StoreError::Outage`]: nothing was stored, or (when the connection died during COMMIT) everything was; the
+    /// same call again settles it.
+    pub async fn persist(&self, batch: &Batch) -> Result<Stored, StoreError> {
+        let mut client = self.client().await?;
+        let batch = Distinct::of(batch);
+        let mut outcome = store_whole(&mut client, &batch).await;
+        if let Err(StoreError::Refused(_)) = outcome {
+            outcome = store_row_by_row(&mut client, &batch).await;
+        }
+        if outcome.as_ref().is_err_and(StoreError::is_outage) {
+            // A connection that failed us (stuck, or to a server that has become read-only) is not used again.
+            drop(Object::take(client));
+        }
+        outcome
+    }
+
+    /// Whether a connection can be had and answers.
+    ///
+    /// # Errors
+    /// [`StoreError::Outage`] with the cause.
+    pub async fn ping(&self) -> Result<(), StoreError> {
+        let client = self.client().await?;
+        let answer = within(client.batch_execute("SELECT 1")).await;
+        if answer.is_err() {
+            drop(Object::take(client));
+        }
+        answer
+    }
+
+    /// Creates what is missing and checks what is there. See [`migrate::migrate`].
+    ///
+    /// # Errors
+    /// As [`migrate::migrate`] says.
+    pub async fn migrate(&self) -> Result<Report, MigrateError> {
+        migrate::migrate(&mut *self.client().await?).await
+    }
+
+    /// Checks only, for a role that may not create. See [`migrate::check`].
+    ///
+    /// # Errors
+    /// As [`migrate::check`] says.
+    pub async fn check(&self) -> Result<Report, MigrateError> {
+        migrate::check(&mut *self.client().await?).await
+    }
+
+    /// A connection, for the commands that read.
+    ///
+    /// # Errors
+    /// [`StoreError::Outage`] with the cause.
+    pub async fn client(&self) -> Result<Object, StoreError> {
+        self.pool.get().await.map_err(pool::outage)
+    }
+}
+
+/// A batch in which every delivery id occurs once.
+struct Distinct<'a> {
+    records: Vec<&'a Record>,
+    dead_letters: Vec<&'a DeadLetter>,
+}
+
+impl<'a> Distinct<'a> {
+    fn of(batch: &'a Batch) -> Distinct<'a> {
+        let mut seen = HashSet::new();
+        Distinct {
+            records: batch.records.iter().filter(|record| seen.insert(&record.delivery_id)).collect(),
+            dead_letters: batch.dead_letters.iter().filter(|letter| seen.insert(&letter.delivery_id)).collect(),
+        }
+    }
+}
+
+/// The ordinary way: three statements, four round trips.
+async fn store_whole(client: &mut Object, batch: &Distinct<'_>) -> Result<Stored, StoreError> {
+    let statements = Statements::prepare(client, "").await?;
+    let tx = begin(client).await?;
+    let claims = batch.records.iter().map(|record| Claim::stored(record));
+    let claims = claims.chain(batch.dead_letters.iter().map(|letter| Claim::dead(letter)));
+    // Sent together: PostgreSQL runs them in this order.
+    let ((), fresh) = try_join!(within(tx.batch_execute(SETTINGS)), statements.claim(&tx, claims.collect()))?;
+    let (records, known): (Vec<_>, Vec<_>) = batch.records.iter().partition(|it| fresh.contains(&it.delivery_id));
+    let (letters, known_letters): (Vec<_>, Vec<_>) =
+        batch.dead_letters.iter().partition(|it| fresh.contains(&it.delivery_id));
+    statements.insert(&tx, &records).await?;
+    dead_letters::bury(&tx, &letters).await?;
+    within(tx.commit()).await?;
+    Ok(Stored {
+        fresh: records.iter().map(|record| record.delivery_id.clone()).collect(),
+        dead: letters.iter().map(|letter| Dead::of(letter)).collect(),
+        known: (known.iter().map(|it| &it.delivery_id))
+            .chain(known_letters.iter().map(|it| &it.delivery_id))
+            .cloned()
+            .collect(),
+    })
+}
+
+/// The way of a batch with a bad row in it: a savepoint a row, so that PostgreSQL says which one it refuses.
+async fn store_row_by_row(client: &mut Object, batch: &Distinct<'_>) -> Result<Stored, StoreError> {
+    // A refusal is the row's fault only while the tables are what this program writes to. A column that somebody
+    // added, an enum label that is gone: that is everybody's trouble, and a reason to wait.
+    migrate::check(client).await.map_err(|err| StoreError::Outage(err.to_string()))?;
+    let statements = Statements::prepare(client, UNLESS_THERE).await?;
+    let mut tx = begin(client).await?;
+    // What would be refused at COMMIT has to be refused while its savepoint is open.
+    within(tx.batch_execute(SETTINGS)).await?;
+    within(tx.batch_execute("SET CONSTRAINTS ALL IMMEDIATE")).await?;
+    let mut stored = Stored::default();
+    let mut refused = Vec::new();
+    for record in &batch.records {
+        let savepoint = within(tx.savepoint("delivery")).await?;
+        match store_one(&savepoint, &statements, record).await {
+            Ok(fresh) => {
+                within(savepoint.commit()).await?;
+                if fresh { &mut stored.fresh } else { &mut stored.known }.push(record.delivery_id.clone());
+            }
+            Err(StoreError::Refused(reason)) => {
+                within(savepoint.rollback()).await?;
+                refused.push(DeadLetter::of(record, reason));
+            }
+            Err(outage @ StoreError::Outage(_)) => return Err(outage),
+        }
+    }
+    let letters: Vec<&DeadLetter> = batch.dead_letters.iter().copied().chain(&refused).collect();
+    let fresh = statements.claim(&tx, letters.iter().map(|letter| Claim::dead(letter)).collect()).await?;
+    let (letters, known): (Vec<_>, Vec<_>) = letters.into_iter().partition(|it| fresh.contains(&it.delivery_id));
+    dead_letters::bury(&tx, &letters).await?;
+    within(tx.commit()).await?;
+    stored.dead.extend(letters.iter().map(|letter| Dead::of(letter)));
+    stored.known.extend(known.iter().map(|letter| letter.delivery_id.clone()));
+    Ok(stored)
+}
+
+/// Whether the delivery was fresh.
+async fn store_one(tx: &Transaction<'_>, statements: &Statements, record: &Record) -> Result<bool, StoreError> {
+    let fresh = !statements.claim(tx, vec![Claim::stored(record)]).await?.is_empty();
+    if fresh {
+        statements.insert(tx, &[record]).await?;
+    }
+    Ok(fresh)
+}
+
+impl Dead {
+    fn of(letter: &DeadLetter) -> Dead {
+        Dead { delivery_id: letter.delivery_id.clone(), reason: letter.reason.clone() }
+    }
+}
+
+/// READ COMMITTED whatever the role's default: under a stricter level, two workers with the same delivery would get an
+/// error where waiting for each other is enough.
+async fn begin(client: &mut Object) -> Result<Transaction<'_>, StoreError> {
+    within(client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start()).await
+}
+
+/// One exchange with the server, bounded on our side as well: a server that is frozen, not gone, answers nothing and
+/// breaks no connection.
+pub(crate) async fn within<T>(
+    exchange: impl Future<Output = Result<T, tokio_postgres::Error>>,
+) -> Result<T, StoreError> {
+    match tokio::time::timeout(ANSWER_WITHIN, exchange).await {
+        Ok(answer) => answer.map_err(|err| StoreError::from_sql(&err)),
+        Err(_) => Err(StoreError::Outage(format!("no answer within {} s", ANSWER_WITHIN.as_secs()))),
+    }
+}

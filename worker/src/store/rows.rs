@@ -1,0 +1,142 @@
+//! Rows as PostgreSQL takes them fastest: a statement gets one array a column.
+
+use std::collections::HashSet;
+use std::error::Error;
+
+use bytes::{BufMut, BytesMut};
+use deadpool_postgres::{Object, Transaction};
+use futures_util::try_join;
+use time::OffsetDateTime;
+use tokio_postgres::Statement;
+use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
+
+use super::{ISSUES, LEDGER, Record, SIGNALS, StoreError, within};
+use crate::dead_letters::DeadLetter;
+
+/// How many bytes of payload one statement carries; a larger record goes alone. PostgreSQL takes messages of up to
+/// 1 GiB (`PQ_LARGE_MESSAGE_LIMIT`), and a batch of the largest bodies would be twice that.
+const STATEMENT_BYTES: usize = 16 << 20;
+
+/// JSON text as a `jsonb` parameter, unparsed: the binary form of jsonb is a version byte, 1, and the text
+/// (`jsonb_recv` in PostgreSQL's `jsonb.c`).
+#[derive(Debug)]
+pub(crate) struct JsonText<'a>(pub(crate) &'a str);
+
+impl ToSql for JsonText<'_> {
+    fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
+        out.reserve(1 + self.0.len());
+        out.put_u8(1);
+        out.put_slice(self.0.as_bytes());
+        Ok(IsNull::No)
+    }
+
+    fn accepts(ty: &Type) -> bool {
+        *ty == Type::JSONB
+    }
+
+    to_sql_checked!();
+}
+
+/// A row of the ledger.
+pub(super) struct Claim<'a> {
+    delivery_id: &'a str,
+    stream_sequence: u64,
+    /// `None`: a dead letter, of which the ledger keeps the id alone. What it says may be what PostgreSQL refused.
+    stored: Option<&'a Record>,
+}
+
+impl<'a> Claim<'a> {
+    pub(super) fn stored(record: &'a Record) -> Claim<'a> {
+        Claim { delivery_id: &record.delivery_id, stream_sequence: record.stream_sequence, stored: Some(record) }
+    }
+
+    pub(super) fn dead(letter: &'a DeadLetter) -> Claim<'a> {
+        Claim { delivery_id: &letter.delivery_id, stream_sequence: letter.stream_sequence, stored: None }
+    }
+}
+
+/// The statements of this module's parent, prepared once a connection.
+pub(super) struct Statements {
+    ledger: Statement,
+    issues: Statement,
+    signals: Statement,
+}
+
+impl Statements {
+    /// `on_conflict` is appended to the statements that write Loop's tables.
+    pub(super) async fn prepare(client: &Object, on_conflict: &str) -> Result<Statements, StoreError> {
+        Ok(Statements {
+            ledger: within(client.prepare_cached(LEDGER)).await?,
+            issues: within(client.prepare_cached(&format!("{ISSUES}{on_conflict}"))).await?,
+            signals: within(client.prepare_cached(&format!("{SIGNALS}{on_conflict}"))).await?,
+        })
+    }
+
+    /// The delivery ids that were claimed now.
+    pub(super) async fn claim(
+        &self,
+        tx: &Transaction<'_>,
+        mut claims: Vec<Claim<'_>>,
+    ) -> Result<HashSet<String>, StoreError> {
+        claims.sort_unstable_by_key(|claim| claim.delivery_id);
+        let records = || claims.iter().map(|claim| claim.stored);
+        let ids: Vec<&str> = claims.iter().map(|claim| claim.delivery_id).collect();
+        let states: Vec<&str> = records().map(|record| record.map_or("dead", |_| "stored")).collect();
+        let signals: Vec<Option<&str>> = records().map(|record| Some(record?.signal_id.as_str())).collect();
+        let issues: Vec<Option<&str>> = records().map(|record| Some(record?.issue_id.as_str())).collect();
+        let sequences: Vec<i64> = claims.iter().map(|claim| bigint(claim.stream_sequence)).collect();
+        let resources: Vec<Option<&str>> = records().map(|record| Some(record?.resource.as_str())).collect();
+        let severities: Vec<Option<&str>> = records().map(|record| Some(record?.severity)).collect();
+        let kinds: Vec<Option<&str>> = records().map(|record| Some(record?.kind.as_str())).collect();
+        let sources: Vec<Option<&str>> = records().map(|record| record?.source_id.as_deref()).collect();
+        let received: Vec<Option<OffsetDateTime>> = records().map(|record| Some(record?.received_at)).collect();
+        let columns: [&(dyn ToSql + Sync); 10] =
+            [&ids, &states, &signals, &issues, &sequences, &resources, &severities, &kinds, &sources, &received];
+        let fresh = within(tx.query(&self.ledger, &columns)).await?;
+        fresh.iter().map(|row| row.try_get(0).map_err(|err| StoreError::from_sql(&err))).collect()
+    }
+
+    /// The issues and signals of `records`, which are fresh, in their order.
+    pub(super) async fn insert(&self, tx: &Transaction<'_>, mut records: &[&Record]) -> Result<(), StoreError> {
+        while !records.is_empty() {
+            let (statement, rest) = records.split_at(statement_len(records));
+            // Sent together: PostgreSQL runs them in this order, and the second reads what the first wrote.
+            try_join!(self.insert_issues(tx, statement), self.insert_signals(tx, statement))?;
+            records = rest;
+        }
+        Ok(())
+    }
+
+    async fn insert_issues(&self, tx: &Transaction<'_>, records: &[&Record]) -> Result<u64, StoreError> {
+        let ids: Vec<&str> = records.iter().map(|record| record.issue_id.as_str()).collect();
+        let titles: Vec<&str> = records.iter().map(|record| record.title.as_str()).collect();
+        let priorities: Vec<i32> = records.iter().map(|record| record.priority).collect();
+        let payloads: Vec<JsonText<'_>> = records.iter().map(|record| JsonText(&record.payload)).collect();
+        let received: Vec<OffsetDateTime> = records.iter().map(|record| record.received_at).collect();
+        within(tx.execute(&self.issues, &[&ids, &titles, &priorities, &payloads, &received])).await
+    }
+
+    async fn insert_signals(&self, tx: &Transaction<'_>, records: &[&Record]) -> Result<u64, StoreError> {
+        let ids: Vec<&str> = records.iter().map(|record| record.signal_id.as_str()).collect();
+        let issues: Vec<&str> = records.iter().map(|record| record.issue_id.as_str()).collect();
+        let sources: Vec<Option<&str>> = records.iter().map(|record| record.source_id.as_deref()).collect();
+        let kinds: Vec<&str> = records.iter().map(|record| record.kind.as_str()).collect();
+        let severities: Vec<&str> = records.iter().map(|record| record.severity).collect();
+        within(tx.execute(&self.signals, &[&ids, &issues, &sources, &kinds, &severities])).await
+    }
+}
+
+/// How many of `records`, from the first, one statement carries: at least one.
+fn statement_len(records: &[&Record]) -> usize {
+    let mut bytes = 0;
+    let fits = |record: &&&Record| {
+        bytes += record.payload.len();
+        bytes <= STATEMENT_BYTES
+    };
+    records.iter().take_while(fits).count().max(1)
+}
+
+/// A stream sequence as PostgreSQL's signed type holds it; NATS would need 292 years at a billion a second to pass it.
+pub(crate) fn bigint(sequence: u64) -> i64 {
+    i64::try_from(sequence).unwrap_or(i64::MAX)
+}
