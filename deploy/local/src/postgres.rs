@@ -1,7 +1,7 @@
 //! A private PostgreSQL.
 //!
-//! Signals: <https://www.postgresql.org/docs/current/server-shutdown.html>. SIGINT is the orderly stop ("fast"), SIGQUIT
-//! the one without a checkpoint ("immediate"), after which the next start recovers, as after a kill.
+//! Signals: <https://www.postgresql.org/docs/current/server-shutdown.html>. SIGINT is the orderly stop ("fast"),
+//! SIGQUIT the one without a checkpoint ("immediate"), after which the next start recovers, as after a kill.
 
 use std::ffi::OsString;
 use std::fs;
@@ -29,8 +29,8 @@ const START: Duration = Duration::from_secs(120);
 const STOP: Duration = Duration::from_secs(30);
 /// The superuser, and the only user there is.
 const USER: &str = "loop";
-/// The file in [`Postgres::home`] that holds the superuser's password: beside the data, as neither is of use without the
-/// other.
+/// The file in [`Postgres::home`] that holds the superuser's password: beside the data, as neither is of use without
+/// the other.
 const PASSWORD: &str = "password";
 
 /// What one server is to be. All but `password` is read at every start, so that a change holds from the next one on.
@@ -40,9 +40,9 @@ pub struct PostgresOptions {
     pub dir: PathBuf,
     /// Its port on 127.0.0.1; `None` for a free one, which it then keeps.
     pub port: Option<u16>,
-    /// Whether the superuser has a password (made with the data, and kept beside it); without, whoever connects is let in.
+    /// Whether the superuser has a password (made with the data, and kept beside it); without one, everybody is let in.
     pub password: bool,
-    /// Whether it waits for the disk (`fsync`), so that a power cut loses nothing. Without, it survives `kill -9` alone.
+    /// Whether it waits for the disk (`fsync`), so that a power cut loses nothing. Without, it survives `kill -9` only.
     pub durable: bool,
     /// How many connections it takes.
     pub max_connections: u16,
@@ -111,9 +111,10 @@ impl Postgres {
         let begin = Instant::now();
         loop {
             // A stranger may hold the port that ours is about to find taken; only ours works on this data.
+            let whose = self.query("postgres", "SHOW data_directory");
             let answer = tokio::select! {
                 _ = self.process.ended() => bail!("PostgreSQL did not start: {}", self.process.last_words()),
-                answer = tokio::time::timeout(Duration::from_secs(5), self.query("postgres", "SHOW data_directory")) => answer,
+                answer = tokio::time::timeout(Duration::from_secs(5), whose) => answer,
             };
             match answer {
                 Ok(Ok(Some(folder))) if Path::new(&folder) == data(&self.home) => return Ok(()),
@@ -227,7 +228,7 @@ impl std::fmt::Debug for Postgres {
 
 impl Drop for Postgres {
     fn drop(&mut self) {
-        // Unlike SIGKILL (which follows when `process` is dropped), this lets it return its shared memory to the kernel.
+        // Unlike SIGKILL (which follows when `process` is dropped), this lets it give its shared memory back.
         self.process.signal(Signal::SIGQUIT);
         self.process.signal(Signal::SIGCONT);
         let patience = Instant::now() + Duration::from_secs(5);

@@ -128,8 +128,8 @@ fn public_port(asked: u16) -> anyhow::Result<u16> {
         0 => ports::free(),
         port if free(port) => Ok(port),
         port => bail!(
-            "port {port} is taken by another program. `cargo run -- --port 0` takes one that is free, `--port N` the one \
-             you name"
+            "port {port} is taken by another program. `cargo run -- --port 0` takes one that is free, `--port N` the \
+             one you name"
         ),
     }
 }
@@ -272,7 +272,9 @@ impl Stack {
     async fn ended(&mut self, stop: &CancellationToken) -> anyhow::Result<()> {
         tokio::select! {
             () = stop.cancelled() => Ok(()),
-            _ = self.nats.process().ended() => bail!("nats-server ended by itself: {}", self.nats.process().last_words()),
+            _ = self.nats.process().ended() => {
+                bail!("nats-server ended by itself: {}", self.nats.process().last_words())
+            }
             _ = self.postgres.process().ended() => {
                 bail!("PostgreSQL ended by itself: {}", self.postgres.process().last_words())
             }
