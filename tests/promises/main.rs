@@ -1,5 +1,6 @@
 //! What is promised, a file a promise, each shown with real parts.
 
+mod canonical_form;
 mod contract;
 mod existing_stream;
 mod hard_bodies;
