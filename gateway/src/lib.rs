@@ -5,6 +5,7 @@
 //! connections.
 
 pub mod canonical;
+pub mod journal;
 pub mod publish;
 pub mod receive;
 pub mod reject;
