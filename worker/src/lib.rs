@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_util::future::join_all;
+use prometheus_client::registry::Registry;
 use shared::ops::{self, Readiness};
 use shared::stream::{self, until_ready};
 use tokio::net::TcpListener;
@@ -38,7 +39,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     tracing::info!(ops = %ops.local_addr()?, "listening");
     let readiness = Readiness::default();
     let ops_shutdown = CancellationToken::new();
-    let ops = tokio::spawn(ops::serve(ops, readiness.clone(), ops_shutdown.clone()));
+    let ops = tokio::spawn(ops::serve(ops, readiness.clone(), Registry::default(), ops_shutdown.clone()));
 
     let client = config.nats.connect("worker", &readiness).await?;
     let store = Store::new(&config.database, config.concurrency);
