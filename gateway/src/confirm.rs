@@ -11,7 +11,7 @@
 
 use std::time::Duration;
 
-use async_nats::jetstream::stream::{self, LastRawMessageErrorKind, RawMessageErrorKind};
+use async_nats::jetstream::stream::{self, LastRawMessageErrorKind};
 use futures_util::{StreamExt as _, stream as streams};
 use shared::delivery::DELIVERY_ID;
 use shared::receipt;
@@ -45,7 +45,13 @@ pub async fn take_receipts(journal: &Journal, publisher: &Publisher) {
 }
 
 /// Looks after entries that have no receipt after `confirm_after`.
-pub async fn look_after(journal: &Journal, publisher: &Publisher, metrics: &Metrics, stream: &str, confirm_after: Duration) {
+pub async fn look_after(
+    journal: &Journal,
+    publisher: &Publisher,
+    metrics: &Metrics,
+    stream: &str,
+    confirm_after: Duration,
+) {
     let pause = (confirm_after / 8).clamp(Duration::from_millis(100), Duration::from_secs(5));
     let mut after = None;
     loop {
@@ -60,12 +66,12 @@ pub async fn look_after(journal: &Journal, publisher: &Publisher, metrics: &Metr
             continue;
         }
         let Some(broker) = Broker::look(publisher, stream).await else { continue };
-        let due = round.iter().filter(|entry| entry.published_for >= confirm_after * wait_factor(entry.repeats));
-        let judge = |entry: &Unconfirmed| {
-            let (broker, entry) = (&broker, *entry);
-            async move { (entry, broker.judge(journal, &entry).await) }
-        };
-        let judged: Vec<_> = streams::iter(due).map(judge).buffer_unordered(AT_ONCE).collect().await;
+        let due: Vec<_> = round
+            .into_iter()
+            .filter(|entry| entry.published_for >= confirm_after * wait_factor(entry.repeats))
+            .collect();
+        let judged = streams::iter(due).map(|entry| broker.judge(journal, entry)).buffer_unordered(AT_ONCE);
+        let judged: Vec<_> = judged.collect().await;
         for (entry, fate) in judged {
             match fate {
                 Fate::Waits => journal.mark_published(entry.place, entry.sequence), // looked at again after another while
@@ -120,7 +126,11 @@ impl Broker {
         Some(Broker { stream, passed })
     }
 
-    async fn judge(&self, journal: &Journal, entry: &Unconfirmed) -> Fate {
+    async fn judge(&self, journal: &Journal, entry: Unconfirmed) -> (Unconfirmed, Fate) {
+        (entry, self.fate(journal, entry).await)
+    }
+
+    async fn fate(&self, journal: &Journal, entry: Unconfirmed) -> Fate {
         if entry.sequence <= self.passed {
             return Fate::Repeat(Repeat::Passed);
         }
@@ -132,7 +142,9 @@ impl Broker {
             },
         };
         let Ok(stored) = journal.read(entry.place).await else { return Fate::Unknown };
-        let Ok(delivery) = shared::delivery::Delivery::from_journal(&stored.meta, stored.body) else { return Fate::Unknown };
+        let Ok(delivery) = shared::delivery::Delivery::from_journal(&stored.meta, stored.body) else {
+            return Fate::Unknown;
+        };
         let there = message.headers.get(DELIVERY_ID).is_some_and(|id| id.as_str() == delivery.id.as_str());
         if there { Fate::Waits } else { Fate::Repeat(Repeat::Replaced) }
     }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric as _, LabelValueEncoder};
+use prometheus_client::encoding::{
+    DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric as _, LabelValueEncoder, NoLabelSet,
+};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
@@ -104,7 +106,12 @@ impl Collector for OfJournal {
             let gauge = ConstGauge::new(value);
             gauge.encode(encoder.encode_descriptor(name, help, unit, gauge.metric_type())?)
         };
-        gauge("gateway_deliveries_unconfirmed", "Deliveries answered 202 that no worker has confirmed yet", None, unconfirmed as f64)?;
+        gauge(
+            "gateway_deliveries_unconfirmed",
+            "Deliveries answered 202 that no worker has confirmed yet",
+            None,
+            unconfirmed as f64,
+        )?;
         let help = "How long ago the oldest of them was received";
         gauge("gateway_oldest_unconfirmed_age", help, Some(&Unit::Seconds), age.as_secs_f64())?;
         let help = "What the journal takes on disk, reserved space included";
@@ -112,7 +119,12 @@ impl Collector for OfJournal {
         let help = "Damaged journal files kept for people to look at";
         gauge("gateway_journal_damaged_files", help, None, stats.damaged_files as f64)?;
         let trouble = f64::from(u8::from(self.0.trouble().is_some()));
-        gauge("gateway_journal_failing", "1 while the journal cannot take deliveries (they are answered 503)", None, trouble)?;
+        gauge(
+            "gateway_journal_failing",
+            "1 while the journal cannot take deliveries (they are answered 503)",
+            None,
+            trouble,
+        )?;
 
         let mut counter = |name: &str, help: &str, value: u64| {
             let counter = ConstCounter::new(value);
@@ -123,7 +135,10 @@ impl Collector for OfJournal {
         let help = "Entries let go unconfirmed to make room at the byte limit (the stream has them)";
         counter("gateway_journal_dropped_unconfirmed", help, stats.dropped_unconfirmed)?;
 
-        let per_state = [("gateway_journal_entries", "Entries in the journal by state", None), ("gateway_journal_size", "Bytes of entries in the journal by state", Some(&Unit::Bytes))];
+        let per_state = [
+            ("gateway_journal_entries", "Entries in the journal by state", None),
+            ("gateway_journal_size", "Bytes of entries in the journal by state", Some(&Unit::Bytes)),
+        ];
         for (name, help, unit) in per_state {
             let mut encoder = encoder.encode_descriptor(name, help, unit, MetricType::Gauge)?;
             for share in stats.shares {
@@ -134,10 +149,11 @@ impl Collector for OfJournal {
         }
 
         let help = "Writing and syncing one batch of entries to the journal";
-        let mut syncs = encoder.encode_descriptor("gateway_journal_sync", help, Some(&Unit::Seconds), MetricType::Histogram)?;
+        let mut syncs =
+            encoder.encode_descriptor("gateway_journal_sync", help, Some(&Unit::Seconds), MetricType::Histogram)?;
         let buckets: Vec<_> = SYNC_BUCKETS.into_iter().zip(stats.syncs.buckets).collect();
         let beyond = stats.syncs.count - stats.syncs.buckets.iter().sum::<u64>();
         let all: Vec<_> = buckets.into_iter().chain([(f64::MAX, beyond)]).collect();
-        syncs.encode_histogram::<()>(stats.syncs.sum.as_secs_f64(), stats.syncs.count, &all, None)
+        syncs.encode_histogram::<NoLabelSet>(stats.syncs.sum.as_secs_f64(), stats.syncs.count, &all, None)
     }
 }

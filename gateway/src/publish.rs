@@ -9,6 +9,7 @@
 //!   memory does not grow with the backlog.
 
 use std::collections::HashSet;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,9 +22,8 @@ use bytes::Bytes;
 use shared::delivery::Delivery;
 use shared::ops::Readiness;
 use shared::receipt::ReceiptTo;
-use shared::stream::{NatsSettings, ensure_stream, jetstream, tell_differences, until_ready};
+use shared::stream::{NatsSettings, covers, ensure_stream, jetstream, tell_differences, until_ready};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
-use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::journal::{Journal, Place, Refusal, State, Stored};
@@ -51,8 +51,8 @@ struct Shared {
     client: async_nats::Client,
     context: jetstream::Context,
     metrics: Metrics,
-    /// How often the stream was found fit, or none while it is not known to be.
-    fit: watch::Sender<Option<u64>>,
+    /// The stream as it was last seen, or none while it is not known to be there and fit.
+    fit: watch::Sender<Option<Arc<stream::Config>>>,
     /// Something speaks against the stream's being there.
     doubt: Notify,
     /// Subjects that this account may not publish to, as the server said on this connection.
@@ -113,10 +113,9 @@ impl Publisher {
         &self.0.context
     }
 
-    /// Publishes what is in the journal and what comes into it, until `shutdown`.
-    pub async fn run(&self, readiness: &Readiness, shutdown: &CancellationToken) {
-        let work = async { tokio::join!(self.keep_stream(readiness), self.publish_all()) };
-        shutdown.run_until_cancelled(work).await;
+    /// Publishes what is in the journal and what comes into it, without end.
+    pub async fn run(&self, readiness: &Readiness) {
+        tokio::join!(self.keep_stream(readiness), self.publish_all());
     }
 
     /// Waits until the journal holds nothing that could be published now, or NATS is away.
@@ -134,17 +133,17 @@ impl Publisher {
     /// Keeps the stream there and fit, and sees when what it takes has changed.
     async fn keep_stream(&self, readiness: &Readiness) {
         let shared = &self.0;
-        let mut known: Option<(stream::Config, usize, u64)> = None;
-        for generation in 0.. {
+        let mut known = None;
+        loop {
             let config = until_ready("stream", readiness, || ensure_stream(&shared.context, &shared.nats)).await;
-            let connects = shared.client.statistics().connects.load(std::sync::atomic::Ordering::Relaxed);
-            let limits = (config, shared.client.server_info().max_payload, connects);
+            let connects = shared.client.statistics().connects.load(Ordering::Relaxed);
+            let limits = (config.clone(), shared.client.server_info().max_payload, connects);
             if known.as_ref() != Some(&limits) {
-                tell_differences(&limits.0, &shared.nats);
+                tell_differences(&config, &shared.nats);
                 shared.retry_set_aside();
                 known = Some(limits);
             }
-            shared.fit.send_replace(Some(generation));
+            shared.fit.send_replace(Some(Arc::new(config)));
             // At most as often as that, but soon when a publish finds no stream.
             tokio::select! {
                 () = tokio::time::sleep(LOOK_EVERY) => {}
@@ -210,7 +209,9 @@ impl Shared {
     }
 
     fn set_aside(&self, place: Place, delivery: &Delivery, error: &NotPublished) {
-        let NotPublished::Never(refusal, _) = error else { unreachable!("what may work later is retried without limit") };
+        let NotPublished::Never(refusal, _) = error else {
+            unreachable!("what may work later is retried without limit")
+        };
         tracing::error!(
             delivery.id = %delivery.id,
             bytes = delivery.body.len(),
@@ -222,7 +223,7 @@ impl Shared {
 
     /// One try: the sequence at which JetStream has it.
     async fn try_publish(&self, subject: &str, headers: &HeaderMap, body: &Bytes) -> Result<u64, NotPublished> {
-        let generation = self.link_is_up().await;
+        let stream = self.link_is_up().await;
         let begin = Instant::now();
         let acked = async {
             let publish = self.context.publish_with_headers(subject.to_owned(), headers.clone(), body.clone());
@@ -233,22 +234,21 @@ impl Shared {
                 self.metrics.published(begin.elapsed());
                 Ok(ack.sequence)
             }
-            Ok(Err(error)) => Err(self.judge(&error, subject, generation)),
+            Ok(Err(error)) => Err(self.judge(&error, subject, &stream)),
             Err(_) => Err(self.timed_out(subject)),
         }
     }
 
     /// Whether waiting can help.
-    fn judge(&self, error: &PublishError, subject: &str, generation: u64) -> NotPublished {
+    fn judge(&self, error: &PublishError, subject: &str, stream: &stream::Config) -> NotPublished {
         let because = || format!("{error}{}", cause(error));
         match error.kind() {
             PublishErrorKind::MaxPayloadExceeded => NotPublished::Never(Refusal::TooLarge, because()),
             PublishErrorKind::Other if api_code(error) == Some(ErrorCode::STREAM_MESSAGE_EXCEEDS_MAXIMUM) => {
                 NotPublished::Never(Refusal::TooLarge, because())
             }
-            PublishErrorKind::StreamNotFound if self.was_fit_before(generation) => {
-                // Looked at again since, the stream was there: it does not listen on this subject.
-                NotPublished::Never(Refusal::Subject, format!("no stream takes the subject {subject}"))
+            PublishErrorKind::StreamNotFound if !stream.subjects.iter().any(|pattern| covers(pattern, subject)) => {
+                NotPublished::Never(Refusal::Subject, format!("the stream does not take the subject {subject}"))
             }
             PublishErrorKind::StreamNotFound => {
                 self.doubt.notify_one();
@@ -271,11 +271,6 @@ impl Shared {
         NotPublished::Later(format!("no acknowledgement within {} s", ACK_WITHIN.as_secs()))
     }
 
-    /// Whether the stream was found fit several times up to this try, and never in doubt.
-    fn was_fit_before(&self, generation: u64) -> bool {
-        generation > 0 && *self.fit.borrow() == Some(generation)
-    }
-
     fn retry_set_aside(&self) {
         let retried: usize = Refusal::ALL.into_iter().map(|refusal| self.journal.retry_set_aside(refusal)).sum();
         if retried > 0 {
@@ -283,13 +278,13 @@ impl Shared {
         }
     }
 
-    /// Waits until NATS is connected and the stream fit. Gives the stream's generation.
-    async fn link_is_up(&self) -> u64 {
+    /// Waits until NATS is connected and the stream fit. Gives the stream as it was last seen.
+    async fn link_is_up(&self) -> Arc<stream::Config> {
         let mut fit = self.fit.subscribe();
         loop {
-            let generation = fit.wait_for(Option::is_some).await.ok().and_then(|fit| *fit);
-            if let (Some(generation), Link::Connected) = (generation, self.client.connection_state()) {
-                return generation;
+            let stream = fit.wait_for(Option::is_some).await.ok().and_then(|fit| fit.clone());
+            if let (Some(stream), Link::Connected) = (stream, self.client.connection_state()) {
+                return stream;
             }
             // The client tells of a connection by event only; a look now and then is simpler and costs nothing.
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -314,7 +309,8 @@ fn note_denied(event: &Event, denied: &Mutex<HashSet<String>>) {
         Event::Connected => denied.clear(),
         Event::ServerError(ServerError::Other(text)) => {
             // `Permissions Violation for Publish to "signals.sentry.issue"`
-            let subject = text.split_once("Permissions Violation for Publish to \"").map(|(_, rest)| rest.trim_end_matches('"'));
+            let subject =
+                text.split_once("Permissions Violation for Publish to \"").map(|(_, rest)| rest.trim_end_matches('"'));
             denied.extend(subject.map(str::to_owned));
         }
         _ => {}

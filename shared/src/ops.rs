@@ -99,9 +99,8 @@ pub async fn serve(listener: TcpListener, readiness: Readiness, metrics: Registr
         };
         let (readiness, metrics) = (readiness.clone(), metrics.clone());
         let answer = move |request| std::future::ready(Ok::<_, Infallible>(answer(&request, &readiness, &metrics)));
-        let connection = http1::Builder::new()
-            .timer(TokioTimer::new())
-            .serve_connection(TokioIo::new(socket), service_fn(answer));
+        let connection =
+            http1::Builder::new().timer(TokioTimer::new()).serve_connection(TokioIo::new(socket), service_fn(answer));
         let shutdown = shutdown.clone();
         tokio::spawn(async move {
             tokio::select! {

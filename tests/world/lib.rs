@@ -176,6 +176,19 @@ impl World {
         }
     }
 
+    /// A metric of the gateway.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let text = String::from_utf8(self.gateway.ops("/metrics").await.body.to_vec()).unwrap();
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.unwrap_or_else(|| panic!("no {name} in {text}")).parse().unwrap()
+    }
+
+    /// Waits until the gateway has a receipt for every delivery.
+    pub async fn until_confirmed(&self) {
+        let confirmed = || async { (self.metric("gateway_deliveries_unconfirmed").await == 0.0).then_some(()) };
+        eventually("every delivery to be confirmed", confirmed).await;
+    }
+
     /// JetStream, as a client of this world's broker.
     pub async fn jetstream(&self) -> async_nats::jetstream::Context {
         let client = eventually("a connection to NATS", || async { async_nats::connect(self.nats.url()).await.ok() });

@@ -9,6 +9,7 @@ pub mod interpret;
 pub mod migrate;
 pub mod payload;
 pub mod pull;
+pub mod receipt;
 pub mod settings;
 pub mod severity;
 pub mod store;
@@ -41,7 +42,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let ops_shutdown = CancellationToken::new();
     let ops = tokio::spawn(ops::serve(ops, readiness.clone(), Registry::default(), ops_shutdown.clone()));
 
-    let client = config.nats.connect("worker", &readiness).await?;
+    let client = config.nats.connect("worker", &readiness, |_| ()).await?;
     let store = Store::new(&config.database, config.concurrency);
     let work = work(&config, &client, &store, &readiness, &shutdown);
     let grace_is_over = async {
@@ -79,7 +80,7 @@ async fn work(
         while !shutdown.is_cancelled() {
             let consumer = until_ready("consumer", readiness, || stream::ensure_consumer(&context, &config.nats));
             let Some(consumer) = shutdown.run_until_cancelled(consumer).await else { return };
-            let puller = Puller { consumer, store: store.clone(), batch_max: config.batch_max };
+            let puller = Puller { client: client.clone(), consumer, store: store.clone(), batch_max: config.batch_max };
             if let Err(error) = puller.run(shutdown).await {
                 tracing::warn!("pulling again: {error:#}");
             }

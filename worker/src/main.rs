@@ -11,7 +11,8 @@ fn main() -> ExitCode {
     let about = "Turns Sentry's deliveries from the stream into Loop's signals and issues";
     let migrate =
         Command::new("migrate").about("Make the tables that are missing, check those that are there, and stop");
-    let command = Command::new("worker").bin_name("worker").about(about).version(env!("CARGO_PKG_VERSION")).subcommand(migrate);
+    let command =
+        Command::new("worker").bin_name("worker").about(about).version(env!("CARGO_PKG_VERSION")).subcommand(migrate);
     let arguments = settings::arguments(settings::command(command, &worker::settings::SETTINGS));
     let (name, matches) = arguments.subcommand().map_or(("run", &arguments), |(name, matches)| (name, matches));
     let config = match Config::load(&settings::flags_then_environment(matches)) {

@@ -405,7 +405,8 @@ impl Journal {
         let Some(until) = Instant::now().checked_sub(age).filter(|until| *until >= shared.opened) else {
             return Vec::new(); // nothing was published that long ago
         };
-        shared.table().unconfirmed(shared.ticks(until), after, at_most)
+        let now = shared.ticks(Instant::now());
+        shared.table().unconfirmed(now, shared.ticks(until), after, at_most)
     }
 
     /// What keeps the journal from taking entries, if anything does.

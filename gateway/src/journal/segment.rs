@@ -459,6 +459,11 @@ impl Segment {
         Some((index, self.sequences[index]))
     }
 
+    /// When the published entry at `index` was acknowledged.
+    pub(super) fn published_at(&self, index: usize) -> Ticks {
+        self.published_at[index]
+    }
+
     /// The content of a marks file. Holes are left out: they are what the file says, not what happened to it.
     pub(super) fn marks(&self) -> Vec<u8> {
         self.bits.iter().map(|bits| if *bits == Bits::GONE { 0 } else { bits.0 & !Bits::TAKEN }).collect()

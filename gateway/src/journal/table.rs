@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::format::Marker;
 use super::place::Place;
@@ -55,6 +56,10 @@ pub struct Unconfirmed {
     pub place: Place,
     /// The stream sequence that its PubAck named.
     pub sequence: u64,
+    /// How long ago that was, to a tenth of a second.
+    pub published_for: Duration,
+    /// How often it was published and then found missing from the stream; see [`super::Stored::repeats`].
+    pub repeats: u8,
 }
 
 impl Table {
@@ -107,7 +112,13 @@ impl Table {
     }
 
     /// Published at or before `until`, not confirmed, younger than `after`; the oldest `at_most` of them.
-    pub(super) fn unconfirmed(&self, until: Ticks, after: Option<Place>, at_most: usize) -> Vec<Unconfirmed> {
+    pub(super) fn unconfirmed(
+        &self,
+        now: Ticks,
+        until: Ticks,
+        after: Option<Place>,
+        at_most: usize,
+    ) -> Vec<Unconfirmed> {
         let mut found = Vec::new();
         let first = after.map_or(0, |place| place.segment);
         for segment in self.segments.range(first..).map(|(_, segment)| segment) {
@@ -120,7 +131,9 @@ impl Table {
                 if found.len() == at_most {
                     return found;
                 }
-                found.push(Unconfirmed { place: segment.place(index), sequence });
+                let published_for = Duration::from_millis(u64::from(now - segment.published_at(index).min(now)) * 100);
+                let (place, repeats) = (segment.place(index), segment.repeats(index));
+                found.push(Unconfirmed { place, sequence, published_for, repeats });
                 from = index + 1;
             }
         }
