@@ -9,6 +9,7 @@ pub mod interpret;
 pub mod migrate;
 pub mod payload;
 pub mod pull;
+pub mod read;
 pub mod receipt;
 pub mod settings;
 pub mod severity;

@@ -14,12 +14,10 @@ use backon::{ExponentialBuilder, Retryable as _};
 use futures_util::future::join_all;
 use futures_util::{FutureExt as _, StreamExt as _};
 use shared::delivery::Delivery;
-use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
 use crate::dead_letters::DeadLetter;
-use crate::interpret::interpret;
-use crate::payload::payload;
+use crate::read::read;
 use crate::receipt;
 use crate::store::{Batch, Origin, Record, Store, StoreError, Stored};
 
@@ -82,7 +80,7 @@ impl Puller {
         if messages.is_empty() {
             return;
         }
-        let batch = read(messages.to_vec()).await;
+        let batch = read_all(messages.to_vec()).await;
         match shutdown.run_until_cancelled(self.persist(&batch)).await {
             Some(stored) => {
                 acknowledge(messages).await;
@@ -118,13 +116,13 @@ impl Puller {
 }
 
 /// What the messages say, in their order. Reading megabytes of JSON takes a while, so it happens on a thread that may.
-async fn read(messages: Vec<Message>) -> Batch {
+async fn read_all(messages: Vec<Message>) -> Batch {
     let read = move || {
         let mut batch = Batch::default();
         for message in &messages {
             match read_one(message) {
                 Ok(record) => batch.records.push(record),
-                Err(dead) => batch.dead_letters.push(dead),
+                Err(dead) => batch.dead_letters.push(*dead),
             }
         }
         batch
@@ -133,7 +131,7 @@ async fn read(messages: Vec<Message>) -> Batch {
 }
 
 /// One message as a row to be, or as a dead letter where its body is no JSON.
-fn read_one(message: &Message) -> Result<Record, DeadLetter> {
+fn read_one(message: &Message) -> Result<Record, Box<DeadLetter>> {
     // Every message of a consumer has its place in the reply subject; without one it could not be acknowledged either.
     let info = message.info().expect("a message from a consumer says where it stands");
     let delivery = Delivery::from_message(message, info.stream_sequence, info.published);
@@ -143,31 +141,7 @@ fn read_one(message: &Message) -> Result<Record, DeadLetter> {
         body: message.payload.clone(),
         attempts: info.delivered,
     };
-    let meaning = interpret(&delivery.body).and_then(|meaning| Ok((meaning, payload(&delivery.body)?.into_owned())));
-    match meaning {
-        Ok((meaning, payload)) => Ok(Record {
-            signal_id: delivery.id.signal_id(),
-            issue_id: delivery.id.issue_id(),
-            delivery_id: delivery.id.to_string(),
-            stream_sequence: info.stream_sequence,
-            resource: delivery.resource.as_str().to_owned(),
-            received_at: delivery.received_at,
-            severity: meaning.severity.as_str(),
-            priority: meaning.severity.priority(),
-            kind: meaning.kind,
-            title: meaning.title,
-            source_id: meaning.source_id,
-            payload,
-            origin,
-        }),
-        Err(not_json) => Err(DeadLetter {
-            delivery_id: delivery.id.to_string(),
-            stream_sequence: info.stream_sequence,
-            origin,
-            reason: format!("the body is {not_json}"),
-            failed_at: OffsetDateTime::now_utc(),
-        }),
-    }
+    read(&delivery, info.stream_sequence, origin)
 }
 
 /// Acknowledges, and waits until the server confirms. One that it does not confirm is delivered again.
