@@ -35,7 +35,7 @@
 //! - *synced* is where the record's batch begins: all before it was synced before this record was written. *previous*
 //!   says the same of the segment before: where its synced records end, and how many they are. Only with these can
 //!   damage, which is a loss, be told from a batch that was never finished, which is not.
-//! - *capacity*: bytes reserved for the file. It is only shorter once it is sealed.
+//! - *capacity*: bytes reserved for the file. It is only shorter once it is sealed; the index always fits into it.
 //!
 //! # Invariants
 //! - A file is reserved in full, synced, and its name synced, before its first record is written.
@@ -405,7 +405,21 @@ impl Journal {
         let Some(until) = Instant::now().checked_sub(age).filter(|until| *until >= shared.opened) else {
             return Vec::new(); // nothing was published that long ago
         };
-        shared.table().unconfirmed(shared.ticks(until), after, at_most)
+        let until = shared.ticks(until);
+        let mut found = Vec::new();
+        let (mut number, mut from) = after.map_or((0, 0), |place| (place.segment, place.index as usize + 1));
+        // One segment at a time, so that with a million of them nobody waits for the table meanwhile.
+        while found.len() < at_most {
+            let table = shared.table();
+            let Some(segment) = table.next_with_unconfirmed(number) else { break };
+            if segment.number != number {
+                from = 0;
+            }
+            let here = segment.unconfirmed(from, until).take(at_most - found.len());
+            found.extend(here.map(|(index, sequence)| Unconfirmed { place: segment.place(index), sequence }));
+            (number, from) = (segment.number + 1, 0);
+        }
+        found
     }
 
     /// What keeps the journal from taking entries, if anything does.

@@ -35,7 +35,7 @@ impl Pristine {
     /// Three segments of three entries each; after a crash, or closed in good order.
     async fn make(closed: bool) -> Pristine {
         let dir = tempdir().unwrap();
-        let (journal, _) = open(dir.path(), limits(320)).await;
+        let (journal, _) = open(dir.path(), limits(340)).await;
         let entries: Vec<_> = (0..9).map(|id| entry(id, 30 + id as usize)).collect();
         let places = append_all(&journal, &entries).await;
         if closed {
@@ -300,7 +300,7 @@ async fn a_later_version_is_left_alone() {
     content[12..16].copy_from_slice(&crc.to_le_bytes());
     let path = files::segment(dir.path(), *number);
     fs::write(&path, &content).unwrap();
-    let error = Journal::open(dir.path(), limits(320)).unwrap_err();
+    let error = Journal::open(dir.path(), limits(340)).unwrap_err();
     assert!(matches!(error, OpenError::OtherVersion { version: 2, .. }), "{error}");
     assert_eq!(fs::read(path).unwrap(), content);
 }
