@@ -383,6 +383,31 @@ async fn a_record_spoilt_while_it_waits_is_reported_and_its_file_kept() {
 }
 
 #[tokio::test]
+async fn a_record_that_the_disk_does_not_give_is_not_given_up() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let places = append_all(&journal, &(0..8).map(|id| entry(id, 200)).collect::<Vec<_>>()).await;
+    let bad = places[0].segment;
+    assert_ne!(bad, places[7].segment);
+    // Opened for writing only, a file fails every read.
+    let unreadable = fs::OpenOptions::new().write(true).open(files::segment(dir.path(), bad)).unwrap();
+    journal.0.shared.table().segments.get_mut(&bad).unwrap().file = std::sync::Arc::new(unreadable);
+    let there = places.iter().filter(|place| place.segment != bad).count();
+    let mut taken = Vec::new();
+    while taken.len() < there {
+        taken.extend(journal.take(1, MIB).await); // one by one: nothing but unreadable ones must not end the wait
+    }
+    assert!(is_waiting(journal.take(1, MIB)).await, "not tried again and again");
+    assert_eq!(journal.stats().unreadable_records, 8 - there as u64);
+    taken.iter().for_each(|stored| journal.mark_published(stored.place, 1));
+    journal.mark_confirmed(&taken.iter().map(|stored| stored.place).collect::<Vec<_>>());
+    journal.close().await;
+    drop(journal);
+    let (_journal, recovered) = open(dir.path(), limits(1000)).await;
+    assert_eq!((recovered.unpublished, recovered.damages.len()), (8 - there as u64, 0));
+}
+
+#[tokio::test]
 async fn the_gateway_keeps_its_id() {
     let dir = tempdir().unwrap();
     let id = |journal: &Journal| journal.gateway_id().to_owned();
