@@ -144,7 +144,7 @@ fn remove(shared: &Shared, segment: &Segment) {
     }
     drop(table);
     if let Err(error) = removed {
-        tracing::warn!(file = %path.display(), %error, "a finished segment was not removed; the next start tries again");
+        tracing::warn!(file = %path.display(), %error, "a finished segment stays until the next start");
     }
 }
 
