@@ -37,7 +37,7 @@ impl Marker {
         }
     }
 
-    /// What a [`Place`] carries to prove which segment it speaks of. Half the marker's size, so it does not give the
+    /// What a place carries to prove which segment it speaks of. Half the marker's size, so it does not give the
     /// marker away.
     pub(super) fn check(self) -> u32 {
         crc32c::crc32c(&self.0)

@@ -144,7 +144,7 @@ fn remove(shared: &Shared, segment: &Segment) {
     }
     drop(table);
     if let Err(error) = removed {
-        tracing::warn!(file = %path.display(), %error, "a finished segment could not be removed; it is tried at the next start");
+        tracing::warn!(file = %path.display(), %error, "a finished segment stays until the next start");
     }
 }
 

@@ -35,7 +35,7 @@
 //! - *synced* is where the record's batch begins: all before it was synced before this record was written. *previous*
 //!   says the same of the segment before: where its synced records end, and how many they are. Only with these can
 //!   damage, which is a loss, be told from a batch that was never finished, which is not.
-//! - *capacity*: bytes reserved for the file. It is only shorter once it is sealed.
+//! - *capacity*: bytes reserved for the file. It is only shorter once it is sealed; the index always fits into it.
 //!
 //! # Invariants
 //! - A file is reserved in full, synced, and its name synced, before its first record is written.
@@ -74,8 +74,9 @@
 //! | a file of a later version | an error; nothing is touched |
 //!
 //! A damaged segment is left as it is, delivered as far as it is intact, and renamed to `.damaged` when it would
-//! otherwise be removed. A record found damaged later, when it is read, is treated alike. Only one thing cannot be told
-//! apart: damage in the very last batch before a crash looks like a torn tail, and is reported as one.
+//! otherwise be removed. A record found damaged later, when it is read, is treated alike; one that the disk then does
+//! not give keeps its segment until a start that can read it. Only one thing cannot be told apart: damage in the very
+//! last batch before a crash looks like a torn tail, and is reported as one.
 //!
 //! Then what is not known to be confirmed is published again, the oldest first, and a new segment is begun: none is
 //! ever appended to after a restart.
@@ -284,7 +285,7 @@ impl Journal {
     /// `entries` of them and `bytes` of records, but one at least. Waits until there is one.
     ///
     /// What was taken is the caller's: it is not given out again until it is released, found lost, or tried again. If
-    /// this future is dropped, nothing was taken. Entries found damaged are counted, reported and left out.
+    /// this future is dropped, nothing was taken. Entries that cannot be read are counted, reported and left out.
     pub async fn take(&self, entries: usize, bytes: u64) -> Vec<Stored> {
         let shared = &self.0.shared;
         loop {
@@ -298,10 +299,11 @@ impl Journal {
             }
             let mut taken = Taken { shared, places: located.iter().map(|entry| entry.place).collect() };
             let stored = self.fetch(located).await;
+            taken.places.clear();
             if !stored.is_empty() {
-                taken.places.clear();
                 return stored;
             }
+            tokio::task::yield_now().await; // a runtime that goes down reads nothing more, and must get to end this
         }
     }
 
@@ -315,13 +317,22 @@ impl Journal {
 
     fn read_or_report(&self, entry: &Located) -> Result<Stored, ReadError> {
         let read = read::read(entry);
-        if let Err(error) = &read {
-            let place = entry.place;
-            let mut table = self.0.shared.table();
-            if table.entry(place).is_some_and(|(segment, index)| segment.make_hole(index)) {
-                table.counters.damaged_records += 1;
-                drop(table);
-                tracing::error!(%place, %error, "an entry of the journal is lost; the others are delivered");
+        let place = entry.place;
+        match &read {
+            Ok(_) | Err(ReadError::Unknown) => {}
+            Err(ReadError::Damaged) => {
+                let mut table = self.0.shared.table();
+                if table.entry(place).is_some_and(|(segment, index)| segment.make_hole(index)) {
+                    table.counters.damaged_records += 1;
+                    drop(table);
+                    tracing::error!(%place, "an entry of the journal is damaged and lost; the others are delivered");
+                }
+            }
+            // Its bytes may be well. It stays as it is, its segment with it, and is read again at the next start.
+            Err(ReadError::Disk(error)) => {
+                self.0.shared.table().counters.unreadable_records += 1;
+                tracing::error!(%place, %error, "the disk does not give an entry of the journal; restart the gateway \
+                    once the disk is well to have it delivered");
             }
         }
         read
@@ -330,7 +341,7 @@ impl Journal {
     /// Reads one entry, whatever its state.
     ///
     /// # Errors
-    /// [`ReadError`]. A damaged entry is counted and reported once.
+    /// [`ReadError`]. A damaged entry is counted and reported once, an unreadable one each time.
     pub async fn read(&self, place: Place) -> Result<Stored, ReadError> {
         let located = self.0.shared.table().locate(place).ok_or(ReadError::Unknown)?;
         let handle = self.clone();
@@ -405,8 +416,26 @@ impl Journal {
         let Some(until) = Instant::now().checked_sub(age).filter(|until| *until >= shared.opened) else {
             return Vec::new(); // nothing was published that long ago
         };
-        let now = shared.ticks(Instant::now());
-        shared.table().unconfirmed(now, shared.ticks(until), after, at_most)
+        let (now, until) = (shared.ticks(Instant::now()), shared.ticks(until));
+        let mut found = Vec::new();
+        let (mut number, mut from) = after.map_or((0, 0), |place| (place.segment, place.index as usize + 1));
+        // One segment at a time, so that with a million of them nobody waits for the table meanwhile.
+        while found.len() < at_most {
+            let table = shared.table();
+            let Some(segment) = table.next_with_unconfirmed(number) else { break };
+            if segment.number != number {
+                from = 0;
+            }
+            let here = segment.unconfirmed(from, until).take(at_most - found.len());
+            found.extend(here.map(|(index, sequence)| Unconfirmed {
+                place: segment.place(index),
+                sequence,
+                published_for: Duration::from_millis(100) * now.saturating_sub(segment.published_at(index)),
+                repeats: segment.repeats(index),
+            }));
+            (number, from) = (segment.number + 1, 0);
+        }
+        found
     }
 
     /// What keeps the journal from taking entries, if anything does.
@@ -425,6 +454,7 @@ impl Journal {
             bytes_waiting: shared.waiting.load(Ordering::Relaxed),
             syncs: table.counters.syncs.clone(),
             damaged_records: table.counters.damaged_records,
+            unreadable_records: table.counters.unreadable_records,
             damaged_files: table.kept.1,
             dropped_unconfirmed: table.counters.dropped_unconfirmed,
         }

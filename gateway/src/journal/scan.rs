@@ -10,7 +10,7 @@ use super::format::{
 };
 
 /// Read at once.
-const CHUNK: usize = 256 * 1024;
+pub(super) const CHUNK: usize = 256 * 1024;
 /// The unit in which a disk fails to read.
 const SECTOR: u64 = 4096;
 

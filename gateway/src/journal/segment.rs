@@ -450,13 +450,13 @@ impl Segment {
         news
     }
 
-    /// The first entry from `from` on that was published at or before `until` and is not confirmed, with the sequence
+    /// Entries from `from` on that were published at or before `until` and are not confirmed, each with the sequence
     /// it was promised.
-    pub(super) fn next_unconfirmed(&self, from: usize, until: Ticks) -> Option<(usize, u64)> {
-        let overdue =
-            |&index: &usize| self.bits[index].state() == Some(State::Published) && self.published_at[index] <= until;
-        let index = (from..self.bits.len()).find(overdue)?;
-        Some((index, self.sequences[index]))
+    pub(super) fn unconfirmed(&self, from: usize, until: Ticks) -> impl Iterator<Item = (usize, u64)> {
+        let overdue = move |&index: &usize| {
+            self.bits[index].state() == Some(State::Published) && self.published_at[index] <= until
+        };
+        (from..self.bits.len()).filter(overdue).map(|index| (index, self.sequences[index]))
     }
 
     /// When the published entry at `index` was acknowledged.
@@ -528,9 +528,8 @@ mod tests {
         let mut segment = segment(2);
         segment.take_next();
         segment.publish(0, 41, 5);
-        assert_eq!(segment.next_unconfirmed(0, 4), None);
-        assert_eq!(segment.next_unconfirmed(0, 5), Some((0, 41)));
-        assert_eq!(segment.next_unconfirmed(1, 5), None);
+        let unconfirmed = |from, until| segment.unconfirmed(from, until).collect::<Vec<_>>();
+        assert_eq!([unconfirmed(0, 4), unconfirmed(0, 5), unconfirmed(1, 5)], [vec![], vec![(0, 41)], vec![]]);
         segment.lose(0);
         segment.lose(0); // no longer published: not lost twice
         assert_eq!((segment.repeats(0), segment.repeats(1)), (1, 0));

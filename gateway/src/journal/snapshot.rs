@@ -1,4 +1,4 @@
-//! Looks into a journal without opening it: for `gateway journal status` and `redrive`, also while a gateway runs on it.
+//! Looks into a journal without opening it: for `gateway journal status` and `redrive`, also while a gateway has it.
 
 use std::fs::{self, File};
 use std::io;

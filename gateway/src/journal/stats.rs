@@ -36,6 +36,7 @@ impl Syncs {
 pub(super) struct Counters {
     pub(super) syncs: Syncs,
     pub(super) damaged_records: u64,
+    pub(super) unreadable_records: u64,
     pub(super) dropped_unconfirmed: u64,
 }
 
@@ -65,6 +66,8 @@ pub struct Stats {
     pub syncs: Syncs,
     /// Records found damaged since the start, at recovery or when they were read. Each is an entry that is lost.
     pub damaged_records: u64,
+    /// How often since the start the disk did not give a record.
+    pub unreadable_records: u64,
     /// Damaged files kept for people.
     pub damaged_files: usize,
     /// Published entries let go without a receipt since the start, to make room.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::format::Marker;
 use super::place::Place;
-use super::segment::{Refusal, Segment, State, Ticks};
+use super::segment::{Refusal, Segment, State};
 use super::stats::{Counters, Trouble};
 
 /// A file made ready for the writer before it needs one.
@@ -111,33 +111,10 @@ impl Table {
         taken
     }
 
-    /// Published at or before `until`, not confirmed, younger than `after`; the oldest `at_most` of them.
-    pub(super) fn unconfirmed(
-        &self,
-        now: Ticks,
-        until: Ticks,
-        after: Option<Place>,
-        at_most: usize,
-    ) -> Vec<Unconfirmed> {
-        let mut found = Vec::new();
-        let first = after.map_or(0, |place| place.segment);
-        for segment in self.segments.range(first..).map(|(_, segment)| segment) {
-            if segment.tally(State::Published).entries == 0 {
-                continue;
-            }
-            let same = after.filter(|place| place.segment == segment.number);
-            let mut from = same.map_or(0, |place| place.index as usize + 1);
-            while let Some((index, sequence)) = segment.next_unconfirmed(from, until) {
-                if found.len() == at_most {
-                    return found;
-                }
-                let published_for = Duration::from_millis(u64::from(now - segment.published_at(index).min(now)) * 100);
-                let (place, repeats) = (segment.place(index), segment.repeats(index));
-                found.push(Unconfirmed { place, sequence, published_for, repeats });
-                from = index + 1;
-            }
-        }
-        found
+    /// The first segment from `number` on that holds published entries without a receipt.
+    pub(super) fn next_with_unconfirmed(&self, number: u64) -> Option<&Segment> {
+        let mut segments = self.segments.range(number..).map(|(_, segment)| segment);
+        segments.find(|segment| segment.tally(State::Published).entries > 0)
     }
 
     /// Lets the entries that were set aside for `refusal` be tried again. How many.

@@ -13,7 +13,9 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::files;
-use super::format::{self, FIRST_RECORD, Marker, Previous, RECORD_HEADER, RecordHeader, SegmentHeader};
+use super::format::{
+    self, FIRST_RECORD, INDEX_ENTRY, Marker, Previous, RECORD_HEADER, RecordHeader, SegmentHeader, TRAILER,
+};
 use super::keeper::{self, Nudge};
 use super::recover;
 use super::scan;
@@ -24,9 +26,10 @@ use super::{Place, Shared};
 
 /// No batch is larger, so that the first to wait in it does not wait for megabytes of others.
 const BATCH_BYTES: u64 = 8 << 20;
-/// Pauses between attempts while the disk fails.
+/// Pauses between attempts while the disk fails. The first attempt comes at once: the fault may be the segment's, and
+/// each delivery refused is lost to its sender. For the same reason the longest is short.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// What the thread is asked to do.
 pub(super) enum Work {
@@ -46,8 +49,15 @@ pub(super) struct Job {
 }
 
 impl Job {
+    /// Bytes of its record.
     fn length(&self) -> u64 {
         (RECORD_HEADER + self.meta.len() + self.body.len()) as u64
+    }
+
+    /// Bytes that it needs in a segment: its record's, and its part of the index that comes at the end. So a segment
+    /// can be sealed in the space that it has, on a full disk, too.
+    fn room(&self) -> u64 {
+        self.length() + INDEX_ENTRY as u64
     }
 }
 
@@ -75,6 +85,14 @@ struct Active {
     /// Its header, until that is on disk. It goes with the first batch, so a new segment costs no sync of its own.
     header: Option<SegmentHeader>,
     asked_for_spare: bool,
+}
+
+impl Active {
+    /// Room for more records and their part of the index.
+    fn room(&self) -> u64 {
+        let index = u64::from(self.entries) * INDEX_ENTRY as u64 + TRAILER as u64;
+        self.capacity.saturating_sub(self.end + index)
+    }
 }
 
 /// When to try again, after something went wrong.
@@ -173,7 +191,7 @@ impl Writer {
         // An entry is written even if nobody waits for it any more: Sentry does not send it again, and nothing is wrong
         // with storing it.
         while let Some(job) = self.batch.front() {
-            if let Err(problem) = self.room_for(job.length()) {
+            if let Err(problem) = self.room_for(job.room()) {
                 // A full journal may still have room for a smaller one; a disk that fails has it for nobody.
                 let refused = if matches!(problem, AppendError::Full { .. }) { 1 } else { self.batch.len() };
                 refuse(self.batch.drain(..refused), &problem);
@@ -192,9 +210,9 @@ impl Writer {
         }
     }
 
-    /// Makes sure that a record of that length fits into the active segment.
-    fn room_for(&mut self, length: u64) -> Result<(), AppendError> {
-        if self.active.as_ref().is_some_and(|active| active.end + length <= active.capacity) {
+    /// Makes sure that the active segment has that much room.
+    fn room_for(&mut self, room: u64) -> Result<(), AppendError> {
+        if self.active.as_ref().is_some_and(|active| active.room() >= room) {
             return Ok(());
         }
         let too_early =
@@ -202,13 +220,13 @@ impl Writer {
         if let Some(retry) = self.retry.as_ref().filter(too_early) {
             return Err(retry.problem.clone());
         }
-        self.next_segment(length).inspect_err(|problem| self.trouble(problem.clone()))
+        self.next_segment(room).inspect_err(|problem| self.trouble(problem.clone()))
     }
 
     /// The jobs at the front that go into the active segment together; the first is known to fit.
     fn next_that_fit(&mut self) -> Vec<Job> {
-        let mut room = self.active.as_ref().map_or(0, |active| active.capacity - active.end);
-        let fits = |job: &&Job| match room.checked_sub(job.length()) {
+        let mut room = self.active.as_ref().map_or(0, Active::room);
+        let fits = |job: &&Job| match room.checked_sub(job.room()) {
             Some(left) => {
                 room = left;
                 true
@@ -273,8 +291,8 @@ impl Writer {
     }
 
     /// A new segment becomes the active one. Costs no sync if a spare is ready.
-    fn next_segment(&mut self, length: u64) -> Result<(), AppendError> {
-        let spare = self.spare(FIRST_RECORD + length)?;
+    fn next_segment(&mut self, room: u64) -> Result<(), AppendError> {
+        let spare = self.spare(FIRST_RECORD + room + TRAILER as u64)?;
         let marker = Marker::random().map_err(|error| AppendError::of_disk(error.into()))?;
         let mut segment = Segment::new(spare.number, marker, Arc::clone(&spare.file), spare.capacity, FIRST_RECORD);
         segment.active = true;
@@ -356,8 +374,11 @@ impl Writer {
 
     fn trouble(&mut self, problem: AppendError) {
         let mut table = self.shared.table();
-        let pause = self.retry.as_ref().map_or(FIRST_PAUSE, |retry| LONGEST_PAUSE.min(retry.pause * 2));
-        let pause = if matches!(problem, AppendError::Full { .. }) { FIRST_PAUSE } else { pause };
+        let pause = match &self.retry {
+            _ if matches!(problem, AppendError::Full { .. }) => FIRST_PAUSE,
+            None => Duration::ZERO,
+            Some(retry) => (retry.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE),
+        };
         if table.trouble.is_none() {
             tracing::error!(error = %problem, "the journal takes no deliveries; it goes on trying");
         }

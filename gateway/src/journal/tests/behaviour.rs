@@ -145,6 +145,34 @@ async fn nothing_is_let_go_for_an_entry_that_would_not_fit_anyway() {
 }
 
 #[tokio::test]
+async fn a_segment_that_fails_is_abandoned_and_the_next_one_takes_over() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(4000)).await;
+    let shared = &journal.0.shared;
+    let before = append_all(&journal, &(0..5).map(|id| entry(id, 500)).collect::<Vec<_>>()).await;
+    // More than half full: the next one is made ready.
+    eventually(|| shared.table().spare.is_some()).await;
+    // It turns out to be one that cannot be written.
+    let (number, path) = shared.table().spare.as_ref().map(|spare| (spare.number, spare.path.clone())).unwrap();
+    shared.table().spare.as_mut().unwrap().file = std::sync::Arc::new(fs::File::open(&path).unwrap());
+    let mut after = Vec::new();
+    let error = loop {
+        match journal.append(entry(5 + u32::try_from(after.len()).unwrap(), 500)).await {
+            Ok(place) => after.push(place),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, AppendError::Disk(_)), "{error}");
+    eventually(|| journal.trouble().is_none()).await;
+    let last = journal.append(entry(99, 500)).await.unwrap();
+    assert!(last.segment > number && after.iter().all(|place| place.segment == before[0].segment));
+    assert!(!path.exists(), "nothing was promised in it");
+    drop(journal);
+    let (_journal, recovered) = open(dir.path(), limits(4000)).await;
+    assert_eq!((recovered.unpublished, recovered.damages.len()), (6 + after.len() as u64, 0));
+}
+
+#[tokio::test]
 async fn set_aside_entries_never_make_room() {
     let dir = tempdir().unwrap();
     let limits = Limits { max_bytes_on_disk: 40_000, ..limits(4000) };
@@ -352,6 +380,31 @@ async fn a_record_spoilt_while_it_waits_is_reported_and_its_file_kept() {
     assert!(!path.exists());
     fs::remove_file(files::damaged(dir.path(), spoilt.segment)).unwrap();
     eventually(|| journal.stats().damaged_files == 0).await;
+}
+
+#[tokio::test]
+async fn a_record_that_the_disk_does_not_give_is_not_given_up() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let places = append_all(&journal, &(0..8).map(|id| entry(id, 200)).collect::<Vec<_>>()).await;
+    let bad = places[0].segment;
+    assert_ne!(bad, places[7].segment);
+    // Opened for writing only, a file fails every read.
+    let unreadable = fs::OpenOptions::new().write(true).open(files::segment(dir.path(), bad)).unwrap();
+    journal.0.shared.table().segments.get_mut(&bad).unwrap().file = std::sync::Arc::new(unreadable);
+    let there = places.iter().filter(|place| place.segment != bad).count();
+    let mut taken = Vec::new();
+    while taken.len() < there {
+        taken.extend(journal.take(1, MIB).await); // one by one: nothing but unreadable ones must not end the wait
+    }
+    assert!(is_waiting(journal.take(1, MIB)).await, "not tried again and again");
+    assert_eq!(journal.stats().unreadable_records, 8 - there as u64);
+    taken.iter().for_each(|stored| journal.mark_published(stored.place, 1));
+    journal.mark_confirmed(&taken.iter().map(|stored| stored.place).collect::<Vec<_>>());
+    journal.close().await;
+    drop(journal);
+    let (_journal, recovered) = open(dir.path(), limits(1000)).await;
+    assert_eq!((recovered.unpublished, recovered.damages.len()), (8 - there as u64, 0));
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use tempfile::{TempDir, tempdir};
@@ -35,7 +36,7 @@ impl Pristine {
     /// Three segments of three entries each; after a crash, or closed in good order.
     async fn make(closed: bool) -> Pristine {
         let dir = tempdir().unwrap();
-        let (journal, _) = open(dir.path(), limits(320)).await;
+        let (journal, _) = open(dir.path(), limits(340)).await;
         let entries: Vec<_> = (0..9).map(|id| entry(id, 30 + id as usize)).collect();
         let places = append_all(&journal, &entries).await;
         if closed {
@@ -183,6 +184,13 @@ async fn a_lost_sector_costs_only_what_is_in_it() {
         pristine.check(&found, "first sector", |_| true);
         assert_eq!(found.recovered.damages.len(), 1);
         assert!(found.table.segments[number].damaged, "kept for people in the end");
+        // The header's and the first record: the trailer has the marker, too.
+        let mut content = intact.clone();
+        content[..FIRST_RECORD as usize + RECORD_HEADER].fill(0);
+        let found = pristine.broken(segment, &content);
+        pristine.check(&found, "header and first record", |written| {
+            written.segment != segment || written.record.start > FIRST_RECORD as usize
+        });
         // Everything: nothing to deliver, so it is kept at once.
         let found = pristine.broken(segment, &vec![b'x'; intact.len()]);
         pristine.check(&found, "all sectors", |written| written.segment != segment);
@@ -300,7 +308,7 @@ async fn a_later_version_is_left_alone() {
     content[12..16].copy_from_slice(&crc.to_le_bytes());
     let path = files::segment(dir.path(), *number);
     fs::write(&path, &content).unwrap();
-    let error = Journal::open(dir.path(), limits(320)).unwrap_err();
+    let error = Journal::open(dir.path(), limits(340)).unwrap_err();
     assert!(matches!(error, OpenError::OtherVersion { version: 2, .. }), "{error}");
     assert_eq!(fs::read(path).unwrap(), content);
 }
@@ -330,6 +338,24 @@ fn sectors_that_cannot_be_read_are_reported() {
     let survey = scan::survey(&file, super::super::format::Marker([1; 8]), true).unwrap();
     assert!(survey.unreadable && survey.offsets.is_empty());
     assert!(!scan::is_blank(&file).unwrap());
+}
+
+#[test]
+fn the_next_record_is_found_wherever_it_begins() {
+    let marker = super::super::format::Marker(*b"marker!?");
+    let payload_crc = super::super::format::payload_crc(b"", b"");
+    // Around the end of what is read at once, where a marker lies half in one piece and half in the next.
+    let chunk = FIRST_RECORD + scan::CHUNK as u64;
+    for at in chunk - 50..chunk + 10 {
+        let header =
+            RecordHeader { payload_crc, index: 1, meta_length: 0, body_length: 0, synced: 4096, received_ms: 7000 };
+        let mut content = vec![b'm'; usize::try_from(at).unwrap()];
+        content.extend_from_slice(&header.encode(marker, at));
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&content, 0).unwrap();
+        let survey = scan::survey(&file, marker, true).unwrap();
+        assert_eq!((survey.offsets, survey.holes), (vec![4096, u32::try_from(at).unwrap()], vec![0]));
+    }
 }
 
 #[test]

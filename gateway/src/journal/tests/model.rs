@@ -215,8 +215,8 @@ impl World {
 
     /// Writes behind the newest segment's records what a crash may leave there.
     fn leave(&mut self, leftover: &Leftover) {
-        let newest = files::list(self.dir.path()).unwrap().into_iter().filter(|(kind, _)| *kind == Kind::Segment);
-        let Some((_, number)) = newest.last() else { return };
+        let mut newest = files::list(self.dir.path()).unwrap().into_iter().filter(|(kind, _)| *kind == Kind::Segment);
+        let Some((_, number)) = newest.next_back() else { return };
         let path = files::segment(self.dir.path(), number);
         let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
         let (_, Some(marker)) = scan::identify(&file).unwrap() else { return }; // blank
