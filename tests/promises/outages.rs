@@ -38,7 +38,8 @@ async fn nats_away_changes_nothing_for_the_sender() {
     let mut world = setup().start().await;
     let mut ids = vec![world.post(fixture!("issue_created")).await.accepted()];
     world.nats.kill().await;
-    eventually("the gateway to notice", || async { (state(&world, 0, "nats").await == Some(false)).then_some(()) }).await;
+    eventually("the gateway to notice", || async { (state(&world, 0, "nats").await == Some(false)).then_some(()) })
+        .await;
     assert_eq!(world.gateway.ops("/readyz").await.status, 200, "and stays ready, degraded");
     for _ in 0..20 {
         ids.push(world.post(fixture!("issue_created")).await.accepted());

@@ -43,6 +43,7 @@ pub struct World {
     pub database_url: String,
     /// A PostgreSQL server of this world's own, where it asked for one.
     pub postgres: Option<Postgres>,
+    start_gateway: Box<dyn Fn() -> Program + Send + Sync>,
     // Last, because what runs above writes into it until it is dropped.
     scratch: Scratch,
 }
@@ -114,6 +115,27 @@ impl World {
     /// Posts a body, signed as Sentry signs it, as an `issue`.
     pub async fn post(&self, body: impl Into<bytes::Bytes>) -> Answer {
         Post::signed(body).send(self.port()).await
+    }
+
+    /// Starts another gateway, with a journal of its own.
+    pub async fn another_gateway(&self) -> Program {
+        let gateway = (self.start_gateway)();
+        gateway.ready().await;
+        gateway
+    }
+
+    /// Runs the gateway's program with these arguments and this world's settings to its end: exit code, stdout, stderr.
+    pub fn gateway_command(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
+        let output = (self.gateway.command)().args(arguments).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    }
+
+    /// The same, while this world goes on.
+    pub async fn gateway_command_async(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
+        let output = tokio::process::Command::from((self.gateway.command)()).args(arguments).output().await.unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.code(), text(output.stdout), text(output.stderr))
     }
 
     /// A folder of this world's own.
