@@ -171,9 +171,11 @@ async fn a_gateway_killed_again_and_again_loses_and_doubles_nothing() {
         for _ in 0..size(5, 50) {
             // At a moment of no meaning: somewhere in the next tenth of a second or two.
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            tokio::time::sleep(Duration::from_millis(20 + (random >> 33) % 180)).await;
+            tokio::time::sleep(Duration::from_millis((random >> 33) % 200)).await;
             world.gateway.kill().await;
             world.gateway.start_again();
+            let listens = || async { Connection::open(world.port()).await.ok().map(|_| ()) };
+            eventually("the gateway to listen again", listens).await;
         }
         let sent = load.stop().await;
         if !nats {
@@ -300,9 +302,12 @@ async fn several_gateways_and_workers_confirm_each_their_own() {
         ids.push(Post::signed(fixture!("issue_created")).send(world.port()).await.accepted());
         ids.push(Post::signed(fixture!("error_created")).send(other.port).await.accepted());
     }
+    let confirmed = || async {
+        let text = String::from_utf8(other.ops("/metrics").await.body.to_vec()).unwrap();
+        text.contains("\ngateway_deliveries_unconfirmed 0").then_some(())
+    };
+    eventually("the other gateway's deliveries to be confirmed", confirmed).await;
     exactly_once(&world, &ids, 0).await;
-    let text = String::from_utf8(other.ops("/metrics").await.body.to_vec()).unwrap();
-    assert!(text.contains("\ngateway_deliveries_unconfirmed 0"), "{text}");
     // Receipts that are repeated, foreign, late or nonsense change nothing.
     let client = async_nats::connect(world.nats.url()).await.unwrap();
     let status = world.gateway_command(&["journal", "status", "--json"]);

@@ -176,7 +176,9 @@ impl World {
             FROM ingest.deliveries l JOIN signals s ON s.id = l.signal_id JOIN issues i ON i.id = s.issue_id
             WHERE l.delivery_id = $1";
         let row = eventually(&format!("delivery {delivery_id} to be stored"), || async {
-            self.query(SQL, &[&delivery_id]).await.into_iter().next()
+            // Not an error yet where the tables are still to be made.
+            let client = self.sql.as_ref().expect("this world's database was not started");
+            client.query(SQL, &[&delivery_id]).await.ok()?.into_iter().next()
         })
         .await;
         let json = |column: usize| serde_json::from_str(row.get(column)).unwrap();
