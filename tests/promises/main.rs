@@ -7,6 +7,7 @@ mod contract;
 mod existing_stream;
 mod hard_bodies;
 mod identity;
+mod journal;
 mod meaning;
 mod outages;
 mod programs;
