@@ -138,7 +138,9 @@ impl Broker {
             Ok(message) => message,
             Err(error) => match error.kind() {
                 LastRawMessageErrorKind::NoMessageFound => return Fate::Repeat(Repeat::Missing),
-                _ => return Fate::Unknown,
+                LastRawMessageErrorKind::InvalidSubject
+                | LastRawMessageErrorKind::JetStream(_)
+                | LastRawMessageErrorKind::Other => return Fate::Unknown,
             },
         };
         let Ok(stored) = journal.read(entry.place).await else { return Fate::Unknown };

@@ -100,7 +100,7 @@ impl Settling<'_> {
                 confirm::look_after(self.journal, self.publisher, self.metrics, &nats.stream, confirm_after),
             );
         };
-        shutdown.run_until_cancelled(work).await;
+        shutdown.run_until_cancelled(Box::pin(work)).await;
     }
 }
 

@@ -313,6 +313,12 @@ fn note_denied(event: &Event, denied: &Mutex<HashSet<String>>) {
                 text.split_once("Permissions Violation for Publish to \"").map(|(_, rest)| rest.trim_end_matches('"'));
             denied.extend(subject.map(str::to_owned));
         }
-        _ => {}
+        Event::Disconnected
+        | Event::LameDuckMode
+        | Event::Draining
+        | Event::Closed
+        | Event::SlowConsumer(_)
+        | Event::ServerError(_)
+        | Event::ClientError(_) => {}
     }
 }
