@@ -73,6 +73,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     tokio::join!(serving, settling.run(&config.nats, config.journal.confirm_after, &readiness, &after));
     ops.await.context("the ops listener failed")?;
     journal.close().await;
+    // Leaves in good order; whether NATS notices is its own affair.
+    let _ = publisher.client().drain().await;
     tracing::info!("stopped");
     Ok(())
 }
