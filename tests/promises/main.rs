@@ -2,10 +2,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that panics says enough")]
 
+mod broker_changes;
 mod canonical_form;
 mod contract;
 mod existing_stream;
 mod hard_bodies;
+mod history;
 mod identity;
 mod journal;
 mod meaning;
@@ -13,6 +15,7 @@ mod outages;
 mod programs;
 mod signature_forms;
 mod store;
+mod worker_outages;
 
 use world::{Binaries, Setup};
 

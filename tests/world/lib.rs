@@ -20,7 +20,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, NoTls, Row};
 
 pub use post::{Answer, Connection, Post, sign};
-pub use setup::{Binaries, Setup, postgres};
+pub use setup::{Binaries, Setup, postgres, programs};
 
 /// The client secret of every world.
 pub const SECRET: &str = "a-client-secret-of-the-tests";

@@ -212,7 +212,7 @@ fn start(
 }
 
 /// The servers' programs, found or fetched once.
-fn programs() -> &'static Programs {
+pub fn programs() -> &'static Programs {
     static PROGRAMS: OnceLock<Programs> = OnceLock::new();
     PROGRAMS.get_or_init(|| Programs::find_or_fetch(&mut |line| eprintln!("{line}")).unwrap())
 }

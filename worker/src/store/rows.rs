@@ -14,8 +14,9 @@ use super::{ISSUES, LEDGER, Record, SIGNALS, StoreError, within};
 use crate::dead_letters::DeadLetter;
 
 /// How many bytes of payload one statement carries; a larger record goes alone. PostgreSQL takes messages of up to
-/// 1 GiB (`PQ_LARGE_MESSAGE_LIMIT`), and a batch of the largest bodies would be twice that.
-const STATEMENT_BYTES: usize = 16 << 20;
+/// 1 GiB (`PQ_LARGE_MESSAGE_LIMIT`); the limit here is time: each statement has to end within `statement_timeout`, on a
+/// server that takes 20 s for the largest body.
+const STATEMENT_BYTES: usize = 8 << 20;
 
 /// JSON text as a `jsonb` parameter, unparsed: the binary form of jsonb is a version byte, 1, and the text
 /// (`jsonb_recv` in PostgreSQL's `jsonb.c`).
