@@ -4,6 +4,7 @@
 //! is never changed: a [`Difference`] is told, and where it would break a promise the process waits until it is mended.
 
 use std::fmt;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -13,6 +14,7 @@ use async_nats::jetstream::stream::{self, DiscardPolicy, RetentionPolicy, Storag
 use async_nats::jetstream::{self, ErrorCode};
 use async_nats::{Client, ConnectOptions, Event, ServerAddr};
 use backon::{ExponentialBuilder, Retryable as _};
+use percent_encoding::percent_decode_str;
 
 use crate::ops::Readiness;
 use crate::settings::{self, Setting};
@@ -114,16 +116,29 @@ impl NatsSettings {
     pub async fn connect(&self, program: &str, readiness: &Readiness) -> anyhow::Result<Client> {
         let readiness = readiness.clone();
         readiness.set("nats", Err("not connected yet".into()));
-        let options = ConnectOptions::new()
+        let told = Mutex::new(String::new());
+        let options = self
+            .login()
             .name(program)
             .retry_on_initial_connect()
             .max_reconnects(None)
             .reconnect_delay_callback(reconnect_delay)
             .event_callback(move |event| {
-                tell(&event, &readiness);
+                tell(&event, &readiness, &told);
                 std::future::ready(())
             });
         options.connect(&self.servers[..]).await.context("cannot set up the NATS client")
+    }
+
+    /// Logs in as `nats://user:password@host` or `nats://token@host` says; the client itself does not look there.
+    fn login(&self) -> ConnectOptions {
+        let decoded = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
+        let named = self.servers.iter().find_map(|server| Some((server.username()?, server.password())));
+        match named {
+            Some((user, Some(password))) => ConnectOptions::with_user_and_password(decoded(user), decoded(password)),
+            Some((token, None)) => ConnectOptions::with_token(decoded(token)),
+            None => ConnectOptions::new(),
+        }
     }
 }
 
@@ -139,16 +154,20 @@ impl fmt::Debug for NatsSettings {
     }
 }
 
-/// Up to two seconds, so that an outage's end is noticed soon; spread out by the attempt's number so that many clients
-/// do not come back in step.
+/// At once, then up to two seconds, so that an outage's end is noticed soon; spread out, so that many clients do not come
+/// back in step.
 fn reconnect_delay(attempt: usize) -> Duration {
+    if attempt <= 1 {
+        return Duration::ZERO;
+    }
     let longest = 100 << attempt.min(4);
     let jitter = u64::from(std::process::id()).wrapping_mul(2_654_435_761).wrapping_add(attempt as u64 * 7919) % 400;
     Duration::from_millis(longest + jitter)
 }
 
-/// Tells what happens to the connection, once, in the log and on `/readyz`.
-fn tell(event: &Event, readiness: &Readiness) {
+/// Tells what happens to the connection, in the log and on `/readyz`; once, though the client says at every attempt why it
+/// cannot connect (`told` is the last of these).
+fn tell(event: &Event, readiness: &Readiness, told: &Mutex<String>) {
     match event {
         Event::Connected => {
             tracing::info!("connected to NATS");
@@ -159,8 +178,14 @@ fn tell(event: &Event, readiness: &Readiness) {
             readiness.set("nats", Err("not connected".into()));
         }
         Event::ServerError(error) => tracing::warn!(%error, "NATS reports an error"),
-        // Said at every attempt to connect while NATS is away; the loss itself is told above.
-        Event::ClientError(error) => tracing::debug!(%error, "the NATS client reports an error"),
+        Event::ClientError(error) => {
+            let error = error.to_string();
+            let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+            if *told != error {
+                tracing::warn!(%error, "cannot use NATS at the moment");
+                *told = error;
+            }
+        }
         Event::SlowConsumer(subscription) => tracing::warn!(subscription, "a NATS subscription is read too slowly"),
         Event::LameDuckMode => tracing::info!("this NATS server is about to stop, moving to another"),
         Event::Draining => {}

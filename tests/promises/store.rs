@@ -110,7 +110,8 @@ const LOOP: &str = "
     CREATE INDEX ON issues (type);
     CREATE TABLE signals (
         id text PRIMARY KEY, source text NOT NULL, source_id text, type text NOT NULL,
-        severity signal_severity NOT NULL, payload jsonb NOT NULL, issue_id text NOT NULL, created_at timestamptz NOT NULL DEFAULT now());
+        severity signal_severity NOT NULL, payload jsonb NOT NULL, issue_id text NOT NULL,
+        created_at timestamptz NOT NULL DEFAULT now());
     CREATE INDEX ON signals (issue_id);
     CREATE INDEX ON signals (source);
     CREATE INDEX ON signals USING gin (payload);";
@@ -172,7 +173,8 @@ async fn a_delivery_becomes_one_signal_and_one_issue() {
     let stored = database.store().persist(&batch).await.unwrap();
     assert_eq!((stored.fresh, stored.known, stored.dead), (ids([7, 8]), vec![], vec![]));
     let issues = "SELECT concat_ws('|', id, number, title, type, status, priority, signal_source, \
-                  signal_payload::text, extract(epoch from created_at), created_at = updated_at) FROM issues ORDER BY number";
+                  signal_payload::text, extract(epoch from created_at), created_at = updated_at) \
+                  FROM issues ORDER BY number";
     assert_eq!(
         database.texts(issues).await,
         [

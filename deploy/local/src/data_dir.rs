@@ -37,8 +37,8 @@ impl DataDir {
                 lock.read_to_string(&mut holder).with_context(at)?;
                 let holder = holder.trim();
                 bail!(
-                    "{} is in use by process {holder}, another `cargo run`. Stop that one (Ctrl-C where it runs, or kill \
-                     {holder}), or give this one a folder of its own: cargo run -- --data-dir DIR",
+                    "{} is in use by process {holder}, another `cargo run`. Stop that one (Ctrl-C where it runs, or \
+                     kill {holder}), or give this one a folder of its own: cargo run -- --data-dir DIR",
                     path.display()
                 );
             }
@@ -58,8 +58,8 @@ impl DataDir {
         &self.path
     }
 
-    /// A secret of this stack: read from the file `name`, or made (32 random bytes, in hex) and kept there, for our eyes
-    /// only.
+    /// A secret of this stack: read from the file `name`, or made (64 random hex digits) and kept there, readable by us
+    /// alone.
     ///
     /// # Errors
     /// When the file cannot be read or written.

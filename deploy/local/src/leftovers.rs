@@ -70,13 +70,17 @@ impl Folders {
             return None; // has ended, and waits for whoever adopted it
         }
         let named = |path: &Path| process.cmd().iter().any(|word| Path::new(word) == path);
-        match process.name().to_str()? {
-            "nats-server" => named(&self.nats_config).then_some(Signal::SIGTERM),
-            // Its backends do not name the folder but work in it; they may outlive the main process for a moment.
-            "postgres" if named(&self.postgres_data) => Some(Signal::SIGINT),
-            "postgres" => (process.cwd() == Some(&self.postgres_data)).then_some(Signal::SIGTERM),
-            _ => None,
+        // Not by the folder alone: an editor with the configuration open names it, too.
+        let name = process.name().to_str()?;
+        if name.starts_with("nats-server") {
+            return named(&self.nats_config).then_some(Signal::SIGTERM);
         }
+        if !name.starts_with("postgres") {
+            return None;
+        }
+        // Its backends do not name the folder but work in it; they may outlive the main process for a moment.
+        let works_there = process.cwd() == Some(&self.postgres_data);
+        if named(&self.postgres_data) { Some(Signal::SIGINT) } else { works_there.then_some(Signal::SIGTERM) }
     }
 }
 

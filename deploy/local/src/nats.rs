@@ -32,7 +32,7 @@ pub struct NatsOptions {
     pub monitor: bool,
     /// Further lines of its configuration's `jetstream` block, such as `sync_interval: always`.
     pub jetstream: String,
-    /// Further lines of its configuration, such as a `cluster` block. (Not `log_file`: its log must stay readable here.)
+    /// Further lines of its configuration, such as a `cluster` block. (Not `log_file`: its log is read here.)
     pub extra: String,
 }
 
@@ -43,7 +43,7 @@ impl NatsOptions {
     }
 }
 
-/// A running server, or one that was stopped and can be started again with the same port and data. Dropping it kills it.
+/// A running server, or one that was stopped and can be started again with the same port and data. Dropping kills it.
 #[derive(Debug)]
 pub struct NatsServer {
     program: PathBuf,
@@ -73,7 +73,7 @@ impl NatsServer {
         unreachable!("the third attempt returns")
     }
 
-    /// Starts a server without waiting, for clusters: a member is ready only once others are. See [`NatsServer::ready`].
+    /// Starts a server without waiting, for clusters: a member may wait for the others. See [`NatsServer::ready`].
     ///
     /// # Errors
     /// When its files cannot be written or the program not be started.

@@ -1,7 +1,7 @@
 //! A private PostgreSQL.
 //!
-//! Signals: <https://www.postgresql.org/docs/current/server-shutdown.html>. SIGINT is the orderly stop ("fast"), SIGQUIT
-//! the one without a checkpoint ("immediate"), after which the next start recovers, as after a kill.
+//! Signals: <https://www.postgresql.org/docs/current/server-shutdown.html>. SIGINT is the orderly stop ("fast"),
+//! SIGQUIT the one without a checkpoint ("immediate"), after which the next start recovers, as after a kill.
 
 use std::ffi::OsString;
 use std::fs;
@@ -29,17 +29,20 @@ const START: Duration = Duration::from_secs(120);
 const STOP: Duration = Duration::from_secs(30);
 /// The superuser, and the only user there is.
 const USER: &str = "loop";
+/// The file in [`Postgres::home`] that holds the superuser's password: beside the data, as neither is of use without
+/// the other.
+const PASSWORD: &str = "password";
 
 /// What one server is to be. All but `password` is read at every start, so that a change holds from the next one on.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct PostgresOptions {
     /// Where it keeps everything (data, log); made if missing. As root, see [`Postgres::start`].
     pub dir: PathBuf,
     /// Its port on 127.0.0.1; `None` for a free one, which it then keeps.
     pub port: Option<u16>,
-    /// The superuser's password; `None` lets in whoever connects.
-    pub password: Option<String>,
-    /// Whether it waits for the disk (`fsync`), so that a power cut loses nothing. Without, it survives `kill -9` alone.
+    /// Whether the superuser has a password (made with the data, and kept beside it); without one, everybody is let in.
+    pub password: bool,
+    /// Whether it waits for the disk (`fsync`), so that a power cut loses nothing. Without, it survives `kill -9` only.
     pub durable: bool,
     /// How many connections it takes.
     pub max_connections: u16,
@@ -51,13 +54,13 @@ impl PostgresOptions {
     /// For tests: a free port, no password, no waiting for the disk.
     pub fn for_tests(dir: impl Into<PathBuf>) -> PostgresOptions {
         let dir = dir.into();
-        PostgresOptions { dir, port: None, password: None, durable: false, max_connections: 100, settings: Vec::new() }
+        PostgresOptions { dir, port: None, password: false, durable: false, max_connections: 100, settings: Vec::new() }
     }
 
     /// For data that stays. With a password, because 127.0.0.1 is open to every user of the machine, and PostgreSQL's
     /// superuser can run programs as the user that PostgreSQL runs as.
-    pub fn lasting(dir: impl Into<PathBuf>, password: String) -> PostgresOptions {
-        PostgresOptions { password: Some(password), durable: true, ..PostgresOptions::for_tests(dir) }
+    pub fn lasting(dir: impl Into<PathBuf>) -> PostgresOptions {
+        PostgresOptions { password: true, durable: true, ..PostgresOptions::for_tests(dir) }
     }
 }
 
@@ -69,6 +72,7 @@ pub struct Postgres {
     pub options: PostgresOptions,
     home: PathBuf,
     port: u16,
+    password: Option<String>,
     process: Process,
 }
 
@@ -88,9 +92,10 @@ impl Postgres {
             let port = options.port.map_or_else(ports::free, Ok)?;
             let (home, account) = home(&options.dir)?;
             make_data(&programs.postgres_bin, &home, account.as_ref(), &options).await?;
+            let password = if options.password { Some(read_password(&home)?) } else { None };
             let process = spawn(&programs.postgres_bin, &home, account.as_ref(), &options, port)?;
             let bin = programs.postgres_bin.clone();
-            let server = Postgres { bin, options: options.clone(), home, port, process };
+            let server = Postgres { bin, options: options.clone(), home, port, password, process };
             match server.ready().await {
                 Ok(()) => return Ok(server),
                 // Somebody was faster; a port that nobody asked for can be another.
@@ -106,15 +111,16 @@ impl Postgres {
         let begin = Instant::now();
         loop {
             // A stranger may hold the port that ours is about to find taken; only ours works on this data.
+            let whose = self.query("postgres", "SHOW data_directory");
             let answer = tokio::select! {
                 _ = self.process.ended() => bail!("PostgreSQL did not start: {}", self.process.last_words()),
-                answer = tokio::time::timeout(Duration::from_secs(5), self.query("postgres", "SHOW data_directory")) => answer,
+                answer = tokio::time::timeout(Duration::from_secs(5), whose) => answer,
             };
             match answer {
                 Ok(Ok(Some(folder))) if Path::new(&folder) == data(&self.home) => return Ok(()),
                 Ok(Err(err)) if refuses_us(&err) => {
-                    let here = self.home.display();
-                    bail!("PostgreSQL runs, but refuses the password that the data in {here} should have: {err:#}");
+                    let file = self.home.join(PASSWORD);
+                    bail!("PostgreSQL runs, but refuses the password in {}: {err:#}", file.display());
                 }
                 _ if begin.elapsed() > START => {
                     bail!("PostgreSQL did not answer within {START:?}: {}", self.process.last_words());
@@ -131,7 +137,7 @@ impl Postgres {
 
     /// `postgres://...` of the database `name`.
     pub fn url_of(&self, name: &str) -> String {
-        let password = self.options.password.as_ref().map(|password| format!(":{password}")).unwrap_or_default();
+        let password = self.password.as_ref().map(|password| format!(":{password}")).unwrap_or_default();
         format!("postgres://{USER}{password}@127.0.0.1:{}/{name}", self.port)
     }
 
@@ -198,7 +204,7 @@ impl Postgres {
     async fn query(&self, database: &str, sql: &str) -> anyhow::Result<Option<String>> {
         let mut config = tokio_postgres::Config::new();
         config.host(Ipv4Addr::LOCALHOST.to_string()).port(self.port).user(USER).dbname(database);
-        if let Some(password) = &self.options.password {
+        if let Some(password) = &self.password {
             config.password(password);
         }
         let (client, connection) = config.connect(NoTls).await?;
@@ -213,9 +219,16 @@ impl Postgres {
     }
 }
 
+impl std::fmt::Debug for Postgres {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Without the password.
+        f.debug_struct("Postgres").field("home", &self.home).field("port", &self.port).finish_non_exhaustive()
+    }
+}
+
 impl Drop for Postgres {
     fn drop(&mut self) {
-        // Unlike SIGKILL (which follows when `process` is dropped), this lets it return its shared memory to the kernel.
+        // Unlike SIGKILL (which follows when `process` is dropped), this lets it give its shared memory back.
         self.process.signal(Signal::SIGQUIT);
         self.process.signal(Signal::SIGCONT);
         let patience = Instant::now() + Duration::from_secs(5);
@@ -282,7 +295,7 @@ async fn make_data(
         fs::remove_dir_all(&part).with_context(at)?;
     }
     fs::create_dir(&part).with_context(at)?;
-    let password = home.join("password.part");
+    let password = home.join(PASSWORD);
     let mut command = Command::new(bin.join("initdb"));
     // Text sorts and folds by Unicode's rules, without the system's locales where the version can (17 up).
     let locale: &[&str] = match major_version(bin)? {
@@ -290,27 +303,24 @@ async fn make_data(
         _ => &["--no-locale"],
     };
     command.arg("--pgdata").arg(&part).args(["--username", USER, "--encoding=UTF8"]).args(locale);
-    match &options.password {
-        None => command.arg("--auth=trust"),
-        Some(secret) => {
-            write_private(&password, secret).with_context(at)?;
-            command.arg("--auth=scram-sha-256").arg("--pwfile").arg(&password)
-        }
-    };
+    if options.password {
+        // Two UUIDs of version 4: 244 bits from the system's random generator.
+        let secret = format!("{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple());
+        write_private(&password, &secret).with_context(at)?;
+        command.arg("--auth=scram-sha-256").arg("--pwfile").arg(&password);
+    } else {
+        command.arg("--auth=trust");
+    }
     if !options.durable {
         command.arg("--no-sync");
     }
     if let Some(account) = account {
         account.owns(&part).with_context(at)?;
-        if password.exists() {
+        if options.password {
             account.owns(&password).with_context(at)?;
         }
     }
-    let made = run(command, account).await;
-    if password.exists() {
-        fs::remove_file(&password).with_context(at)?;
-    }
-    made.with_context(at)?;
+    run(command, account).await.with_context(at)?;
     fs::rename(&part, &data).with_context(at)
 }
 
@@ -398,6 +408,17 @@ fn configuration(options: &PostgresOptions, port: u16) -> String {
         |(name, value): (&str, &str)| format!("{name} = '{}'\n", value.replace('\\', "\\\\").replace('\'', "''"));
     let lines: String = ours.into_iter().chain(theirs).map(line).collect();
     format!("# Written anew at each start: changes here are lost.\n{lines}")
+}
+
+fn read_password(home: &Path) -> anyhow::Result<String> {
+    let file = home.join(PASSWORD);
+    let missing = || {
+        format!(
+            "cannot read {}, which holds the password of the data beside it; without it that data is lost",
+            file.display()
+        )
+    };
+    fs::read_to_string(&file).with_context(missing)
 }
 
 fn write_private(path: &Path, text: &str) -> std::io::Result<()> {

@@ -28,7 +28,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command` in a process group of its own (Ctrl-C at the terminal reaches us first, and we end it in order),
+    /// Starts `command` in a process group of its own (Ctrl-C at the terminal reaches us, and we end it in order),
     /// its output appended to the file `log`. If we are killed, the watchdog sends it `farewell`.
     ///
     /// # Errors
@@ -122,7 +122,7 @@ impl Process {
     /// SIGSTOP for it and all its children: it keeps its connections and answers nothing, until [`Process::thaw`].
     ///
     /// # Errors
-    /// When the children cannot be found, or the watchdog not be told of them (they would stay stopped if we were killed).
+    /// When the children cannot be found, or the watchdog not be told of them (they would stay stopped if we died).
     pub fn freeze(&self) -> anyhow::Result<()> {
         self.signal(Signal::SIGSTOP); // first, so that no child is added
         for pid in self.descendants()? {

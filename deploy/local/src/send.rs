@@ -41,11 +41,11 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     if let Some(request_id) = options.request_id {
         delivery.request_id = request_id;
     }
-    let begin = Instant::now();
+    let posted = Instant::now();
     let answer = delivery.post(&target.url).await.with_context(|| {
         format!("{} gave no answer (Sentry would have lost this delivery). Is `cargo run` still running?", target.url)
     })?;
-    let took = begin.elapsed();
+    let took = posted.elapsed();
     let said = describe(&answer);
     if answer.status() != StatusCode::ACCEPTED {
         bail!("not accepted: {said} (in {took:.1?}). For an internal integration Sentry would not try again");
@@ -55,7 +55,6 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let answer: serde_json::Value = serde_json::from_slice(answer.body()).context("the answer is no JSON")?;
     let id = answer["data"]["deliveryId"].as_str().context("the answer names no deliveryId")?;
     print!("{}", rows(&database_url, id).await?);
-    println!("\n  {:.1?} from the post to the rows", begin.elapsed());
     Ok(())
 }
 
@@ -99,7 +98,9 @@ fn describe(answer: &Response<Bytes>) -> String {
 /// The signal and the issue of a delivery, or the reason why there are none.
 const ROW: &str = "
     SELECT delivery.state, letter.reason,
-           signal.id AS signal_id, signal.source, signal.type, signal.severity::text, signal.source_id, signal.created_at,
+           (extract(epoch FROM delivery.stored_at - delivery.received_at) * 1000)::float8 AS took,
+           signal.id AS signal_id, signal.source, signal.type, signal.severity::text, signal.source_id,
+           signal.created_at,
            issue.id AS issue_id, issue.number, issue.title, issue.status::text, issue.priority
     FROM ingest.deliveries AS delivery
     LEFT JOIN ingest.dead_letters AS letter USING (delivery_id)
@@ -153,9 +154,12 @@ fn block(row: &Row, id: &str) -> anyhow::Result<String> {
     };
     let created_at: OffsetDateTime = row.try_get("created_at")?;
     let (number, priority): (i32, i32) = (row.try_get("number")?, row.try_get("priority")?);
+    // A delivery that came without a time of receipt was put on the stream by somebody else than the gateway.
+    let took =
+        row.try_get::<_, Option<f64>>("took")?.map(|took| format!(", stored {took:.0} ms after it was received"));
     Ok(format!(
         "
-  Delivery    {id}
+  Delivery    {id}{took}
   Signal      {signal_id}
     source    {source}, {source_id}
     type      {kind}
@@ -166,6 +170,7 @@ fn block(row: &Row, id: &str) -> anyhow::Result<String> {
     status    {status}
     priority  {priority}
 ",
+        took = took.unwrap_or_default(),
         signal_id = text("signal_id")?,
         source = text("source")?,
         source_id = text("source_id")?,

@@ -90,10 +90,7 @@ async fn start(options: &Options) -> anyhow::Result<Stack> {
     progress.step("Starting nats-server and PostgreSQL");
     let ports = Ports::choose(&data_dir)?;
     let nats = NatsOptions { port: Some(ports.nats), ..NatsOptions::new(nats_dir) };
-    let postgres = PostgresOptions {
-        port: Some(ports.postgres),
-        ..PostgresOptions::lasting(postgres_dir, data_dir.secret("postgres-password")?)
-    };
+    let postgres = PostgresOptions { port: Some(ports.postgres), ..PostgresOptions::lasting(postgres_dir) };
     let (nats, postgres) = tokio::try_join!(NatsServer::start(&programs, nats), Postgres::start(&programs, postgres))?;
     let secret = data_dir.secret(SECRET_FILE)?;
     let env = StackEnv {
@@ -131,8 +128,8 @@ fn public_port(asked: u16) -> anyhow::Result<u16> {
         0 => ports::free(),
         port if free(port) => Ok(port),
         port => bail!(
-            "port {port} is taken by another program. `cargo run -- --port 0` takes one that is free, `--port N` the one \
-             you name"
+            "port {port} is taken by another program. `cargo run -- --port 0` takes one that is free, `--port N` the \
+             one you name"
         ),
     }
 }
@@ -275,7 +272,9 @@ impl Stack {
     async fn ended(&mut self, stop: &CancellationToken) -> anyhow::Result<()> {
         tokio::select! {
             () = stop.cancelled() => Ok(()),
-            _ = self.nats.process().ended() => bail!("nats-server ended by itself: {}", self.nats.process().last_words()),
+            _ = self.nats.process().ended() => {
+                bail!("nats-server ended by itself: {}", self.nats.process().last_words())
+            }
             _ = self.postgres.process().ended() => {
                 bail!("PostgreSQL ended by itself: {}", self.postgres.process().last_words())
             }

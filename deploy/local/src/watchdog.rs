@@ -5,8 +5,8 @@
 //! read from a pipe whose other end only we hold. The kernel closes that end when we are gone, at `kill -9` too; the
 //! shell then ends the processes and removes the folders it was last told of, and itself.
 //!
-//! We tell it the whole list at every change, as one line of shell that it evaluates in the end: it has no state to keep,
-//! and a line that was cut short by our death is not taken (`read` reports it as the end).
+//! We tell it the whole list at every change, as one line of shell that it evaluates in the end: it has no state to
+//! keep, and a line that was cut short by our death is not taken (`read` reports it as the end).
 
 use std::fs;
 use std::io::{self, Write as _};
@@ -112,7 +112,7 @@ impl Watchdog {
             old.wait()?;
         }
         let mut command = Command::new("/bin/sh");
-        // Null, not inherited: who reads our output must see its end when we end. `/`, so that no file system stays busy.
+        // Null, not inherited: who reads our output must see its end when we end. `/`: no file system is kept busy.
         command.args(["-c", SHELL, "watchdog"]).current_dir("/").process_group(0);
         self.shell = Some(command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?);
         Ok(())
@@ -140,7 +140,7 @@ impl Watchdog {
     }
 }
 
-/// A folder of a test's own: empty, under the system's temporary folder, and gone when this is dropped or we are killed.
+/// A folder of a test's own: empty, in the system's temporary folder, and gone when this is dropped or we are killed.
 /// Others may pass through it but not list it, because PostgreSQL may run as another user.
 #[derive(Debug)]
 pub struct Scratch {

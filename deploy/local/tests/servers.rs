@@ -104,15 +104,26 @@ async fn postgres_keeps_its_port_and_data_through_stop_freeze_and_kill() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_password_is_asked_for_where_one_was_set() {
     let scratch = Scratch::new("password").unwrap();
-    let options = PostgresOptions::lasting(scratch.path().join("postgres"), "the right one".replace(' ', "_"));
-    let mut postgres = Postgres::start(&programs(), options).await.unwrap();
-    let client = connect(&postgres.url()).await.unwrap();
+    let options = PostgresOptions::lasting(scratch.path().join("postgres"));
+    let programs = programs();
+    let postgres = Postgres::start(&programs, options.clone()).await.unwrap();
+    let url = postgres.url();
+    let client = connect(&url).await.unwrap();
     let fsync: String = client.query_one("SHOW fsync", &[]).await.unwrap().get(0);
     assert_eq!(fsync, "on");
-    assert!(connect(&postgres.url().replace(":the_right_one", "")).await.is_err());
-    postgres.stop().await.unwrap();
-    postgres.options.password = Some("another".into());
-    let refused = format!("{:#}", postgres.start_again().await.unwrap_err());
+    let (before, rest) = url.split_once("loop:").unwrap();
+    let (password, after) = rest.split_once('@').unwrap();
+    assert!(password.len() == 64 && connect(&format!("{before}loop@{after}")).await.is_err());
+    let home = postgres.home().to_path_buf();
+    drop((client, postgres));
+
+    // The next start has the same one; another in its place is refused and not shown.
+    let options = PostgresOptions { port: None, ..options };
+    let postgres = Postgres::start(&programs, options.clone()).await.unwrap();
+    assert!(postgres.url().contains(password));
+    drop(postgres);
+    std::fs::write(home.join("password"), "another").unwrap();
+    let refused = format!("{:#}", Postgres::start(&programs, options).await.err().unwrap());
     assert!(refused.contains("refuses the password") && !refused.contains("another"), "{refused}");
 }
 

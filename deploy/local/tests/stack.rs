@@ -105,6 +105,16 @@ fn wait_until_unused(folder: &Path) {
     }
 }
 
+/// Sends a delivery to the stack in `data_dir`: the exit code, and all that was said.
+fn send(data_dir: &Path, arguments: &[&str]) -> (Option<i32>, String) {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/issue_created.json");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_local"));
+    command.arg("send").arg(fixture).arg("--data-dir").arg(data_dir).args(arguments);
+    let output = command.output().expect("the program runs");
+    let words = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8_lossy(&words).into_owned())
+}
+
 async fn query(url: &str, sql: &str) -> Vec<String> {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await.expect("the database answers");
     tokio::spawn(connection);
@@ -118,7 +128,14 @@ async fn a_stack_keeps_its_data_and_addresses_whatever_ended_it() {
     let data_dir = scratch.path().join("data");
     let mut first = Launcher::start(&data_dir);
     let env = first.ready();
-    query(&env.database_url, "CREATE TABLE kept AS SELECT 'before' AS word").await;
+    let (code, words) = send(&data_dir, &["--request-id", "once"]);
+    assert_eq!(code, Some(0), "{words}");
+    for part in ["202 Accepted", "Issue #1 ", "severity  high", "priority  2", "Sentry: KeyError: 'berth_7' (3 events)"]
+    {
+        assert!(words.contains(part), "{part} is missing in: {words}");
+    }
+    let (code, words) = send(&data_dir, &["--sign", "bad"]);
+    assert!(code == Some(1) && words.contains("401 Unauthorized"), "{words}");
 
     // A second one on the same folder is told who has it; a second one elsewhere just runs.
     let (refused, words) = Launcher::start(&data_dir).ended();
@@ -141,7 +158,7 @@ async fn a_stack_keeps_its_data_and_addresses_whatever_ended_it() {
     let mut second = Launcher::start(&data_dir);
     let again = second.ready();
     assert_eq!((&again.database_url, &again.nats_url), (&env.database_url, &env.nats_url));
-    assert_eq!(query(&again.database_url, "SELECT word FROM kept").await, ["before"]);
+    assert_eq!(query(&again.database_url, "SELECT number::text FROM issues").await, ["1"]);
     second.signal(Signal::SIGKILL);
     drop(second);
     wait_until_unused(&data_dir);
@@ -160,7 +177,9 @@ async fn a_stack_keeps_its_data_and_addresses_whatever_ended_it() {
     let mut fourth = Launcher::start(&data_dir);
     let again = fourth.ready();
     assert_eq!((&again.database_url, &again.nats_url), (&env.database_url, &env.nats_url));
-    assert_eq!(query(&again.database_url, "SELECT word FROM kept").await, ["before"]);
+    let (code, words) = send(&data_dir, &["--request-id", "once"]); // by a proxy, say
+    assert!(code == Some(0) && words.contains("Issue #1 "), "{words}");
+    assert_eq!(query(&again.database_url, "SELECT number::text FROM issues").await, ["1"]);
     assert!(![nats, postgres].contains(&fourth.child("nats.conf")));
     fourth.signal(Signal::SIGTERM);
     let (status, words) = fourth.ended();
