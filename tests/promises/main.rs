@@ -1,12 +1,15 @@
 //! What is promised, a file a promise, each shown with real parts.
 
+mod commands;
 mod contract;
+mod dead_letters;
 mod existing_stream;
 mod hard_bodies;
 mod identity;
 mod meaning;
 mod outages;
 mod programs;
+mod replay;
 mod signature_forms;
 mod store;
 

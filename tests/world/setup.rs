@@ -126,7 +126,8 @@ impl Setup {
             self.program(scratch.path(), &name, self.binaries.worker, &self.worker, &nats_url, &database_url)
         };
         let workers = (0..self.workers).map(worker).collect();
-        let mut world = World { nats, gateway, workers, sql: None, database_url, postgres, scratch };
+        let command = self.worker_command(&nats_url, &database_url);
+        let mut world = World { nats, gateway, workers, command, sql: None, database_url, postgres, scratch };
         if !self.servers_later {
             world.connect_sql().await;
         }
@@ -150,6 +151,17 @@ impl Setup {
             client.batch_execute(&self.sql).await.unwrap();
         }
         (own, url)
+    }
+
+    /// The worker's program with the settings of this world, for its commands.
+    fn worker_command(&self, nats_url: &str, database_url: &str) -> Command {
+        let mut command = Command::new(self.binaries.worker);
+        command
+            .env_clear()
+            .env("NATS_URL", nats_url)
+            .env("DATABASE_URL", database_url)
+            .envs(self.worker.iter().cloned());
+        command
     }
 
     fn program(

@@ -2,16 +2,21 @@
 //!
 //! Read [`pull`] first: it is the way of a batch through this process. [`interpret`] says what a delivery means,
 //! [`payload`] how its body becomes jsonb, [`store`] how a batch is written once and only once, [`migrate`] what tables
-//! it is written to.
+//! it is written to. What an operator runs by hand is in [`commands`].
 
+mod audit;
+pub mod commands;
 pub mod dead_letters;
+pub mod history;
 pub mod interpret;
 pub mod migrate;
 pub mod payload;
 pub mod pull;
 pub mod read;
+mod replay;
 pub mod settings;
 pub mod severity;
+mod status;
 pub mod store;
 
 use std::time::Duration;

@@ -117,7 +117,7 @@ async fn read_all(messages: Vec<Message>) -> Batch {
         for message in &messages {
             match read_one(message) {
                 Ok(record) => batch.records.push(record),
-                Err(dead) => batch.dead_letters.push(dead),
+                Err(dead) => batch.dead_letters.push(*dead),
             }
         }
         batch
@@ -126,7 +126,7 @@ async fn read_all(messages: Vec<Message>) -> Batch {
 }
 
 /// One message as a row to be, or as a dead letter where its body is no JSON.
-fn read_one(message: &Message) -> Result<Record, DeadLetter> {
+fn read_one(message: &Message) -> Result<Record, Box<DeadLetter>> {
     // Every message of a consumer has its place in the reply subject; without one it could not be acknowledged either.
     let info = message.info().expect("a message from a consumer says where it stands");
     let delivery = Delivery::from_message(message, info.stream_sequence, info.published);

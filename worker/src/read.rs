@@ -13,7 +13,7 @@ use crate::store::{Origin, Record};
 ///
 /// # Errors
 /// The dead letter that it is, where the body is no JSON.
-pub fn read(delivery: &Delivery, stream_sequence: u64, origin: Origin) -> Result<Record, DeadLetter> {
+pub fn read(delivery: &Delivery, stream_sequence: u64, origin: Origin) -> Result<Record, Box<DeadLetter>> {
     let meaning = interpret(&delivery.body).and_then(|meaning| Ok((meaning, payload(&delivery.body)?.into_owned())));
     match meaning {
         Ok((meaning, payload)) => Ok(Record {
@@ -31,12 +31,12 @@ pub fn read(delivery: &Delivery, stream_sequence: u64, origin: Origin) -> Result
             payload,
             origin,
         }),
-        Err(not_json) => Err(DeadLetter {
+        Err(not_json) => Err(Box::new(DeadLetter {
             delivery_id: delivery.id.to_string(),
             stream_sequence,
             origin,
             reason: format!("the body is {not_json}"),
             failed_at: OffsetDateTime::now_utc(),
-        }),
+        })),
     }
 }
