@@ -7,7 +7,7 @@ use crate::setup;
 /// What refuses some of the bodies below: a constraint of each kind that somebody may add to Loop's tables.
 const OBSTACLES: &str = "
     ALTER TABLE issues ADD CONSTRAINT no_poison CHECK (title NOT LIKE '%poison%');
-    ALTER TABLE signals ADD CONSTRAINT weight CHECK ((payload ->> 'weight')::integer IS NULL OR true);
+    ALTER TABLE signals ADD CONSTRAINT weight CHECK ((payload ->> 'weight')::integer < 100);
     CREATE UNIQUE INDEX only_one ON signals (source_id) WHERE source_id = 'twin';
     CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
         $$ BEGIN RAISE EXCEPTION 'no %', NEW.source_id; END $$;

@@ -172,8 +172,8 @@ async fn a_replay_can_be_interrupted_and_goes_on_where_it_was() {
     assert_eq!(world.worker(&["migrate"]).await.code, Some(0));
     let ids = publish(&world, 2_000).await;
     let replay = world.worker_command(&["replay", "--rate", "400", "--resource", "issue"]).spawn().unwrap();
-    eventually("the first rows", || async {
-        (world.value::<i64>("SELECT count(*) FROM signals").await > 0).then_some(())
+    eventually("its second batch", || async {
+        (world.value::<i64>("SELECT count(*) FROM signals").await > 400).then_some(())
     })
     .await;
     kill(Pid::from_raw(replay.id().unwrap().try_into().unwrap()), Signal::SIGINT).unwrap();

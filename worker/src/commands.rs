@@ -13,6 +13,7 @@
 
 use std::io::Write as _;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
@@ -90,7 +91,9 @@ pub(crate) async fn jetstream(config: &Config) -> anyhow::Result<jetstream::Cont
         Ok(flushed) => flushed.context("NATS does not answer; NATS_URL says where it is")?,
         Err(_) => bail!("NATS does not answer within {CONNECT_WITHIN:?}; NATS_URL says where it is"),
     }
-    Ok(stream::jetstream(client))
+    // A client that is dropped reports the connection as lost. This one lasts as long as the process.
+    static CLIENT: OnceLock<async_nats::Client> = OnceLock::new();
+    Ok(stream::jetstream(CLIENT.get_or_init(|| client).clone()))
 }
 
 /// The database, once its tables are what the worker writes to.

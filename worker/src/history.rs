@@ -119,7 +119,8 @@ impl History {
         headers_only: bool,
     ) -> anyhow::Result<History> {
         let stream = context.get_stream(name).await.with_context(|| format!("cannot look at stream {name}"))?;
-        let newest = stream.cached_info().state.last_sequence;
+        let state = &stream.cached_info().state;
+        let (newest, newest_at) = (state.last_sequence, state.last_timestamp);
         let subject = match &span.resource {
             Some(resource) => format!("{SUBJECT_PREFIX}.{}", resource.as_str()),
             None => format!("{SUBJECT_PREFIX}.*"),
@@ -139,8 +140,8 @@ impl History {
         };
         let beyond = match span.until {
             Until::Sequence(last) if last < newest => Some(DeliverPolicy::ByStartSequence { start_sequence: last + 1 }),
-            Until::Time(start_time) => Some(DeliverPolicy::ByStartTime { start_time }),
-            Until::Newest | Until::Sequence(_) => None,
+            Until::Time(start_time) if start_time <= newest_at => Some(DeliverPolicy::ByStartTime { start_time }),
+            Until::Newest | Until::Sequence(_) | Until::Time(_) => None,
         };
         let unread = match beyond {
             Some(beyond) => {
@@ -153,7 +154,9 @@ impl History {
             None => 0,
         };
         let consumer = stream.create_consumer(config(from)).await.context("cannot read the stream")?;
-        let total = consumer.cached_info().num_pending.saturating_sub(unread);
+        // Given a time after its newest message, the server begins with the oldest.
+        let none = matches!(span.from, From::Time(since) if since > newest_at);
+        let total = if none { 0 } else { consumer.cached_info().num_pending.saturating_sub(unread) };
         let last = match span.until {
             Until::Sequence(last) => last.min(newest),
             Until::Newest | Until::Time(_) => newest,

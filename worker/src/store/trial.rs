@@ -52,7 +52,7 @@ impl Store {
             .await?,
         };
         let mut refused = Vec::new();
-        let savepoint = within(tx.savepoint("all")).await?;
+        let savepoint = within(tx.savepoint("together")).await?;
         let together = statements.insert(&savepoint, records).await;
         within(savepoint.rollback()).await?;
         match together {
