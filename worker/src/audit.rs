@@ -24,7 +24,7 @@ use time::OffsetDateTime;
 
 use crate::Config;
 use crate::commands::{self, Ending, Progress, count, flag, patiently, print, show_time, time_option};
-use crate::history::{Entry, From, History, Span, Until};
+use crate::reading::{Entry, From, Reading, Span, Until};
 use crate::replay::fingerprint;
 use crate::store::{Fate, Known, Store};
 
@@ -60,11 +60,11 @@ pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result
     let name = &config.nats.stream;
     let stream = context.get_stream(name).await.with_context(|| format!("cannot look at stream {name}"))?;
     let floor = acknowledged(&stream).await?;
-    let history = History::open(&context, name, &span, true).await?;
+    let reading = Reading::open(&context, name, &span, true).await?;
     let named = if matches.get_flag("verbose") { usize::MAX } else { NAMED };
     let mut audit = Audit { floor, named, ..Audit::default() };
-    let mut progress = Progress::new(history.total);
-    let Some(done) = interruption.run_until_cancelled(Box::pin(audit.all(&store, history, &mut progress))).await else {
+    let mut progress = Progress::new(reading.total);
+    let Some(done) = interruption.run_until_cancelled(Box::pin(audit.all(&store, reading, &mut progress))).await else {
         eprintln!("interrupted");
         return Ok(Ending::Interrupted);
     };
@@ -115,15 +115,15 @@ struct Audit {
 }
 
 impl Audit {
-    async fn all(&mut self, store: &Store, history: History, progress: &mut Progress) -> anyhow::Result<()> {
-        let stream = &history.stream();
-        let batches = stream::try_unfold(history, |mut history| async move {
-            Ok(history.batch(LOOK_UP).await?.map(|batch| (batch, history)))
+    async fn all(&mut self, store: &Store, reading: Reading, progress: &mut Progress) -> anyhow::Result<()> {
+        let stream = &reading.stream();
+        let batches = stream::try_unfold(reading, |mut reading| async move {
+            Ok(reading.batch(LOOK_UP).await?.map(|batch| (batch, reading)))
         });
         let look_up = |batch: Vec<Entry>| async move {
             let mut ids = Vec::with_capacity(batch.len());
             for entry in &batch {
-                ids.push(History::id(stream, entry).await?.to_string());
+                ids.push(Reading::id(stream, entry).await?.to_string());
             }
             let known = patiently(|| store.look_up(&ids)).await?;
             anyhow::Ok((batch, ids, known))

@@ -7,12 +7,13 @@
 mod audit;
 pub mod commands;
 pub mod dead_letters;
-pub mod history;
+
 pub mod interpret;
 pub mod migrate;
 pub mod payload;
 pub mod pull;
 pub mod read;
+pub mod reading;
 mod replay;
 pub mod settings;
 pub mod severity;

@@ -1,6 +1,6 @@
 //! `worker replay`: what is on the stream and not in the database is stored, as a worker would have stored it.
 //!
-//! 1. [`History`] reads the stream in place.
+//! 1. [`Reading`] reads the stream in place.
 //! 2. The ledger is asked for the ids of a batch ([`Store::look_up`]), so that only what is missing is read and sent.
 //! 3. [`Store::persist`] stores that, in the transaction that workers use: either may come first, and both may at once.
 //!
@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use crate::Config;
 use crate::commands::{self, Ending, Progress, count, patiently};
 use crate::dead_letters::DeadLetter;
-use crate::history::History;
+use crate::reading::Reading;
 use crate::store::{Batch, Dead, Record, Store, StoreError};
 
 use findings::{Found, Outcome, Totals, find};
@@ -40,17 +40,17 @@ pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result
     let interruption = commands::interruption()?;
     let context = commands::jetstream(config).await?;
     let store = commands::store(config).await?;
-    let history = History::open(&context, &config.nats.stream, &options.span, false).await?;
+    let reading = Reading::open(&context, &config.nats.stream, &options.span, false).await?;
     let mut replay = Replay {
         store: &store,
         options: &options,
         batch_max: config.batch_max,
-        progress: Progress::new(history.total),
+        progress: Progress::new(reading.total),
         totals: Totals::default(),
         foreseen: HashSet::new(),
         next: None,
     };
-    let ended = interruption.run_until_cancelled(Box::pin(replay.all(history))).await;
+    let ended = interruption.run_until_cancelled(Box::pin(replay.all(reading))).await;
     let Replay { progress, totals, next, .. } = replay;
     let pace = progress.pace();
     drop(progress);
@@ -86,11 +86,11 @@ struct Replay<'a> {
 
 impl Replay<'_> {
     /// Reads and handles everything. Dropping this loses nothing: what `next` does not count is done again, harmlessly.
-    async fn all(&mut self, history: History) -> anyhow::Result<()> {
+    async fn all(&mut self, reading: Reading) -> anyhow::Result<()> {
         let (store, options) = (self.store, self.options);
         let size = options.rate.map_or(LOOK_UP, |rate| usize::try_from(rate).map_or(LOOK_UP, |rate| rate.min(LOOK_UP)));
-        let batches = stream::try_unfold(history, |mut history| async move {
-            Ok(history.batch(size).await?.map(|batch| (batch, history)))
+        let batches = stream::try_unfold(reading, |mut reading| async move {
+            Ok(reading.batch(size).await?.map(|batch| (batch, reading)))
         });
         let mut found = pin!(batches.map_ok(|batch| find(store, options, batch)).try_buffered(AT_ONCE));
         let begun = Instant::now();

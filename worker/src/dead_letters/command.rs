@@ -35,7 +35,10 @@ pub(crate) fn command() -> Command {
     let which = |command: Command| {
         let ids = Arg::new("id").value_name("ID").num_args(1..).help("Delivery ids");
         let all = flag("all", "All letters, or all that --reason, --since and --until leave").conflicts_with("id");
-        command.arg(ids.required_unless_present("all")).arg(all).args(filters().map(|filter| filter.requires("all")))
+        command
+            .arg(ids.required_unless_present("all"))
+            .arg(all)
+            .args(filters().map(|filter| filter.conflicts_with("id")))
     };
     let json = || flag("json", "JSON, for programs");
     Command::new("dead-letters")
@@ -276,9 +279,16 @@ mod tests {
         for good in ["x retry a b", "x discard --all", "x retry --all --reason 23 --since 2h", "x list --reason 23"] {
             assert!(parse(good).is_ok(), "{good}: {:?}", parse(good));
         }
-        for bad in
-            ["x", "x retry", "x discard", "x retry a --all", "x retry a --reason b", "x list --since 7", "x show"]
-        {
+        for bad in [
+            "x",
+            "x retry",
+            "x discard",
+            "x retry a --all",
+            "x retry a --reason b",
+            "x retry --reason b",
+            "x list --since 7",
+            "x show",
+        ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

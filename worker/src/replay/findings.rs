@@ -2,9 +2,9 @@
 
 use crate::commands::{count, patiently};
 use crate::dead_letters::DeadLetter;
-use crate::history::Entry;
 use crate::interpret::interpret;
 use crate::read::read;
+use crate::reading::Entry;
 use crate::replay::options::Options;
 use crate::store::{Fate, Known, Record, Store};
 

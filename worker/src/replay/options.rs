@@ -7,7 +7,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::commands::{flag, time, time_option};
-use crate::history::{From, Span, Until};
+use crate::reading::{From, Span, Until};
 
 const AFTER_HELP: &str = "\
 Times are the stream's: when NATS stored a message, which is when the gateway received it or later.

@@ -94,7 +94,7 @@ impl Entry {
 }
 
 /// A span of the stream being read.
-pub struct History {
+pub struct Reading {
     stream: Stream,
     subject: String,
     messages: Ordered,
@@ -107,7 +107,7 @@ pub struct History {
     ended: bool,
 }
 
-impl History {
+impl Reading {
     /// Begins to read `span` of the stream called `name`. With `headers_only` the bodies stay where they are.
     ///
     /// # Errors
@@ -117,7 +117,7 @@ impl History {
         name: &str,
         span: &Span,
         headers_only: bool,
-    ) -> anyhow::Result<History> {
+    ) -> anyhow::Result<Reading> {
         let stream = context.get_stream(name).await.with_context(|| format!("cannot look at stream {name}"))?;
         let state = &stream.cached_info().state;
         let (newest, newest_at) = (state.last_sequence, state.last_timestamp);
@@ -170,7 +170,7 @@ impl History {
             From::Oldest | From::Time(_) => 1,
         };
         let messages = consumer.messages().await.context("cannot read the stream")?;
-        Ok(History { stream, subject, messages, total, last, before, next, ended: total == 0 })
+        Ok(Reading { stream, subject, messages, total, last, before, next, ended: total == 0 })
     }
 
     /// The next messages, in their order: at most `most`, and not much more than 32 MiB. None at the end. NATS away is
