@@ -39,7 +39,7 @@ async fn status_tells_what_it_can() {
 
 #[tokio::test]
 async fn an_audit_accounts_for_what_waits_for_repeats_and_for_messages_of_others() {
-    let mut world = setup().start().await;
+    let world = setup().start().await;
     let jetstream = world.jetstream().await;
     world.post(fixture!("issue_created")).await.accepted();
     // The gateway publishes again what it got no receipt for; somebody else publishes without any of our headers.

@@ -1,5 +1,8 @@
 //! What is promised, a file a promise, each shown with real parts.
 
+#![expect(clippy::unwrap_used, reason = "a test that panics says enough")]
+
+mod canonical_form;
 mod commands;
 mod contract;
 mod dead_letters;

@@ -5,6 +5,8 @@
 //! - [`Post`]: what Sentry sends.
 //! - [`eventually`]: how to wait. Nothing here sleeps for a fixed time.
 
+#![expect(clippy::unwrap_used, reason = "a harness that panics says enough")]
+
 mod post;
 mod setup;
 
