@@ -49,7 +49,12 @@ pub(crate) enum Ending {
 
 /// Every command, for the parser.
 pub fn all() -> [Command; 4] {
-    [dead_letters::command::command(), replay::command(), audit::command(), status::command()]
+    [dead_letters::command::command(), replay::command(), audit::command(), status::command()].map(own_first)
+}
+
+/// In `--help`, what a command has of its own comes before the settings.
+fn own_first(command: Command) -> Command {
+    command.mut_args(|arg| arg.display_order(0)).mut_subcommands(own_first)
 }
 
 /// Runs the command that `arguments`, the whole program's, name. None where they name none of these.
