@@ -1,10 +1,15 @@
 //! The gateway: takes Sentry's webhooks, verifies them, makes them durable, and answers.
 //!
-//! Read [`receive`] first: it is the way of one delivery through this process. [`signature`] and [`canonical`] say
-//! what a genuine delivery is, [`publish`] where it goes, [`reject`] what everybody else is told, [`server`] keeps the
-//! connections.
+//! Read [`receive`] first: it is the way of one delivery up to its 202. [`signature`] and [`canonical`] say what a genuine
+//! delivery is, [`journal`] what a 202 rests on, [`reject`] what everybody else is told, [`server`] keeps the connections.
+//! Behind the answer, [`publish`] takes entries from the journal to JetStream, and [`confirm`] looks after each until a
+//! worker has stored it. [`commands`] is for operators.
 
 pub mod canonical;
+pub mod commands;
+pub mod confirm;
+pub mod journal;
+pub mod metrics;
 pub mod publish;
 pub mod receive;
 pub mod reject;
@@ -13,36 +18,108 @@ pub mod settings;
 pub mod signature;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::Context as _;
+use prometheus_client::registry::Registry;
 use shared::ops::{self, Readiness};
+use shared::stream::NatsSettings;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 pub use crate::settings::Config;
 
+use crate::journal::Journal;
+use crate::metrics::Metrics;
 use crate::publish::Publisher;
 use crate::receive::Gateway;
+use crate::settings::JournalSettings;
 
-/// Serves until `shutdown`, then lets what is in flight end, for as long as the grace period lasts.
+/// Serves until `shutdown`. Then the listener closes, what is in flight is answered, and for what is left of the grace
+/// period the journal is published; the rest stays on disk.
 ///
 /// # Errors
-/// Where the gateway cannot start: an address is taken, say. While NATS is not there it starts and waits.
+/// Where the gateway cannot start: an address is taken, say, or the journal. While NATS is not there it starts, and takes
+/// deliveries.
 pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
     let public = bind(config.listen, "GATEWAY_LISTEN").await?;
     let ops = bind(config.ops_listen, "GATEWAY_OPS_LISTEN").await?;
-    let readiness = Readiness::default();
-    let publisher = Publisher::start(&config.nats, &readiness, shutdown.clone()).await?;
-    let gateway = Arc::new(Gateway::new(&config, publisher));
+    // NATS away costs nothing but time: deliveries are taken, and wait on disk.
+    let readiness = Readiness::tolerating(&["nats", "stream"]);
+    let journal = open_journal(&config.journal).await?;
+    let watched = journal.clone();
+    readiness.probe("journal", move || match watched.trouble() {
+        Some(trouble) => Err(trouble.problem.to_string()),
+        None => Ok("takes deliveries".into()),
+    });
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry, &journal);
+    let gateway = Arc::new(Gateway::new(&config, journal.clone()));
     tracing::info!(public = %public.local_addr()?, ops = %ops.local_addr()?, "listening");
-    // Ops outlives the public listener, so that a stopping gateway can be watched.
-    let ops_shutdown = CancellationToken::new();
-    let ops = tokio::spawn(ops::serve(ops, readiness, ops_shutdown.clone()));
-    server::run(public, gateway, &config, shutdown).await;
-    ops_shutdown.cancel();
+    // Ops and publishing outlive the public listener.
+    let after = CancellationToken::new();
+    let ops = tokio::spawn(ops::serve(ops, readiness.clone(), registry, after.clone()));
+    let publisher = Publisher::connect(&config.nats, journal.clone(), &readiness, metrics.clone()).await?;
+    let settling = Settling { journal: &journal, publisher: &publisher, metrics: &metrics };
+    let serving = async {
+        server::run(public, gateway, &config, shutdown.clone()).await;
+        let stopping = Instant::now();
+        let left = config.grace.saturating_sub(stopping.elapsed());
+        if tokio::time::timeout(left, publisher.drained()).await.is_err() {
+            tracing::warn!("the grace period is over; what is not published stays in the journal until the next start");
+        }
+        after.cancel();
+    };
+    tokio::join!(serving, settling.run(&config.nats, config.journal.confirm_after, &readiness, &after));
     ops.await.context("the ops listener failed")?;
+    journal.close().await;
+    // Leaves in good order; whether NATS notices is its own affair.
+    let _ = publisher.client().drain().await;
     tracing::info!("stopped");
     Ok(())
+}
+
+/// What brings entries from the journal to their receipts.
+struct Settling<'a> {
+    journal: &'a Journal,
+    publisher: &'a Publisher,
+    metrics: &'a Metrics,
+}
+
+impl Settling<'_> {
+    /// Publishes, takes receipts and looks after what has none, until `shutdown`.
+    async fn run(
+        &self,
+        nats: &NatsSettings,
+        confirm_after: std::time::Duration,
+        readiness: &Readiness,
+        shutdown: &CancellationToken,
+    ) {
+        let work = async {
+            tokio::join!(
+                self.publisher.run(readiness),
+                confirm::take_receipts(self.journal, self.publisher),
+                confirm::look_after(self.journal, self.publisher, self.metrics, &nats.stream, confirm_after),
+            );
+        };
+        shutdown.run_until_cancelled(Box::pin(work)).await;
+    }
+}
+
+/// Opens the journal and tells what was found in it. Reading it may take a while, on a thread that may.
+async fn open_journal(settings: &JournalSettings) -> anyhow::Result<Journal> {
+    let JournalSettings { dir, limits, .. } = settings.clone();
+    let opened = tokio::task::spawn_blocking(move || Journal::open(&dir, limits)).await?;
+    let (journal, found) = opened.context("GATEWAY_JOURNAL_DIR names the journal's directory")?;
+    tracing::info!(
+        gateway.id = journal.gateway_id(),
+        unpublished = found.unpublished,
+        set_aside = found.set_aside,
+        torn_bytes = found.torn_bytes,
+        took = ?found.took,
+        "opened the journal"
+    );
+    Ok(journal)
 }
 
 async fn bind(address: std::net::SocketAddr, setting: &str) -> anyhow::Result<TcpListener> {

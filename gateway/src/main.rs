@@ -1,34 +1,48 @@
-//! The `gateway` program: settings, logs, run, stop.
+//! The `gateway` program: settings, logs, run or a command, stop.
 
 use std::process::ExitCode;
 
-use clap::Command;
-use gateway::Config;
-use shared::settings::{self, EX_USAGE};
+use clap::{ArgMatches, Command};
+use gateway::settings::{Config, JournalConfig};
+use gateway::{commands, settings as own};
+use shared::settings::{self, BadSettings, EX_USAGE};
 use shared::shutdown;
 
 fn main() -> ExitCode {
     let about = "Takes Sentry's webhooks, verifies them, makes them durable, and answers";
     let command = Command::new("gateway").bin_name("gateway").about(about).version(env!("CARGO_PKG_VERSION"));
-    let arguments = settings::arguments(settings::command(command, &gateway::settings::SETTINGS));
-    let config = match Config::load(&settings::flags_then_environment(&arguments)) {
-        Ok(config) => config,
-        Err(mistakes) => {
-            eprintln!("gateway: {mistakes}");
-            return ExitCode::from(EX_USAGE);
-        }
+    let command = settings::command(command, &own::SETTINGS).subcommand(commands::command());
+    let arguments = settings::arguments(command);
+    let ended = match arguments.subcommand() {
+        Some((_, journal)) => operate(journal),
+        None => serve(&arguments),
     };
-    config.logs.start();
-    match serve(config) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
+    match ended {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
             eprintln!("gateway: {error:#}");
             ExitCode::FAILURE
+        }
+        Err(mistakes) => {
+            eprintln!("gateway: {mistakes}");
+            ExitCode::from(EX_USAGE)
         }
     }
 }
 
-#[tokio::main]
-async fn serve(config: Config) -> anyhow::Result<()> {
-    gateway::run(config, shutdown::on_signal()?).await
+fn serve(arguments: &ArgMatches) -> Result<anyhow::Result<()>, BadSettings> {
+    let config = Config::load(&settings::flags_then_environment(arguments))?;
+    config.logs.start();
+    Ok(in_runtime(async { gateway::run(config, shutdown::on_signal()?).await }))
+}
+
+fn operate(journal: &ArgMatches) -> Result<anyhow::Result<()>, BadSettings> {
+    let (_, innermost) = journal.subcommand().unwrap_or(("", journal));
+    let config = JournalConfig::load(&settings::flags_then_environment(innermost))?;
+    config.logs.start();
+    Ok(in_runtime(async { commands::run(journal, config, shutdown::on_signal()?).await }))
+}
+
+fn in_runtime(program: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    tokio::runtime::Runtime::new()?.block_on(program)
 }

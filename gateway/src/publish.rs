@@ -1,85 +1,324 @@
-//! Publishing: a verified delivery goes to JetStream, and only its ack makes it accepted.
+//! Publishing: from the journal to JetStream, in the background, for as long as it takes.
+//!
+//! - Entries go out in the order in which they came, several hundred at a time, and each settles by itself: a PubAck for
+//!   that very entry marks it published, a refusal that waiting cannot mend sets it aside, anything else is tried again
+//!   with jittered backoff and without limit. One entry never delays another.
+//! - A try that timed out may have been stored: it is repeated under the same `Nats-Msg-Id`. Published is not stored:
+//!   only the worker's receipt lets an entry go (see [`crate::confirm`]).
+//! - Nothing is read from disk while NATS cannot take it, and what is in flight is bounded in entries and in bytes, so
+//!   memory does not grow with the backlog.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::collections::HashSet;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use async_nats::connection::State;
-use async_nats::jetstream::{self, context::PublishErrorKind};
+use async_nats::connection::State as Link;
+use async_nats::jetstream::context::{PublishError, PublishErrorKind};
+use async_nats::jetstream::{self, ErrorCode, stream};
+use async_nats::{Event, HeaderMap, ServerError};
+use backon::{ExponentialBuilder, Retryable as _};
+use bytes::Bytes;
 use shared::delivery::Delivery;
 use shared::ops::Readiness;
-use shared::stream::{self, NatsSettings};
-use tokio_util::sync::CancellationToken;
+use shared::receipt::ReceiptTo;
+use shared::stream::{NatsSettings, covers, ensure_stream, jetstream, tell_differences, until_ready};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio_util::task::TaskTracker;
 
-/// How long JetStream may take to ack. Sentry gives up after a second.
-const ACK_WITHIN: Duration = Duration::from_millis(900);
+use crate::journal::{Journal, Place, Refusal, State, Stored};
+use crate::metrics::Metrics;
 
-/// Why a delivery is not known to be on the stream. It may be there all the same; its id makes a repeat harmless.
-#[derive(Debug, thiserror::Error)]
-pub enum NotStored {
-    /// NATS is not connected, or the stream is not there or not as it must be.
-    #[error("NATS is not ready")]
-    NotReady,
-    /// No ack in time.
-    #[error("JetStream did not acknowledge within {} ms", ACK_WITHIN.as_millis())]
-    TimedOut,
-    /// JetStream said no.
-    #[error("JetStream refused it: {0}")]
-    Refused(String),
+/// Entries on their way at once.
+const IN_FLIGHT: usize = 512;
+/// Bodies on their way at once, in KiB. One that is larger than all of it goes alone.
+const IN_FLIGHT_KIB: u32 = 32 * 1024;
+/// How many entries, and how many bytes, are read from the journal in one go.
+const READ_ENTRIES: usize = 128;
+const READ_BYTES: u64 = 4 << 20;
+/// How long JetStream may take to acknowledge before the publish is repeated.
+const ACK_WITHIN: Duration = Duration::from_secs(5);
+/// How often the stream and the server's limits are looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// Publishes what is in a journal. Clones share one connection.
+#[derive(Clone)]
+pub struct Publisher(Arc<Shared>);
+
+struct Shared {
+    journal: Journal,
+    nats: NatsSettings,
+    client: async_nats::Client,
+    context: jetstream::Context,
+    metrics: Metrics,
+    /// The stream as it was last seen, or none while it is not known to be there and fit.
+    fit: watch::Sender<Option<Arc<stream::Config>>>,
+    /// Something speaks against the stream's being there.
+    doubt: Notify,
+    /// Subjects that this account may not publish to, as the server said on this connection.
+    denied: Arc<Mutex<HashSet<String>>>,
+    entries_room: Arc<Semaphore>,
+    bytes_room: Arc<Semaphore>,
+    in_flight: TaskTracker,
 }
 
-/// Publishes deliveries. Clones share one connection.
-#[derive(Clone)]
-pub struct Publisher {
-    context: jetstream::Context,
-    client: async_nats::Client,
-    /// Whether the stream was found fit.
-    stream_ready: Arc<AtomicBool>,
+/// Why an entry is not published.
+#[derive(Debug, thiserror::Error)]
+enum NotPublished {
+    /// Waiting does not mend it.
+    #[error("{1}")]
+    Never(Refusal, String),
+    /// It may work later.
+    #[error("{0}")]
+    Later(String),
 }
 
 impl Publisher {
-    /// Connects and prepares the stream in the background, for as long as it takes.
+    /// A publisher that connects in the background.
     ///
     /// # Errors
     /// Where the NATS client itself cannot be made.
-    pub async fn start(
+    pub async fn connect(
         nats: &NatsSettings,
+        journal: Journal,
         readiness: &Readiness,
-        shutdown: CancellationToken,
+        metrics: Metrics,
     ) -> anyhow::Result<Self> {
-        let client = nats.connect("gateway", readiness).await?;
-        let context = stream::jetstream(client.clone());
-        let publisher = Publisher { context, client, stream_ready: Arc::default() };
-        let (preparing, nats, readiness) = (publisher.clone(), nats.clone(), readiness.clone());
+        let denied = Arc::<Mutex<HashSet<String>>>::default();
+        let noted = denied.clone();
+        let client = nats.connect("gateway", readiness, move |event| note_denied(event, &noted)).await?;
         readiness.set("stream", Err("not looked at yet".into()));
-        tokio::spawn(async move { shutdown.run_until_cancelled(preparing.prepare(&nats, &readiness)).await });
-        Ok(publisher)
+        Ok(Publisher(Arc::new(Shared {
+            journal,
+            nats: nats.clone(),
+            context: jetstream(client.clone()),
+            client,
+            metrics,
+            fit: watch::Sender::new(None),
+            doubt: Notify::new(),
+            denied,
+            entries_room: Arc::new(Semaphore::new(IN_FLIGHT)),
+            bytes_room: Arc::new(Semaphore::new(IN_FLIGHT_KIB as usize)),
+            in_flight: TaskTracker::new(),
+        })))
     }
 
-    async fn prepare(&self, nats: &NatsSettings, readiness: &Readiness) {
-        stream::until_ready("stream", readiness, || stream::ensure_stream(&self.context, nats)).await;
-        self.stream_ready.store(true, Ordering::Release);
+    /// The connection's client.
+    pub fn client(&self) -> &async_nats::Client {
+        &self.0.client
     }
 
-    /// Puts a delivery on the stream; returns once JetStream acknowledged it.
-    ///
-    /// # Errors
-    /// [`NotStored`], in any case within [`ACK_WITHIN`].
-    pub async fn publish(&self, delivery: &Delivery) -> Result<(), NotStored> {
-        // Without a connection the client would hold the message for later; the answer cannot wait for that.
-        if self.client.connection_state() != State::Connected || !self.stream_ready.load(Ordering::Acquire) {
-            return Err(NotStored::NotReady);
+    /// The connection's JetStream context.
+    pub fn context(&self) -> &jetstream::Context {
+        &self.0.context
+    }
+
+    /// Publishes what is in the journal and what comes into it, without end.
+    pub async fn run(&self, readiness: &Readiness) {
+        tokio::join!(self.keep_stream(readiness), self.publish_all());
+    }
+
+    /// Waits until the journal holds nothing that could be published now, or NATS is away.
+    pub async fn drained(&self) {
+        while self.is_up() && self.0.journal.stats().share(State::Journalled).tally.entries > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Whether NATS can be asked anything.
+    pub fn is_up(&self) -> bool {
+        self.0.client.connection_state() == Link::Connected && self.0.fit.borrow().is_some()
+    }
+
+    /// Keeps the stream there and fit, and sees when what it takes has changed.
+    async fn keep_stream(&self, readiness: &Readiness) {
+        let shared = &self.0;
+        let mut known = None;
+        loop {
+            let config = until_ready("stream", readiness, || ensure_stream(&shared.context, &shared.nats)).await;
+            let connects = shared.client.statistics().connects.load(Ordering::Relaxed);
+            let limits = (config.clone(), shared.client.server_info().max_payload, connects);
+            if known.as_ref() != Some(&limits) {
+                tell_differences(&config, &shared.nats);
+                shared.retry_set_aside();
+                known = Some(limits);
+            }
+            shared.fit.send_replace(Some(Arc::new(config)));
+            // At most as often as that, but soon when a publish finds no stream.
+            tokio::select! {
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+                () = shared.doubt.notified() => { shared.fit.send_replace(None); }
+            }
+        }
+    }
+
+    async fn publish_all(&self) {
+        let shared = &self.0;
+        loop {
+            shared.link_is_up().await;
+            // Room for one at least; then as many as there is room for.
+            drop(shared.entries_room.acquire().await.expect("this semaphore is never closed"));
+            let entries = shared.entries_room.available_permits().clamp(1, READ_ENTRIES);
+            for entry in shared.journal.take(entries, READ_BYTES).await {
+                let room = shared.room_for(&entry).await;
+                let publisher = self.clone();
+                shared.in_flight.spawn(async move {
+                    publisher.0.publish(entry).await;
+                    drop(room);
+                });
+            }
+        }
+    }
+}
+
+impl Shared {
+    async fn room_for(&self, entry: &Stored) -> (OwnedSemaphorePermit, OwnedSemaphorePermit) {
+        let kib = u32::try_from(entry.body.len() / 1024 + 1).unwrap_or(u32::MAX).min(IN_FLIGHT_KIB);
+        let entries = self.entries_room.clone().acquire_owned().await;
+        let bytes = self.bytes_room.clone().acquire_many_owned(kib).await;
+        (entries.expect("this semaphore is never closed"), bytes.expect("this semaphore is never closed"))
+    }
+
+    /// One entry, until it is settled one way or the other.
+    async fn publish(&self, entry: Stored) {
+        let Stored { place, meta, body, repeats, .. } = entry;
+        let delivery = match Delivery::from_journal(&meta, body) {
+            Ok(delivery) => delivery,
+            Err(error) => {
+                tracing::error!(%place, %error, "an entry of the journal is set aside");
+                return self.journal.mark_set_aside(place, Refusal::Other);
+            }
+        };
+        let receipt_to = ReceiptTo::new(self.journal.gateway_id(), place);
+        let headers = delivery.headers(u32::from(repeats), &receipt_to);
+        let backoff = ExponentialBuilder::default()
+            .with_min_delay(Duration::from_millis(50))
+            .with_max_delay(Duration::from_secs(5))
+            .with_jitter()
+            .without_max_times();
+        let subject = delivery.subject();
+        let published = (|| self.try_publish(&subject, &headers, &delivery.body))
+            .retry(backoff)
+            .when(|error| matches!(error, NotPublished::Later(_)))
+            .notify(|error, _| tracing::debug!(delivery.id = %delivery.id, %error, "not published yet, will try again"))
+            .await;
+        match published {
+            Ok(sequence) => self.journal.mark_published(place, sequence),
+            Err(error) => self.set_aside(place, &delivery, &error),
+        }
+    }
+
+    fn set_aside(&self, place: Place, delivery: &Delivery, error: &NotPublished) {
+        let NotPublished::Never(refusal, _) = error else {
+            unreachable!("what may work later is retried without limit")
+        };
+        tracing::error!(
+            delivery.id = %delivery.id,
+            bytes = delivery.body.len(),
+            reason = refusal.as_str(),
+            "NATS refuses a delivery; it is kept in the journal and tried again when NATS's limits change: {error}"
+        );
+        self.journal.mark_set_aside(place, *refusal);
+    }
+
+    /// One try: the sequence at which JetStream has it.
+    async fn try_publish(&self, subject: &str, headers: &HeaderMap, body: &Bytes) -> Result<u64, NotPublished> {
+        let stream = self.link_is_up().await;
+        let begin = Instant::now();
         let acked = async {
-            let publish =
-                self.context.publish_with_headers(delivery.subject(), delivery.headers(), delivery.body.clone());
+            let publish = self.context.publish_with_headers(subject.to_owned(), headers.clone(), body.clone());
             publish.await?.await
         };
         match tokio::time::timeout(ACK_WITHIN, acked).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) if error.kind() == PublishErrorKind::TimedOut => Err(NotStored::TimedOut),
-            Ok(Err(error)) => Err(NotStored::Refused(error.to_string())),
-            Err(_) => Err(NotStored::TimedOut),
+            Ok(Ok(ack)) => {
+                self.metrics.published(begin.elapsed());
+                Ok(ack.sequence)
+            }
+            Ok(Err(error)) => Err(self.judge(&error, subject, &stream)),
+            Err(_) => Err(self.timed_out(subject)),
         }
+    }
+
+    /// Whether waiting can help.
+    fn judge(&self, error: &PublishError, subject: &str, stream: &stream::Config) -> NotPublished {
+        let because = || format!("{error}{}", cause(error));
+        match error.kind() {
+            PublishErrorKind::MaxPayloadExceeded => NotPublished::Never(Refusal::TooLarge, because()),
+            PublishErrorKind::Other if api_code(error) == Some(ErrorCode::STREAM_MESSAGE_EXCEEDS_MAXIMUM) => {
+                NotPublished::Never(Refusal::TooLarge, because())
+            }
+            PublishErrorKind::StreamNotFound if !stream.subjects.iter().any(|pattern| covers(pattern, subject)) => {
+                NotPublished::Never(Refusal::Subject, format!("the stream does not take the subject {subject}"))
+            }
+            PublishErrorKind::StreamNotFound => {
+                self.doubt.notify_one();
+                NotPublished::Later(because())
+            }
+            PublishErrorKind::TimedOut => self.timed_out(subject),
+            PublishErrorKind::WrongLastMessageId
+            | PublishErrorKind::WrongLastSequence
+            | PublishErrorKind::BrokenPipe
+            | PublishErrorKind::MaxAckPending
+            | PublishErrorKind::Other => NotPublished::Later(because()),
+        }
+    }
+
+    fn timed_out(&self, subject: &str) -> NotPublished {
+        // What may not be published is not acknowledged either; the server says so beside.
+        if self.denied.lock().unwrap_or_else(PoisonError::into_inner).contains(subject) {
+            return NotPublished::Never(Refusal::Permission, format!("this account may not publish to {subject}"));
+        }
+        NotPublished::Later(format!("no acknowledgement within {} s", ACK_WITHIN.as_secs()))
+    }
+
+    fn retry_set_aside(&self) {
+        let retried: usize = Refusal::ALL.into_iter().map(|refusal| self.journal.retry_set_aside(refusal)).sum();
+        if retried > 0 {
+            tracing::info!(entries = retried, "trying again what NATS refused under other limits");
+        }
+    }
+
+    /// Waits until NATS is connected and the stream fit. Gives the stream as it was last seen.
+    async fn link_is_up(&self) -> Arc<stream::Config> {
+        let mut fit = self.fit.subscribe();
+        loop {
+            let stream = fit.wait_for(Option::is_some).await.ok().and_then(|fit| fit.clone());
+            if let (Some(stream), Link::Connected) = (stream, self.client.connection_state()) {
+                return stream;
+            }
+            // The client tells of a connection by event only; a look now and then is simpler and costs nothing.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+/// The error code that JetStream gave, if it gave one.
+fn api_code(error: &PublishError) -> Option<ErrorCode> {
+    let cause = std::error::Error::source(error)?;
+    Some(cause.downcast_ref::<jetstream::Error>()?.error_code())
+}
+
+fn cause(error: &PublishError) -> String {
+    std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default()
+}
+
+/// Remembers which subjects the server says we may not publish to; forgets them at a new connection.
+fn note_denied(event: &Event, denied: &Mutex<HashSet<String>>) {
+    let mut denied = denied.lock().unwrap_or_else(PoisonError::into_inner);
+    match event {
+        Event::Connected => denied.clear(),
+        Event::ServerError(ServerError::Other(text)) => {
+            // `Permissions Violation for Publish to "signals.sentry.issue"`
+            let subject =
+                text.split_once("Permissions Violation for Publish to \"").map(|(_, rest)| rest.trim_end_matches('"'));
+            denied.extend(subject.map(str::to_owned));
+        }
+        Event::Disconnected
+        | Event::LameDuckMode
+        | Event::Draining
+        | Event::Closed
+        | Event::SlowConsumer(_)
+        | Event::ServerError(_)
+        | Event::ClientError(_) => {}
     }
 }

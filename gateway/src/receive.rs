@@ -12,7 +12,7 @@ use shared::delivery::{Delivery, DeliveryId, HOOK_RESOURCE, HOOK_TIMESTAMP, REQU
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::{Duration, Instant, timeout_at};
 
-use crate::publish::Publisher;
+use crate::journal::{Entry, Journal};
 use crate::reject::Reject;
 use crate::settings::{Config, Limits};
 use crate::signature::{Signature, Verifier};
@@ -28,7 +28,7 @@ const DISCARD_BODIES: usize = 4;
 /// Everything a request needs.
 pub struct Gateway {
     verifier: Verifier,
-    publisher: Publisher,
+    journal: Journal,
     limits: Limits,
     /// Bytes of bodies that may still be taken into memory.
     budget: Semaphore,
@@ -39,11 +39,11 @@ pub struct Gateway {
 pub struct Accepted(DeliveryId);
 
 impl Gateway {
-    /// A gateway that hands what it takes to `publisher`.
-    pub fn new(config: &Config, publisher: Publisher) -> Self {
+    /// A gateway that keeps what it takes in `journal`.
+    pub fn new(config: &Config, journal: Journal) -> Self {
         Gateway {
             verifier: Verifier::new(config.secrets.clone(), config.form),
-            publisher,
+            journal,
             limits: config.limits.clone(),
             budget: Semaphore::new(config.limits.bytes_in_flight.min(Semaphore::MAX_PERMITS)),
         }
@@ -55,8 +55,8 @@ impl Gateway {
         match self.receive(&head, &mut body).await {
             Ok(accepted) => accepted.to_response(),
             Err(reject) => {
-                if let Reject::NotStored(cause) = &reject {
-                    tracing::warn!(%cause, "a delivery could not be stored and was answered 503");
+                if let Reject::NotJournalled(cause) = &reject {
+                    tracing::warn!(%cause, "a delivery could not be journalled and was answered 503");
                 }
                 self.discard_rest(&head, body, &reject);
                 reject.to_response()
@@ -65,7 +65,7 @@ impl Gateway {
     }
 
     /// The way of one delivery through this process. Nothing that was not verified goes on, and nothing is accepted
-    /// before it is durable.
+    /// before it is on disk.
     async fn receive(&self, head: &Parts, body: &mut Incoming) -> Result<Accepted, Reject> {
         route(head)?;
         let signature = Signature::of(&head.headers)?;
@@ -74,7 +74,12 @@ impl Gateway {
         let header = |name| Some(head.headers.get(name)?.as_bytes());
         let delivery =
             Delivery::received(body.into_bytes(), header(REQUEST_ID), header(HOOK_RESOURCE), header(HOOK_TIMESTAMP));
-        self.publisher.publish(&delivery).await.map_err(Reject::NotStored)?;
+        let entry = Entry {
+            received_at: delivery.received_at.into(),
+            meta: delivery.to_journal(),
+            body: delivery.body.clone(),
+        };
+        self.journal.append(entry).await.map_err(Reject::NotJournalled)?; // on disk when this returns
         tracing::debug!(delivery.id = %delivery.id, bytes = delivery.body.len(), "accepted a delivery");
         Ok(Accepted(delivery.id))
     }

@@ -7,7 +7,7 @@ use http_body_util::Full;
 use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use hyper::{Response, StatusCode};
 
-use crate::publish::NotStored;
+use crate::journal::AppendError;
 
 /// Seconds after which it makes sense to come back.
 const RETRY_AFTER_SECONDS: &str = "5";
@@ -39,8 +39,8 @@ pub enum Reject {
     TooManyBytes,
     /// Too many signatures wait for their canonical form.
     VerifyBusy,
-    /// It could not be made durable in time.
-    NotStored(NotStored),
+    /// It could not be made durable.
+    NotJournalled(AppendError),
 }
 
 impl Reject {
@@ -53,7 +53,7 @@ impl Reject {
             Reject::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Reject::SlowHeaders | Reject::SlowBody => StatusCode::REQUEST_TIMEOUT,
             Reject::BrokenBody => StatusCode::BAD_REQUEST,
-            Reject::TooManyConnections | Reject::TooManyBytes | Reject::VerifyBusy | Reject::NotStored(_) => {
+            Reject::TooManyConnections | Reject::TooManyBytes | Reject::VerifyBusy | Reject::NotJournalled(_) => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
         }
@@ -123,7 +123,7 @@ impl fmt::Display for Reject {
             Reject::TooManyConnections => f.write_str("too many connections at the moment"),
             Reject::TooManyBytes => f.write_str("too many deliveries in flight at the moment"),
             Reject::VerifyBusy => f.write_str("too many signatures wait to be checked at the moment"),
-            Reject::NotStored(_) => f.write_str("the delivery could not be stored at the moment"),
+            Reject::NotJournalled(_) => f.write_str("the delivery could not be stored at the moment"),
         }
     }
 }

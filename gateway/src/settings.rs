@@ -1,12 +1,14 @@
 //! What can be set, and the config that comes of it.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use shared::settings::{self, BadSettings, SHUTDOWN_GRACE, Setting};
 use shared::stream::{self, NatsSettings};
 use shared::telemetry::LogSettings;
 
+use crate::journal;
 use crate::signature::{Form, Secrets};
 
 const SENTRY_CLIENT_SECRET: Setting = Setting::secret(
@@ -23,6 +25,25 @@ const SENTRY_SIGNATURE_FORM: Setting = Setting::new(
 const GATEWAY_LISTEN: Setting = Setting::new("GATEWAY_LISTEN", "0.0.0.0:8080", "Where Sentry reaches the gateway");
 const GATEWAY_OPS_LISTEN: Setting =
     Setting::new("GATEWAY_OPS_LISTEN", "127.0.0.1:9464", "Where operators reach /healthz and /readyz");
+const GATEWAY_JOURNAL_DIR: Setting = Setting::new(
+    "GATEWAY_JOURNAL_DIR",
+    "/var/lib/loop-gateway",
+    "Where the journal is: a directory of this gateway's own, on a disk that lasts",
+);
+const GATEWAY_JOURNAL_MAX_BYTES: Setting = Setting::new(
+    "GATEWAY_JOURNAL_MAX_BYTES",
+    "10GiB",
+    "Size the journal may have on disk; full of what is nowhere else, deliveries are answered 503",
+);
+const GATEWAY_CONFIRM_AFTER: Setting = Setting::new(
+    "GATEWAY_CONFIRM_AFTER",
+    "5min",
+    "How long a published delivery may be without a receipt before it is looked after",
+);
+const GATEWAY_JOURNAL_RETAIN: Setting = Setting {
+    default: Some("0"),
+    ..Setting::bare("GATEWAY_JOURNAL_RETAIN", "How long confirmed deliveries are kept for `gateway journal redrive`")
+};
 const GATEWAY_MAX_BODY_BYTES: Setting =
     Setting::new("GATEWAY_MAX_BODY_BYTES", "8MiB", "Largest body that is taken; a larger one is answered 413");
 const GATEWAY_HEADER_TIMEOUT: Setting =
@@ -45,6 +66,10 @@ pub const SETTINGS: [&[Setting]; 3] = [
         SENTRY_SIGNATURE_FORM,
         GATEWAY_LISTEN,
         GATEWAY_OPS_LISTEN,
+        GATEWAY_JOURNAL_DIR,
+        GATEWAY_JOURNAL_MAX_BYTES,
+        GATEWAY_CONFIRM_AFTER,
+        GATEWAY_JOURNAL_RETAIN,
         GATEWAY_MAX_BODY_BYTES,
         GATEWAY_HEADER_TIMEOUT,
         GATEWAY_BODY_TIMEOUT,
@@ -66,6 +91,8 @@ pub struct Config {
     pub secrets: Secrets,
     /// `SENTRY_SIGNATURE_FORM`
     pub form: Form,
+    /// The journal.
+    pub journal: JournalSettings,
     /// What the public listener puts up with.
     pub limits: Limits,
     /// Where NATS is, and the stream.
@@ -74,6 +101,17 @@ pub struct Config {
     pub grace: Duration,
     /// `RUST_LOG`, `LOG_FORMAT`
     pub logs: LogSettings,
+}
+
+/// Where the journal is, and how much it may take.
+#[derive(Debug, Clone)]
+pub struct JournalSettings {
+    /// `GATEWAY_JOURNAL_DIR`
+    pub dir: PathBuf,
+    /// `GATEWAY_JOURNAL_MAX_BYTES`, `GATEWAY_JOURNAL_RETAIN`
+    pub limits: journal::Limits,
+    /// `GATEWAY_CONFIRM_AFTER`
+    pub confirm_after: Duration,
 }
 
 /// What the public listener puts up with.
@@ -103,6 +141,7 @@ impl Config {
             .parse(&SENTRY_SIGNATURE_FORM, |text| Form::named(text).ok_or_else(|| "any, canonical or raw".into()));
         let listen = reader.parse(&GATEWAY_LISTEN, settings::address);
         let ops_listen = reader.parse(&GATEWAY_OPS_LISTEN, settings::address);
+        let journal = journal(&mut reader);
         let limits = limits(&mut reader);
         let nats = NatsSettings::read(&mut reader);
         let grace = reader.parse(&SHUTDOWN_GRACE, settings::duration);
@@ -113,6 +152,7 @@ impl Config {
                 ops_listen: ops_listen?,
                 secrets: secrets?,
                 form: form?,
+                journal: journal?,
                 limits: limits?,
                 nats: nats?,
                 grace: grace?,
@@ -122,6 +162,46 @@ impl Config {
         let config = config();
         reader.finish(config)
     }
+}
+
+/// What the commands on a journal need: no secret, no listener.
+#[derive(Debug)]
+pub struct JournalConfig {
+    /// The journal.
+    pub journal: JournalSettings,
+    /// Where NATS is, and the stream.
+    pub nats: NatsSettings,
+    /// `RUST_LOG`, `LOG_FORMAT`
+    pub logs: LogSettings,
+}
+
+impl JournalConfig {
+    /// Reads these settings through `lookup`.
+    ///
+    /// # Errors
+    /// All mistakes at once.
+    pub fn load(lookup: &dyn Fn(&str) -> Option<String>) -> Result<Self, BadSettings> {
+        let mut reader = settings::Reader::new(lookup);
+        let (journal, nats) = (journal(&mut reader), NatsSettings::read(&mut reader));
+        let logs = settings::logs(&mut reader);
+        let config = || Some(JournalConfig { journal: journal?, nats: nats?, logs: logs? });
+        let config = config();
+        reader.finish(config)
+    }
+}
+
+fn journal(reader: &mut settings::Reader<'_>) -> Option<JournalSettings> {
+    let dir = reader.parse(&GATEWAY_JOURNAL_DIR, |text| Ok(PathBuf::from(text)));
+    let max_bytes = reader.parse(&GATEWAY_JOURNAL_MAX_BYTES, |text| {
+        Some(settings::size(text)?).filter(|size| *size >= 1 << 20).ok_or_else(|| "a size of at least 1MiB".into())
+    });
+    let confirm_after = reader.parse(&GATEWAY_CONFIRM_AFTER, settings::duration);
+    let retain = reader.parse(&GATEWAY_JOURNAL_RETAIN, |text| match text {
+        "0" => Ok(Duration::ZERO),
+        text => settings::duration(text),
+    });
+    let limits = journal::Limits { retain: retain?, ..journal::Limits::of(max_bytes?) };
+    Some(JournalSettings { dir: dir?, limits, confirm_after: confirm_after? })
 }
 
 fn limits(reader: &mut settings::Reader<'_>) -> Option<Limits> {

@@ -1,14 +1,18 @@
 //! One delivery: its identity, the ids derived from it, and how it travels on the stream.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use async_nats::HeaderMap;
 use async_nats::header::NATS_MESSAGE_ID;
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
+
+use crate::receipt::{RECEIPT_TO, ReceiptTo};
 
 /// Message header: the [`DeliveryId`].
 pub const DELIVERY_ID: &str = "Delivery-Id";
@@ -158,14 +162,19 @@ impl Delivery {
         format!("{}.{}", crate::stream::SUBJECT_PREFIX, self.resource.as_str())
     }
 
-    /// The message headers it is published with. `Nats-Msg-Id` is the id itself: published twice within the stream's
-    /// duplicate window it is stored once.
-    pub fn headers(&self) -> HeaderMap {
+    /// The message headers it is published with. `Nats-Msg-Id` is the id itself at the first publish, so that JetStream
+    /// stores it once however often that is tried; a `repeat` for want of a receipt adds `.<n>`, so that the duplicate
+    /// window cannot swallow it.
+    pub fn headers(&self, repeat: u32, receipt_to: &ReceiptTo) -> HeaderMap {
         let mut headers = HeaderMap::new();
-        headers.insert(NATS_MESSAGE_ID, self.id.as_str());
+        match repeat {
+            0 => headers.insert(NATS_MESSAGE_ID, self.id.as_str()),
+            n => headers.insert(NATS_MESSAGE_ID, format!("{}.{n}", self.id)),
+        }
         headers.insert(DELIVERY_ID, self.id.as_str());
         headers.insert(RECEIVED_AT, rfc3339(self.received_at));
         headers.insert(HOOK_RESOURCE, self.resource.as_str());
+        headers.insert(RECEIPT_TO, receipt_to.to_string());
         let optional = [(REQUEST_ID, &self.request_id), (HOOK_TIMESTAMP, &self.hook_timestamp)];
         for (name, value) in optional {
             if let Some(value) = value {
@@ -173,6 +182,34 @@ impl Delivery {
             }
         }
         headers
+    }
+
+    /// All but the body, as the journal keeps it: JSON.
+    pub fn to_journal(&self) -> Bytes {
+        let kept = Kept {
+            id: self.id.as_str().into(),
+            received_at: self.received_at,
+            resource: self.resource.as_str().into(),
+            request_id: self.request_id.as_deref().map(Into::into),
+            hook_timestamp: self.hook_timestamp.as_deref().map(Into::into),
+        };
+        serde_json::to_vec(&kept).expect("strings and a date are JSON").into()
+    }
+
+    /// Takes a delivery back from the journal.
+    ///
+    /// # Errors
+    /// Where `kept` is not what [`Delivery::to_journal`] of any version wrote.
+    pub fn from_journal(kept: &[u8], body: Bytes) -> Result<Self, NotADelivery> {
+        let kept: Kept<'_> = serde_json::from_slice(kept).map_err(|_| NotADelivery)?;
+        Ok(Delivery {
+            id: DeliveryId::parse(&kept.id).ok_or(NotADelivery)?,
+            received_at: kept.received_at,
+            resource: Resource::of(Some(&kept.resource)),
+            request_id: kept.request_id.map(Cow::into_owned),
+            hook_timestamp: kept.hook_timestamp.map(Cow::into_owned),
+            body,
+        })
     }
 
     /// Takes a delivery back from a message. Never fails: what a foreign message lacks follows from its place on the
@@ -191,6 +228,26 @@ impl Delivery {
         }
     }
 }
+
+/// What the journal keeps of a delivery beside its body.
+#[derive(Serialize, Deserialize)]
+struct Kept<'a> {
+    #[serde(borrow)]
+    id: Cow<'a, str>,
+    #[serde(with = "time::serde::rfc3339")]
+    received_at: OffsetDateTime,
+    #[serde(borrow)]
+    resource: Cow<'a, str>,
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    request_id: Option<Cow<'a, str>>,
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    hook_timestamp: Option<Cow<'a, str>>,
+}
+
+/// A header block of the journal that no version known here wrote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the journal's entry does not say what it is; was it written by a newer version?")]
+pub struct NotADelivery;
 
 /// RFC 3339, UTC.
 fn rfc3339(at: OffsetDateTime) -> String {
@@ -270,7 +327,7 @@ mod tests {
             subject: sent.subject().into(),
             reply: None,
             payload: sent.body.clone(),
-            headers: Some(sent.headers()),
+            headers: Some(sent.headers(0, &ReceiptTo::new("gw", 1))),
             status: None,
             description: None,
             length: 0,
@@ -279,6 +336,30 @@ mod tests {
         assert_eq!((&back.id, back.received_at), (&sent.id, sent.received_at));
         assert_eq!((&back.resource, &back.request_id), (&sent.resource, &sent.request_id));
         assert_eq!((&back.hook_timestamp, &back.body), (&sent.hook_timestamp, &sent.body));
+    }
+
+    #[test]
+    fn a_repeat_is_another_message_and_the_same_delivery() {
+        let delivery = Delivery::received(Bytes::from_static(b"{}"), Some(b"abc"), None, None);
+        let headers = |repeat| delivery.headers(repeat, &ReceiptTo::new("gw", "1.2"));
+        assert_eq!(headers(0).get(NATS_MESSAGE_ID).unwrap().as_str(), delivery.id.as_str());
+        assert_eq!(headers(3).get(NATS_MESSAGE_ID).unwrap().as_str(), format!("{}.3", delivery.id));
+        assert_eq!(headers(3).get(DELIVERY_ID).unwrap().as_str(), delivery.id.as_str());
+        assert_eq!(headers(0).get(RECEIPT_TO).unwrap().as_str(), "gw.1.2");
+    }
+
+    #[test]
+    fn a_delivery_comes_back_from_the_journal() {
+        for request_id in [Some(&b"a \"quoted\" one"[..]), None] {
+            let sent = Delivery::received(Bytes::from_static(b"{}"), request_id, Some(b"issue"), Some(b"1700000000"));
+            let back = Delivery::from_journal(&sent.to_journal(), sent.body.clone()).unwrap();
+            assert_eq!((&back.id, back.received_at), (&sent.id, sent.received_at));
+            assert_eq!((&back.resource, &back.request_id), (&sent.resource, &sent.request_id));
+            assert_eq!((&back.hook_timestamp, &back.body), (&sent.hook_timestamp, &sent.body));
+        }
+        for bad in [&b""[..], b"{}", b"\xff", br#"{"id":"a b","received_at":"2026-01-01T00:00:00Z","resource":"x"}"#] {
+            assert_eq!(Delivery::from_journal(bad, Bytes::new()).unwrap_err(), NotADelivery);
+        }
     }
 
     #[test]

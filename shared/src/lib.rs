@@ -6,19 +6,23 @@
 //! nothing but the delivery's own safety, and everything else happens behind it:
 //!
 //! 1. gateway `receive`: route, limits, read the body, verify the signature (`signature`, `canonical`). No match: 401.
-//! 2. gateway `publish`: the raw body goes to JetStream, under the delivery's id ([`delivery`]). Only JetStream's ack
-//!    makes it a 202; no ack within 900 ms is a 503.
-//! 3. worker `pull`: a batch from the durable consumer ([`stream`]), shared by any number of workers.
-//! 4. worker `interpret`: raw body to severity, priority, title, source. Pure: same bytes, same answer.
-//! 5. worker `store`: one transaction a batch. The ledger's insert decides what is new.
-//! 6. worker `pull` again: only after COMMIT the ack, and it is confirmed.
+//! 2. gateway `journal`: append body and headers to a write-ahead journal, synced to disk. Only then 202; this is what
+//!    202 promises.
+//! 3. gateway `publish`: in the background, from the journal to JetStream, under the delivery's id ([`delivery`]).
+//! 4. worker `pull`: a batch from the durable consumer ([`stream`]), shared by any number of workers.
+//! 5. worker `interpret`: raw body to severity, priority, title, source. Pure: same bytes, same answer.
+//! 6. worker `store`: one transaction a batch. The ledger's insert decides what is new. Only after COMMIT the ack.
+//! 7. worker `receipt`: the worker tells the gateway that journalled a delivery that it is stored ([`receipt`]). The
+//!    receipt, not JetStream's ack, settles the journal's entry.
 //!
-//! A crash between any two steps repeats a step. The delivery id, made in 1 and the ledger's primary key in 5, makes
-//! the repeat harmless.
+//! A crash between any two steps repeats a step. The delivery id, made in 1 and the ledger's primary key in 6, makes
+//! the repeat harmless. And 7 closes the circle: whatever goes wrong between 3 and 6, in a broker that forgets what it
+//! acknowledged, say, an entry without a receipt is looked after until it has one (gateway `confirm`).
 
 pub mod delivery;
 pub mod json;
 pub mod ops;
+pub mod receipt;
 pub mod settings;
 pub mod shutdown;
 pub mod stream;

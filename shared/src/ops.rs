@@ -1,8 +1,9 @@
-//! The ops listener: `/healthz` (the process runs), `/readyz` (it can do its work, check by check).
+//! The ops listener: `/healthz` (the process runs), `/readyz` (it can do its work, check by check), `/metrics`.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -12,52 +13,80 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus_client::registry::Registry;
 use serde::Serialize;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 /// What a process needs to do its work, and whether it has it. Clones share one state.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Readiness {
-    checks: Arc<Mutex<BTreeMap<&'static str, Result<String, String>>>>,
+    checks: Arc<Mutex<BTreeMap<&'static str, Check>>>,
+    /// Checks whose failure is told and does not make the process unready.
+    tolerated: &'static [&'static str],
+}
+
+/// The state of one check: what is good about it, or what is wrong.
+pub type State = Result<String, String>;
+
+enum Check {
+    /// As it was last set.
+    Set(State),
+    /// Asked each time.
+    Probe(Box<dyn Fn() -> State + Send>),
 }
 
 /// One check as `/readyz` shows it.
 #[derive(Debug, Serialize)]
-struct Check<'a> {
-    name: &'a str,
+struct Shown {
+    name: &'static str,
     ok: bool,
-    detail: &'a str,
+    /// Not ok, and still no reason to send nothing here.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    degraded: bool,
+    detail: String,
 }
 
 impl Readiness {
-    /// Sets the state of one check: what is good about it, or what is wrong.
-    pub fn set(&self, name: &'static str, state: Result<String, String>) {
-        self.checks.lock().unwrap_or_else(PoisonError::into_inner).insert(name, state);
+    /// A state in which these checks may fail without making the process unready.
+    pub fn tolerating(tolerated: &'static [&'static str]) -> Self {
+        Readiness { checks: Arc::default(), tolerated }
     }
 
-    /// Whether every check is good.
-    pub fn is_ready(&self) -> bool {
-        self.checks.lock().unwrap_or_else(PoisonError::into_inner).values().all(Result::is_ok)
+    /// Sets the state of one check.
+    pub fn set(&self, name: &'static str, state: State) {
+        self.lock().insert(name, Check::Set(state));
     }
 
-    /// The checks as a JSON list, by name.
-    fn to_json(&self) -> Vec<u8> {
-        let checks = self.checks.lock().unwrap_or_else(PoisonError::into_inner);
-        let list: Vec<_> = checks
-            .iter()
-            .map(|(name, state)| Check {
-                name,
-                ok: state.is_ok(),
-                detail: state.as_ref().unwrap_or_else(|wrong| wrong),
-            })
-            .collect();
-        serde_json::to_vec(&list).expect("strings and booleans are JSON")
+    /// Has a check asked each time somebody looks.
+    pub fn probe(&self, name: &'static str, probe: impl Fn() -> State + Send + 'static) {
+        self.lock().insert(name, Check::Probe(Box::new(probe)));
+    }
+
+    /// Every check by name, and whether the process can do its work.
+    fn look(&self) -> (bool, Vec<Shown>) {
+        let shown = |(&name, check): (&&'static str, &Check)| {
+            let state = match check {
+                Check::Set(state) => state.clone(),
+                Check::Probe(probe) => probe(),
+            };
+            let ok = state.is_ok();
+            let degraded = !ok && self.tolerated.contains(&name);
+            Shown { name, ok, degraded, detail: state.unwrap_or_else(|wrong| wrong) }
+        };
+        let checks: Vec<_> = self.lock().iter().map(shown).collect();
+        (checks.iter().all(|check| check.ok || check.degraded), checks)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<&'static str, Check>> {
+        // A probe that panicked leaves the list as it was.
+        self.checks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Answers on `listener` until `shutdown`.
-pub async fn serve(listener: TcpListener, readiness: Readiness, shutdown: CancellationToken) {
+pub async fn serve(listener: TcpListener, readiness: Readiness, metrics: Registry, shutdown: CancellationToken) {
+    let metrics = Arc::new(metrics);
     loop {
         let connection = tokio::select! {
             connection = listener.accept() => connection,
@@ -65,12 +94,13 @@ pub async fn serve(listener: TcpListener, readiness: Readiness, shutdown: Cancel
         };
         let Ok((socket, _)) = connection else {
             // Out of file descriptors, most likely: accepting at once again would only burn CPU.
-            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
-        let readiness = readiness.clone();
-        let service = service_fn(move |request| std::future::ready(Ok::<_, Infallible>(answer(&request, &readiness))));
-        let connection = http1::Builder::new().timer(TokioTimer::new()).serve_connection(TokioIo::new(socket), service);
+        let (readiness, metrics) = (readiness.clone(), metrics.clone());
+        let answer = move |request| std::future::ready(Ok::<_, Infallible>(answer(&request, &readiness, &metrics)));
+        let connection =
+            http1::Builder::new().timer(TokioTimer::new()).serve_connection(TokioIo::new(socket), service_fn(answer));
         let shutdown = shutdown.clone();
         tokio::spawn(async move {
             tokio::select! {
@@ -82,18 +112,32 @@ pub async fn serve(listener: TcpListener, readiness: Readiness, shutdown: Cancel
     }
 }
 
-fn answer(request: &Request<Incoming>, readiness: &Readiness) -> Response<Full<Bytes>> {
-    let (status, body) = match request.uri().path() {
-        "/healthz" => (StatusCode::OK, br#"{"status":"ok"}"#.to_vec()),
-        "/readyz" if readiness.is_ready() => (StatusCode::OK, readiness.to_json()),
-        "/readyz" => (StatusCode::SERVICE_UNAVAILABLE, readiness.to_json()),
-        _ => (StatusCode::NOT_FOUND, br#"{"error":"here are /healthz and /readyz"}"#.to_vec()),
+const JSON: &str = "application/json";
+/// What Prometheus asks for (OpenMetrics 1.0, section 4).
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+fn answer(request: &Request<Incoming>, readiness: &Readiness, metrics: &Registry) -> Response<Full<Bytes>> {
+    let (status, kind, body) = match (request.uri().path(), request.method()) {
+        ("/healthz" | "/readyz" | "/metrics", method) if !matches!(*method, Method::GET | Method::HEAD) => {
+            (StatusCode::METHOD_NOT_ALLOWED, JSON, r#"{"error":"only GET is allowed here"}"#.to_owned())
+        }
+        ("/healthz", _) => (StatusCode::OK, JSON, r#"{"status":"ok"}"#.to_owned()),
+        ("/readyz", _) => {
+            let (ready, checks) = readiness.look();
+            let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+            (status, JSON, serde_json::to_string(&checks).expect("strings and booleans are JSON"))
+        }
+        ("/metrics", _) => {
+            let mut text = String::new();
+            prometheus_client::encoding::text::encode(&mut text, metrics).expect("writing to a string does not fail");
+            (StatusCode::OK, OPEN_METRICS, text)
+        }
+        _ => (StatusCode::NOT_FOUND, JSON, r#"{"error":"here are /healthz, /readyz and /metrics"}"#.to_owned()),
     };
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    if status != StatusCode::NOT_FOUND && !matches!(*request.method(), Method::GET | Method::HEAD) {
-        *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    if status == StatusCode::METHOD_NOT_ALLOWED {
         response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
     }
     response

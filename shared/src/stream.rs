@@ -109,11 +109,16 @@ impl NatsSettings {
     }
 
     /// Connects in the background: this returns at once, also while NATS is not there, and the client connects and
-    /// reconnects for as long as it lives. `readiness` holds the state under `nats`.
+    /// reconnects for as long as it lives. `readiness` holds the state under `nats`; `observe` sees every event.
     ///
     /// # Errors
     /// Where the client itself cannot be made.
-    pub async fn connect(&self, program: &str, readiness: &Readiness) -> anyhow::Result<Client> {
+    pub async fn connect(
+        &self,
+        program: &str,
+        readiness: &Readiness,
+        observe: impl Fn(&Event) + Send + Sync + 'static,
+    ) -> anyhow::Result<Client> {
         let readiness = readiness.clone();
         readiness.set("nats", Err("not connected yet".into()));
         let told = Mutex::new(String::new());
@@ -125,6 +130,7 @@ impl NatsSettings {
             .reconnect_delay_callback(reconnect_delay)
             .event_callback(move |event| {
                 tell(&event, &readiness, &told);
+                observe(&event);
                 std::future::ready(())
             });
         options.connect(&self.servers[..]).await.context("cannot set up the NATS client")
@@ -173,7 +179,7 @@ fn tell(event: &Event, readiness: &Readiness, told: &Mutex<String>) {
             tracing::info!("connected to NATS");
             readiness.set("nats", Ok("connected".into()));
         }
-        Event::Disconnected | Event::Closed => {
+        Event::Disconnected => {
             tracing::warn!("lost the connection to NATS, connecting again");
             readiness.set("nats", Err("not connected".into()));
         }
@@ -188,7 +194,8 @@ fn tell(event: &Event, readiness: &Readiness, told: &Mutex<String>) {
         }
         Event::SlowConsumer(subscription) => tracing::warn!(subscription, "a NATS subscription is read too slowly"),
         Event::LameDuckMode => tracing::info!("this NATS server is about to stop, moving to another"),
-        Event::Draining => {}
+        // We are leaving.
+        Event::Draining | Event::Closed => {}
     }
 }
 
@@ -240,25 +247,32 @@ pub fn jetstream(client: Client) -> jetstream::Context {
     context
 }
 
-/// Makes the stream where it is missing, checks it where it is there. What differs harmlessly is logged.
+/// Makes the stream where it is missing, checks it where it is there. Gives its settings as they are.
 ///
 /// # Errors
 /// [`NotReady`]; asking again later is right for each.
-pub async fn ensure_stream(context: &jetstream::Context, nats: &NatsSettings) -> Result<(), NotReady> {
+pub async fn ensure_stream(context: &jetstream::Context, nats: &NatsSettings) -> Result<stream::Config, NotReady> {
     let wanted = nats.stream_config();
     let found = match context.get_stream(&nats.stream).await {
         Ok(stream) => stream.cached_info().config.clone(),
         Err(error) if is_missing(&error) => {
-            context
-                .create_stream(wanted)
-                .await
-                .map_err(|error| NotReady::Nats(format!("cannot make stream {}: {error}", nats.stream)))?;
+            let made = context.create_stream(wanted).await;
+            let made = made.map_err(|error| NotReady::Nats(format!("cannot make stream {}: {error}", nats.stream)))?;
             tracing::info!(stream = nats.stream, "made the stream");
-            return Ok(());
+            return Ok(made.cached_info().config.clone());
         }
         Err(error) => return Err(NotReady::Nats(format!("cannot look at stream {}: {error}", nats.stream))),
     };
-    settle(compare_streams(&found, &wanted))
+    let mut differences = compare_streams(&found, &wanted);
+    differences.retain(|difference| difference.breaks.is_some());
+    if differences.is_empty() { Ok(found) } else { Err(NotReady::Unfit(differences)) }
+}
+
+/// Logs in what a stream differs from what would be made, where that does no harm.
+pub fn tell_differences(found: &stream::Config, nats: &NatsSettings) {
+    for difference in compare_streams(found, &nats.stream_config()) {
+        tracing::warn!("{difference}; left as it is");
+    }
 }
 
 /// Makes the durable consumer where it is missing, checks it where it is there. The stream is the gateway's to make.
@@ -337,7 +351,9 @@ fn compare_streams(found: &stream::Config, wanted: &stream::Config) -> Vec<Diffe
     let mut comparison = Comparison::of(format!("stream {}", wanted.name));
     let subject = &wanted.subjects[0];
     if !found.subjects.iter().any(|pattern| covers(pattern, subject)) {
-        let lost = Some("deliveries would not be stored");
+        // One that takes some resources and not others is used for those; the rest is set aside by the gateway.
+        let takes_some = found.subjects.iter().any(|pattern| covers(subject, pattern));
+        let lost = (!takes_some).then_some("no delivery would be stored");
         comparison.check("subjects", &found.subjects, &wanted.subjects, lost);
     }
     let no_replay = Some("what is acknowledged would be deleted, and nothing could be replayed");
@@ -383,7 +399,7 @@ fn unlimited(limit: i64) -> i64 {
 }
 
 /// Whether every subject that matches `inner` matches `pattern` (NATS subject wildcards `*` and `>`).
-fn covers(pattern: &str, inner: &str) -> bool {
+pub fn covers(pattern: &str, inner: &str) -> bool {
     let (mut pattern, mut inner) = (pattern.split('.'), inner.split('.'));
     loop {
         match (pattern.next(), inner.next()) {
@@ -450,7 +466,8 @@ mod tests {
         assert!(breaks(stream::Config { retention: RetentionPolicy::WorkQueue, ..base() }));
         assert!(breaks(stream::Config { storage: StorageType::Memory, ..base() }));
         assert!(breaks(stream::Config { discard: DiscardPolicy::Old, ..base() }));
-        assert!(breaks(stream::Config { subjects: vec!["signals.sentry.issue".into()], ..base() }));
+        assert!(breaks(stream::Config { subjects: vec!["elsewhere.>".into()], ..base() }));
+        assert!(!breaks(stream::Config { subjects: vec!["signals.sentry.issue".into()], ..base() }));
         assert!(breaks(stream::Config { no_ack: true, ..base() }));
         assert!(!breaks(stream::Config { max_bytes: 1, ..base() }));
         assert!(!breaks(stream::Config { num_replicas: 3, ..base() }));

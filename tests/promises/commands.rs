@@ -1,7 +1,7 @@
 //! The worker's commands tell the state of things, and say clearly what is wrong with how they were called.
 
-use async_nats::header::NATS_MESSAGE_ID;
 use shared::delivery::Delivery;
+use shared::receipt::ReceiptTo;
 
 use crate::{fixture, setup};
 
@@ -10,6 +10,7 @@ async fn status_tells_what_it_can() {
     let mut world = setup().own_postgres().start().await;
     world.post(fixture!("issue_created")).await.accepted();
     world.post("no JSON").await.accepted();
+    world.on_stream(2).await;
     world.all_acknowledged().await;
     let status = world.worker(&["status", "--json"]).await;
     assert_eq!(status.code, Some(0), "{status:?}");
@@ -21,6 +22,7 @@ async fn status_tells_what_it_can() {
 
     world.workers[0].kill().await;
     world.post(fixture!("issue_created")).await.accepted();
+    world.on_stream(3).await;
     let status = world.worker(&["status", "--json"]).await.json();
     assert_eq!(status["nats"]["consumer"]["not_delivered"], 1);
     assert!(status["nats"]["consumer"]["oldest_pending_seconds"].as_u64().unwrap() < 60);
@@ -42,11 +44,11 @@ async fn an_audit_accounts_for_what_waits_for_repeats_and_for_messages_of_others
     let world = setup().start().await;
     let jetstream = world.jetstream().await;
     world.post(fixture!("issue_created")).await.accepted();
+    world.on_stream(1).await;
     // The gateway publishes again what it got no receipt for; somebody else publishes without any of our headers.
     let twice = Delivery::received(fixture!("error_created").into(), Some(b"r"), Some(b"error"), None);
-    for message_id in ["one", "two"] {
-        let mut headers = twice.headers();
-        headers.insert(NATS_MESSAGE_ID, message_id);
+    for repeat in 0..2 {
+        let headers = twice.headers(repeat, &ReceiptTo::new("nobody", repeat));
         let ack = jetstream.publish_with_headers(twice.subject(), headers, twice.body.clone()).await.unwrap();
         ack.await.unwrap();
     }
@@ -54,6 +56,7 @@ async fn an_audit_accounts_for_what_waits_for_repeats_and_for_messages_of_others
     world.all_acknowledged().await;
     world.workers[0].kill().await;
     world.post(fixture!("issue_created")).await.accepted();
+    world.on_stream(5).await;
 
     let audit = world.worker(&["audit", "--json"]).await;
     assert_eq!(audit.code, Some(0), "what waits is not missing: {audit:?}");

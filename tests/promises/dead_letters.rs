@@ -49,6 +49,7 @@ async fn seven_bad_of_five_hundred_become_letters_that_a_fix_brings_back() {
         ids.push(connection.send(&Post::signed(body.clone())).await.unwrap().accepted());
     }
 
+    world.on_stream(500).await;
     // Foreseen as far as Loop's columns and constraints tell; what only the real table knows is not.
     let foreseen = world.worker(&["replay", "--dry-run", "--verbose"]).await;
     assert_eq!(foreseen.code, Some(1), "{}", foreseen.err);

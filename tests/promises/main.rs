@@ -9,6 +9,7 @@ mod dead_letters;
 mod existing_stream;
 mod hard_bodies;
 mod identity;
+mod journal;
 mod meaning;
 mod outages;
 mod programs;

@@ -10,6 +10,7 @@ use local::Postgres;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shared::delivery::Delivery;
+use shared::receipt::ReceiptTo;
 use world::{Connection, Post, Ran, World, eventually};
 
 use crate::{fixture, setup};
@@ -19,10 +20,10 @@ async fn publish(world: &World, count: usize) -> Vec<String> {
     let jetstream = world.jetstream().await;
     let mut ids = Vec::new();
     let mut acks = Vec::new();
-    for _ in 0..count {
+    for place in 0..count {
         let body = Bytes::from_static(fixture!("issue_created").as_bytes());
         let delivery = Delivery::received(body, None, Some(b"issue"), None);
-        let (subject, headers) = (delivery.subject(), delivery.headers());
+        let (subject, headers) = (delivery.subject(), delivery.headers(0, &ReceiptTo::new("nobody", place)));
         acks.push(jetstream.publish_with_headers(subject, headers, delivery.body.clone()).await.unwrap());
         ids.push(delivery.id.to_string());
     }
@@ -61,10 +62,12 @@ fn copy(from: &PathBuf, to: &PathBuf) {
 async fn a_database_restored_from_an_older_copy_gets_back_exactly_what_it_lacks() {
     let mut world = setup().own_postgres().start().await;
     post(&world, 30).await;
+    world.on_stream(30).await;
     world.all_acknowledged().await;
     // The copy is taken while 20 more wait on the stream.
     assert_eq!(world.workers[0].stop().await, Some(0));
     post(&world, 20).await;
+    world.on_stream(50).await;
     let data = world.postgres.as_ref().unwrap().home().join("data");
     let backup = data.with_file_name("backup");
     world.postgres.as_ref().unwrap().stop().await.unwrap();
@@ -73,6 +76,7 @@ async fn a_database_restored_from_an_older_copy_gets_back_exactly_what_it_lacks(
     world.workers[0].start_again();
     world.workers[0].ready().await;
     post(&world, 10).await;
+    world.on_stream(60).await;
     world.all_acknowledged().await;
     let before = rows(&world).await;
     assert_eq!(before.len(), 60);
@@ -125,6 +129,7 @@ async fn start(world: &mut World) {
 async fn what_a_user_deleted_stays_deleted_until_it_is_asked_for() {
     let world = setup().start().await;
     let ids = post(&world, 6).await;
+    world.on_stream(6).await;
     world.all_acknowledged().await;
     let before = rows(&world).await;
     let of = |id: &str, table: &str| {
@@ -219,13 +224,21 @@ async fn a_dry_run_draws_no_number_and_no_worker_waits_for_it() {
     // Frozen amid its transaction, with whatever locks it has.
     let dry_run = world.worker_command(&["replay", "--dry-run"]).spawn().unwrap();
     let pid = Pid::from_raw(dry_run.id().unwrap().try_into().unwrap());
-    let in_transaction = "SELECT count(*) FROM pg_stat_activity a JOIN pg_class c ON c.relname = 'issues'
-        JOIN pg_locks l ON l.pid = a.pid AND l.relation = c.oid
-        WHERE a.datname = current_database() AND a.application_name = 'loop-worker'";
+    // Its temporary tables, which nobody else can see yet, are the only thing that it locks so.
+    let holds = "FROM pg_stat_activity a JOIN pg_locks l ON l.pid = a.pid AND l.mode = 'AccessExclusiveLock'
+        WHERE a.datname = current_database() AND a.application_name = 'loop-worker' AND a.state = 'idle in transaction'";
+    let for_a_while = "clock_timestamp() - a.state_change > interval '100 ms'";
+    let for_a_while: String = format!("SELECT count(*) {holds} AND {for_a_while}");
+    let active = "SELECT count(*) FROM pg_stat_activity
+        WHERE datname = current_database() AND application_name = 'loop-worker' AND state = 'active'";
     eventually("the dry run to be frozen amid a transaction", || async {
         kill(pid, Signal::SIGSTOP).unwrap();
-        if world.value::<i64>(in_transaction).await > 0 {
-            return Some(());
+        // PostgreSQL may still be at what it was sent before.
+        world.until(active, 0_i64).await;
+        while world.value::<i64>(&format!("SELECT count(*) {holds}")).await > 0 {
+            if world.value::<i64>(&for_a_while).await > 0 {
+                return Some(());
+            }
         }
         kill(pid, Signal::SIGCONT).unwrap();
         None
@@ -234,7 +247,7 @@ async fn a_dry_run_draws_no_number_and_no_worker_waits_for_it() {
     world.workers[0].start_again();
     world.until("SELECT count(*) FROM signals", 3_000_i64).await;
     world.all_acknowledged().await;
-    assert!(world.value::<i64>(in_transaction).await > 0, "it still holds what it held");
+    assert!(world.value::<i64>(&for_a_while).await > 0, "it still holds what it held");
     assert_eq!(drawn(&world).await, 3_000);
     kill(pid, Signal::SIGCONT).unwrap();
     let dry_run = Ran::of(dry_run.wait_with_output().await.unwrap());
@@ -247,6 +260,7 @@ async fn a_dry_run_draws_no_number_and_no_worker_waits_for_it() {
 async fn a_dry_run_says_what_would_be_read_differently_today() {
     let world = setup().start().await;
     let ids = post(&world, 3).await;
+    world.on_stream(3).await;
     world.all_acknowledged().await;
     let first = format!("(SELECT signal_id FROM ingest.deliveries WHERE delivery_id = '{}')", ids[0]);
     world.execute(&format!("UPDATE signals SET severity = 'low' WHERE id = {first}")).await;

@@ -46,6 +46,7 @@ pub struct World {
     pub database_url: String,
     /// A PostgreSQL server of this world's own, where it asked for one.
     pub postgres: Option<Postgres>,
+    start_gateway: Box<dyn Fn() -> Program + Send + Sync>,
     // Last, because what runs above writes into it until it is dropped.
     scratch: Scratch,
 }
@@ -137,6 +138,27 @@ impl World {
         command
     }
 
+    /// Starts another gateway, with a journal of its own.
+    pub async fn another_gateway(&self) -> Program {
+        let gateway = (self.start_gateway)();
+        gateway.ready().await;
+        gateway
+    }
+
+    /// Runs the gateway's program with these arguments and this world's settings to its end: exit code, stdout, stderr.
+    pub fn gateway_command(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
+        let output = (self.gateway.command)().args(arguments).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    }
+
+    /// The same, while this world goes on.
+    pub async fn gateway_command_async(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
+        let output = tokio::process::Command::from((self.gateway.command)()).args(arguments).output().await.unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    }
+
     /// A folder of this world's own.
     pub fn folder(&self) -> &std::path::Path {
         self.scratch.path()
@@ -175,7 +197,9 @@ impl World {
             FROM ingest.deliveries l JOIN signals s ON s.id = l.signal_id JOIN issues i ON i.id = s.issue_id
             WHERE l.delivery_id = $1";
         let row = eventually(&format!("delivery {delivery_id} to be stored"), || async {
-            self.query(SQL, &[&delivery_id]).await.into_iter().next()
+            // Not an error yet where the tables are still to be made.
+            let client = self.sql.as_ref().expect("this world's database was not started");
+            client.query(SQL, &[&delivery_id]).await.ok()?.into_iter().next()
         })
         .await;
         let json = |column: usize| serde_json::from_str(row.get(column)).unwrap();
@@ -199,10 +223,33 @@ impl World {
         }
     }
 
+    /// A metric of the gateway.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let text = String::from_utf8(self.gateway.ops("/metrics").await.body.to_vec()).unwrap();
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.unwrap_or_else(|| panic!("no {name} in {text}")).parse().unwrap()
+    }
+
+    /// Waits until the gateway has a receipt for every delivery.
+    pub async fn until_confirmed(&self) {
+        let confirmed = || async { (self.metric("gateway_deliveries_unconfirmed").await == 0.0).then_some(()) };
+        eventually("every delivery to be confirmed", confirmed).await;
+    }
+
     /// JetStream, as a client of this world's broker.
     pub async fn jetstream(&self) -> async_nats::jetstream::Context {
         let client = eventually("a connection to NATS", || async { async_nats::connect(self.nats.url()).await.ok() });
         async_nats::jetstream::new(client.await)
+    }
+
+    /// Waits until the stream has had that many messages: the gateway answers before it publishes.
+    pub async fn on_stream(&self, messages: u64) {
+        let jetstream = self.jetstream().await;
+        eventually(&format!("{messages} messages on the stream"), || async {
+            let stream = jetstream.get_stream("SIGNALS").await.ok()?;
+            (stream.cached_info().state.last_sequence >= messages).then_some(())
+        })
+        .await;
     }
 
     /// Waits until every message of the stream is acknowledged.

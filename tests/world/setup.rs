@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use local::process::Process;
 use local::{NatsOptions, NatsServer, Postgres, PostgresOptions, Programs, Scratch, ports};
@@ -120,18 +121,50 @@ impl Setup {
             postgres.as_ref().expect("asked for above").stop().await.unwrap();
         }
         let nats_url = nats.url();
-        let gateway = self.program(scratch.path(), "gateway", self.binaries.gateway, &self.gateway, &nats_url, "");
+        let gateway = self.gateway_maker(scratch.path().to_owned(), nats_url.clone());
         let worker = |number: usize| {
+            let ops_port = ports::free().unwrap();
+            let own = [
+                ("NATS_URL", nats_url.clone()),
+                ("DATABASE_URL", database_url.clone()),
+                ("WORKER_OPS_LISTEN", format!("127.0.0.1:{ops_port}")),
+            ];
             let name = format!("worker-{number}");
-            self.program(scratch.path(), &name, self.binaries.worker, &self.worker, &nats_url, &database_url)
+            start(
+                scratch.path(),
+                &name,
+                self.binaries.worker,
+                [environment(own), self.worker.clone()].concat(),
+                (0, ops_port),
+            )
         };
         let workers = (0..self.workers).map(worker).collect();
         let command = self.worker_command(&nats_url, &database_url);
-        let mut world = World { nats, gateway, workers, command, sql: None, database_url, postgres, scratch };
+        let (gateway, start_gateway) = (gateway(), Box::new(gateway));
+        let mut world =
+            World { nats, gateway, workers, command, sql: None, database_url, postgres, start_gateway, scratch };
         if !self.servers_later {
             world.connect_sql().await;
         }
         world
+    }
+
+    /// Starts gateways, each with ports and a journal of its own.
+    fn gateway_maker(&self, folder: PathBuf, nats_url: String) -> impl Fn() -> Program + Send + Sync + use<> {
+        let (binary, settings) = (self.binaries.gateway, self.gateway.clone());
+        let count = AtomicUsize::new(0);
+        move || {
+            let name = format!("gateway-{}", count.fetch_add(1, Ordering::Relaxed));
+            let ports = (ports::free().unwrap(), ports::free().unwrap());
+            let own = [
+                ("NATS_URL", nats_url.clone()),
+                ("SENTRY_CLIENT_SECRET", SECRET.to_owned()),
+                ("GATEWAY_LISTEN", format!("127.0.0.1:{}", ports.0)),
+                ("GATEWAY_OPS_LISTEN", format!("127.0.0.1:{}", ports.1)),
+                ("GATEWAY_JOURNAL_DIR", folder.join(&name).display().to_string()),
+            ];
+            start(&folder, &name, binary, [environment(own), settings.clone()].concat(), ports)
+        }
     }
 
     async fn database(&self, programs: &Programs, folder: &Path) -> (Option<Postgres>, String) {
@@ -156,51 +189,36 @@ impl Setup {
     /// The worker's program with the settings of this world, for its commands.
     fn worker_command(&self, nats_url: &str, database_url: &str) -> Command {
         let mut command = Command::new(self.binaries.worker);
-        command
-            .env_clear()
-            .env("NATS_URL", nats_url)
-            .env("DATABASE_URL", database_url)
-            .envs(self.worker.iter().cloned());
+        command.env_clear().env("NATS_URL", nats_url).env("DATABASE_URL", database_url);
+        command.envs(self.worker.iter().cloned());
         command
     }
+}
 
-    fn program(
-        &self,
-        folder: &Path,
-        name: &str,
-        binary: &'static str,
-        settings: &[(String, String)],
-        nats_url: &str,
-        database_url: &str,
-    ) -> Program {
-        let (port, ops_port) = (ports::free().unwrap(), ports::free().unwrap());
-        let mut environment = vec![
-            ("NATS_URL".to_owned(), nats_url.to_owned()),
-            ("RUST_LOG".to_owned(), "info,gateway=debug,worker=debug,shared=debug".to_owned()),
-        ];
-        let own = match name {
-            "gateway" => [
-                ("SENTRY_CLIENT_SECRET", SECRET.to_owned()),
-                ("GATEWAY_LISTEN", format!("127.0.0.1:{port}")),
-                ("GATEWAY_OPS_LISTEN", format!("127.0.0.1:{ops_port}")),
-                ("GATEWAY_JOURNAL_DIR", folder.join("journal").display().to_string()),
-            ]
-            .to_vec(),
-            _ => [("DATABASE_URL", database_url.to_owned()), ("WORKER_OPS_LISTEN", format!("127.0.0.1:{ops_port}"))]
-                .to_vec(),
-        };
-        environment.extend(own.into_iter().map(|(variable, value)| (variable.to_owned(), value)));
-        environment.extend(settings.iter().cloned());
-        let command = move || {
-            let mut command = Command::new(binary);
-            // Nothing of the machine's own environment decides what a test finds.
-            command.env_clear().envs(environment.iter().map(|(variable, value)| (variable, value)));
-            command
-        };
-        let log = folder.join(format!("{name}.log"));
-        let process = Process::spawn(name, command(), &log, Signal::SIGKILL).unwrap();
-        Program { name: name.to_owned(), command: Box::new(command), log, port, ops_port, process }
-    }
+/// The settings that every program has here, and its own.
+fn environment<const N: usize>(own: [(&str, String); N]) -> Vec<(String, String)> {
+    let logs = ("RUST_LOG", "info,gateway=debug,worker=debug,shared=debug".to_owned());
+    own.into_iter().chain([logs]).map(|(variable, value)| (variable.to_owned(), value)).collect()
+}
+
+/// Starts a program; the later of two settings of the same name wins.
+fn start(
+    folder: &Path,
+    name: &str,
+    binary: &'static str,
+    settings: Vec<(String, String)>,
+    ports: (u16, u16),
+) -> Program {
+    let command = move || {
+        let mut command = Command::new(binary);
+        // Nothing of the machine's own environment decides what a test finds.
+        command.env_clear().envs(settings.iter().map(|(variable, value)| (variable, value)));
+        command
+    };
+    let log = folder.join(format!("{name}.log"));
+    let process = Process::spawn(name, command(), &log, Signal::SIGKILL).unwrap();
+    let (port, ops_port) = ports;
+    Program { name: name.to_owned(), command: Box::new(command), log, port, ops_port, process }
 }
 
 /// The servers' programs, found or fetched once.

@@ -91,7 +91,7 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 /// # Errors
 /// Where it does not.
 pub(crate) async fn jetstream(config: &Config) -> anyhow::Result<jetstream::Context> {
-    let client = config.nats.connect("worker", &Readiness::default()).await?;
+    let client = config.nats.connect("worker", &Readiness::default(), |_| ()).await?;
     match tokio::time::timeout(CONNECT_WITHIN, client.flush()).await {
         Ok(flushed) => flushed.context("NATS does not answer; NATS_URL says where it is")?,
         Err(_) => bail!("NATS does not answer within {CONNECT_WITHIN:?}; NATS_URL says where it is"),

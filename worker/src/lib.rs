@@ -14,6 +14,7 @@ pub mod payload;
 pub mod pull;
 pub mod read;
 pub mod reading;
+pub mod receipt;
 mod replay;
 pub mod settings;
 pub mod severity;
@@ -24,6 +25,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_util::future::join_all;
+use prometheus_client::registry::Registry;
 use shared::ops::{self, Readiness};
 use shared::stream::{self, until_ready};
 use tokio::net::TcpListener;
@@ -45,9 +47,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     tracing::info!(ops = %ops.local_addr()?, "listening");
     let readiness = Readiness::default();
     let ops_shutdown = CancellationToken::new();
-    let ops = tokio::spawn(ops::serve(ops, readiness.clone(), ops_shutdown.clone()));
+    let ops = tokio::spawn(ops::serve(ops, readiness.clone(), Registry::default(), ops_shutdown.clone()));
 
-    let client = config.nats.connect("worker", &readiness).await?;
+    let client = config.nats.connect("worker", &readiness, |_| ()).await?;
     let store = Store::new(&config.database, config.concurrency);
     let work = work(&config, &client, &store, &readiness, &shutdown);
     let grace_is_over = async {
@@ -85,7 +87,7 @@ async fn work(
         while !shutdown.is_cancelled() {
             let consumer = until_ready("consumer", readiness, || stream::ensure_consumer(&context, &config.nats));
             let Some(consumer) = shutdown.run_until_cancelled(consumer).await else { return };
-            let puller = Puller { consumer, store: store.clone(), batch_max: config.batch_max };
+            let puller = Puller { client: client.clone(), consumer, store: store.clone(), batch_max: config.batch_max };
             if let Err(error) = puller.run(shutdown).await {
                 tracing::warn!("pulling again: {error:#}");
             }

@@ -1,11 +1,12 @@
 //! START HERE: what happens to a batch.
 //!
-//! pull -> interpret -> store -> ack, and never in another order: a message is acknowledged only after the COMMIT that
+//! pull -> interpret -> store -> ack -> receipt, and never in another order: a message is acknowledged only after the COMMIT that
 //! stores it, so a crash anywhere repeats the batch, and the ledger makes the repeat harmless.
 
 use std::time::Duration;
 
 use anyhow::Context as _;
+use async_nats::Client;
 use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::consumer::pull::MessagesErrorKind;
 use async_nats::jetstream::{AckKind, Message};
@@ -17,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::dead_letters::DeadLetter;
 use crate::read::read;
+use crate::receipt;
 use crate::store::{Batch, Origin, Record, Store, StoreError, Stored};
 
 /// Most bytes of bodies in one batch, so that memory stays bounded when bodies are large. Well above the largest single
@@ -27,6 +29,8 @@ const ACK_WITHIN: Duration = Duration::from_secs(5);
 
 /// Pulls batches, one at a time, and takes each to its end. A worker runs several.
 pub struct Puller {
+    /// The connection, for receipts.
+    pub client: Client,
     /// Where batches come from.
     pub consumer: PullConsumer,
     /// Where they go.
@@ -80,6 +84,7 @@ impl Puller {
         match shutdown.run_until_cancelled(self.persist(&batch)).await {
             Some(stored) => {
                 acknowledge(messages).await;
+                receipt::send(&self.client, messages).await;
                 tracing::debug!(fresh = stored.fresh.len(), known = stored.known.len(), "stored a batch");
                 for dead in &stored.dead {
                     tracing::warn!(

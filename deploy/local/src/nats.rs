@@ -30,6 +30,8 @@ pub struct NatsOptions {
     pub port: Option<u16>,
     /// Whether it serves its monitoring pages (`/healthz`, `/jsz`) over HTTP.
     pub monitor: bool,
+    /// The largest message it takes; `None` for the 9 MB that the gateway's body limit needs.
+    pub max_payload: Option<String>,
     /// Further lines of its configuration's `jetstream` block, such as `sync_interval: always`.
     pub jetstream: String,
     /// Further lines of its configuration, such as a `cluster` block. (Not `log_file`: its log is read here.)
@@ -39,7 +41,8 @@ pub struct NatsOptions {
 impl NatsOptions {
     /// A single server on a free port that keeps its things in `dir`.
     pub fn new(dir: impl Into<PathBuf>) -> NatsOptions {
-        NatsOptions { dir: dir.into(), port: None, monitor: false, jetstream: String::new(), extra: String::new() }
+        let (jetstream, extra) = (String::new(), String::new());
+        NatsOptions { dir: dir.into(), port: None, monitor: false, max_payload: None, jetstream, extra }
     }
 }
 
@@ -197,10 +200,11 @@ fn configuration(options: &NatsOptions, port: u16, monitor_port: u16) -> String 
     let monitor = if options.monitor { format!("http: \"127.0.0.1:{monitor_port}\"\n") } else { String::new() };
     // 9MB: a body of 8 MiB and its headers. The store's limit: otherwise three quarters of the free disk, which on a
     // small one would refuse the stream for a size that it may never reach.
+    let max_payload = options.max_payload.as_deref().unwrap_or("9MB");
     format!(
         "# Written anew at each start: changes here are lost.\n\
          listen: \"127.0.0.1:{port}\"\n{monitor}\
-         max_payload: 9MB\n\
+         max_payload: {max_payload}\n\
          jetstream {{\n  store_dir: {}\n  max_file_store: 1TB\n{}\n}}\n{}\n",
         quoted(&store.to_string_lossy()),
         options.jetstream,

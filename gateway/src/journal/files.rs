@@ -1,0 +1,182 @@
+//! The journal's directory: names, the lock, the gateway's id, and how files come and go in it.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Seek, Write};
+use std::path::{Path, PathBuf};
+
+const SEGMENT: &str = "journal";
+const MARKS: &str = "marks";
+const DAMAGED: &str = "damaged";
+/// A file that takes its real name once it is whole.
+const UNFINISHED: &str = "new";
+const LOCK: &str = "lock";
+const ID: &str = "gateway-id";
+/// Random bytes in a gateway's id.
+const ID_BYTES: usize = 8;
+
+/// What a file in the directory is, by its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Kind {
+    Segment,
+    Marks,
+    Damaged,
+    Unfinished,
+}
+
+fn named(dir: &Path, number: u64, extension: &str) -> PathBuf {
+    dir.join(format!("{number:012}.{extension}"))
+}
+
+pub(super) fn segment(dir: &Path, number: u64) -> PathBuf {
+    named(dir, number, SEGMENT)
+}
+
+pub(super) fn marks(dir: &Path, number: u64) -> PathBuf {
+    named(dir, number, MARKS)
+}
+
+pub(super) fn damaged(dir: &Path, number: u64) -> PathBuf {
+    named(dir, number, DAMAGED)
+}
+
+/// The journal's files: kind and number. Others' files are left alone.
+pub(super) fn list(dir: &Path) -> io::Result<Vec<(Kind, u64)>> {
+    let mut files = Vec::new();
+    for file in fs::read_dir(dir)? {
+        let name = file?.file_name();
+        let Some((number, extension)) = name.to_str().and_then(|name| name.split_once('.')) else { continue };
+        let kind = match extension {
+            SEGMENT => Kind::Segment,
+            MARKS => Kind::Marks,
+            DAMAGED => Kind::Damaged,
+            "marks.new" => Kind::Unfinished,
+            _ => continue,
+        };
+        if let Ok(number) = number.parse() {
+            files.push((kind, number));
+        }
+    }
+    files.sort_unstable_by_key(|&(kind, number)| (number, kind));
+    Ok(files)
+}
+
+/// Makes the names in `dir` last: a file that was synced can still be lost with its name.
+pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// Makes the directory where it is missing, and its name last.
+pub(super) fn create_dir(dir: &Path) -> io::Result<()> {
+    if !dir.is_dir() {
+        fs::create_dir_all(dir)?;
+        // The parent may be one that we may write to but not open for reading; then the name is as lasting as the
+        // system makes it.
+        let _ = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).map(sync_dir);
+    }
+    Ok(())
+}
+
+/// A new segment file of `size` bytes, all zeros, its space reserved where the file system can do that, name and space
+/// already lasting.
+pub(super) fn create_segment(dir: &Path, number: u64, size: u64) -> io::Result<File> {
+    let path = segment(dir, number);
+    let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+    let made = reserve(&file, size).and_then(|()| file.sync_all()).and_then(|()| sync_dir(dir));
+    match made {
+        Ok(()) => Ok(file),
+        Err(error) => {
+            // A full disk should not hold the file that did not fit on it.
+            let _ = fs::remove_file(&path);
+            Err(error)
+        }
+    }
+}
+
+fn reserve(file: &File, size: u64) -> io::Result<()> {
+    match fs4::FileExt::allocate(file, size) {
+        Ok(()) => {}
+        // NFS before 4.2, ZFS and others cannot. The file works without it: a full disk is noticed later, when
+        // writing, and each sync has a little more to do.
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+        Err(error) => return Err(error),
+    }
+    if file.metadata()?.len() < size { file.set_len(size) } else { Ok(()) }
+}
+
+/// Writes a file that appears whole or not at all. Lasting only with `sync`.
+pub(super) fn write_whole(dir: &Path, path: &Path, content: &[u8], sync: bool) -> io::Result<()> {
+    let mut unfinished = path.as_os_str().to_owned();
+    unfinished.push(".");
+    unfinished.push(UNFINISHED);
+    let mut file = File::create(&unfinished)?;
+    file.write_all(content)?;
+    if sync {
+        file.sync_all()?;
+    }
+    fs::rename(&unfinished, path)?;
+    if sync { sync_dir(dir) } else { Ok(()) }
+}
+
+pub(super) fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// The lock on the directory. The kernel lets go of it when its holder ends, however it ends.
+#[derive(Debug)]
+pub(super) struct Lock(#[expect(dead_code, reason = "it is held, not used")] File);
+
+/// Why the lock was not to be had.
+#[derive(Debug)]
+pub(super) enum LockError {
+    /// Somebody else holds it; their process id, if they wrote it.
+    Held(Option<u32>),
+    Io(io::Error),
+}
+
+pub(super) fn lock(dir: &Path) -> Result<Lock, LockError> {
+    let path = dir.join(LOCK);
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
+    let mut file = file.map_err(LockError::Io)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            let _ = file.read_to_string(&mut holder);
+            return Err(LockError::Held(holder.trim().parse().ok()));
+        }
+        Err(TryLockError::Error(error)) => return Err(LockError::Io(error)),
+    }
+    // Only for the message above; a disk too full for it must not keep the gateway from publishing what it has.
+    let _ = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
+    Ok(Lock(file))
+}
+
+/// The gateway's id, made at the first start and kept. A token of lower-case letters and digits.
+///
+/// A file that holds none (somebody edited it) is replaced: receipts for the old id get lost, which costs one repeat
+/// of each entry they were for.
+pub(super) fn gateway_id(dir: &Path) -> io::Result<String> {
+    if let Some(id) = read_gateway_id(dir)? {
+        return Ok(id);
+    }
+    let mut random = [0; ID_BYTES];
+    getrandom::fill(&mut random)?;
+    let id = hex::encode(random);
+    write_whole(dir, &dir.join(ID), format!("{id}\n").as_bytes(), true)?;
+    Ok(id)
+}
+
+/// The id that is kept there, if there is a valid one.
+pub(super) fn read_gateway_id(dir: &Path) -> io::Result<Option<String>> {
+    let text = match fs::read_to_string(dir.join(ID)) {
+        Ok(text) => text,
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let id = text.trim();
+    let token = id.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
+    Ok((token && !id.is_empty() && id.len() <= 64).then(|| id.to_owned()))
+}

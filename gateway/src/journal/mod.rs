@@ -1,0 +1,500 @@
+//! The local write-ahead journal: every 202 rests on it.
+//!
+//! An *entry* is one accepted delivery: a header block and a body, both opaque here. It is on disk before `append`
+//! returns, it is published from here, and it is let go once the worker's receipt says that it is stored. States are
+//! bits in memory; bodies are read from disk when they are needed, so memory does not grow with what waits.
+//!
+//! # The directory
+//! | file | what |
+//! |---|---|
+//! | `lock` | locked by the gateway that has the journal open; holds its process id, for the message to a second one |
+//! | `gateway-id` | made once: a token of letters and digits |
+//! | `000000000042.journal` | segment 42 |
+//! | `000000000042.marks` | the states of its entries, some time ago |
+//! | `000000000042.damaged` | a segment with damage, kept for people once nothing in it is left to do |
+//!
+//! Numbers grow and are never used twice while any file bears them. All integers are little-endian; every checksum is
+//! CRC32C (RFC 3720, appendix B.4) of everything it covers in the order of the file, its own four bytes left out.
+//!
+//! # A segment
+//! ```text
+//!    0  header      magic "LOOPJRNL" | version u32 | crc u32 | marker [8] | number u64
+//!                   | previous: number u64, end u64, entries u32 | 0 u32 | capacity u64
+//!   64  zeros, up to 4096
+//! 4096  record      marker [8] | crc u32 | payload crc u32 | index u32 | header block length u32 | body length u32
+//!                   | synced u32 | received at u64 | header block | body
+//!       record ...
+//!       zeros, up to the capacity; or, once sealed, the index, which ends the file:
+//!       index       for each entry: offset u32, received at u32 (Unix time, seconds)
+//!       trailer     marker [8] | magic "LOOPTAIL" | end u64 | entries u32 | crc u32 (of index and trailer)
+//! ```
+//! - *marker*: eight random bytes of this segment. They open every record and are known to nobody outside, so what a
+//!   sender puts into a body is never taken for a record.
+//! - A record's *crc* covers its header and its position in the file; its *payload crc* the header block and body.
+//!   `received at` is Unix time in milliseconds; `index` counts the entries of the segment from 0.
+//! - *synced* is where the record's batch begins: all before it was synced before this record was written. *previous*
+//!   says the same of the segment before: where its synced records end, and how many they are. Only with these can
+//!   damage, which is a loss, be told from a batch that was never finished, which is not.
+//! - *capacity*: bytes reserved for the file. It is only shorter once it is sealed; the index always fits into it.
+//!
+//! # Invariants
+//! - A file is reserved in full, synced, and its name synced, before its first record is written.
+//! - Records are only ever appended, by one thread, a batch at a time: one write, one fdatasync, and only then the
+//!   answers. The header goes with the first batch.
+//! - After a failed write or sync the segment is abandoned: never written or synced again (a second fdatasync may
+//!   succeed although the pages of the first are gone). What was synced before is delivered. The failed batch was
+//!   refused, but its records may be on disk and found at the next start: then they are delivered, too, since they
+//!   were genuine.
+//! - A sealed segment never changes. The index is written behind the records before the file is cut to its new length,
+//!   and for a segment that is not the last of an orderly shutdown only after the next segment's header, which says
+//!   how long this one is, was synced.
+//! - A segment goes as a whole, when every entry in it is confirmed and `retain` is over. At the byte limit, or on a
+//!   full disk, segments in which every entry is published or confirmed go first, the oldest first; never one with an
+//!   entry that is not in the stream.
+//! - Marks are hints: written at most once a second, never synced, replaced by rename. Without them confirmed entries
+//!   are published again, which changes nothing in the end. They are never the reason to let an entry go that was not
+//!   confirmed: checksum and marker tie them to their segment.
+//! - Nothing in memory says more than the disk: an entry can be published, read or marked only after its sync.
+//!
+//! # What `open` does with what it finds
+//! | found | done |
+//! |---|---|
+//! | a sealed segment | its index is read, its records are not; each is checked when it is read to be published |
+//! | any other | all records are read and checked |
+//! | zeros or a broken record at the end, nothing promised there | the torn tail: cut, its bytes reported |
+//! | a broken record, promised (see *synced*, *previous*) | counted, reported; reading goes on at the next marker |
+//! | a broken record in an unfinished batch | passed over |
+//! | a damaged header | reported; the marker is taken from the first record or the trailer |
+//! | a damaged index | the records are read instead |
+//! | a file cut short | reported, unless the next header shows that nothing is missing |
+//! | a sector that cannot be read | as zeros, reported |
+//! | a file in which nothing can be read | renamed to `.damaged` at once, reported |
+//! | a blank file | removed: it was made ready and never used |
+//! | a damaged marks file, or one of another segment | ignored |
+//! | a file of a later version | an error; nothing is touched |
+//!
+//! A damaged segment is left as it is, delivered as far as it is intact, and renamed to `.damaged` when it would
+//! otherwise be removed. A record found damaged later, when it is read, is treated alike; one that the disk then does
+//! not give keeps its segment until a start that can read it. Only one thing cannot be told apart: damage in the very
+//! last batch before a crash looks like a torn tail, and is reported as one.
+//!
+//! Then what is not known to be confirmed is published again, the oldest first, and a new segment is begun: none is
+//! ever appended to after a restart.
+
+mod files;
+mod format;
+mod keeper;
+mod place;
+mod read;
+mod recover;
+mod scan;
+mod segment;
+mod snapshot;
+mod stats;
+mod table;
+mod writer;
+
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::Bytes;
+use tokio::sync::{Notify, oneshot};
+
+pub use place::{NotAPlace, Place};
+pub use read::{ReadError, Stored};
+pub use recover::{Damage, OpenError, Recovered};
+pub use segment::{Refusal, State, Tally};
+pub use snapshot::{Listed, SegmentStatus, Snapshot};
+pub use stats::{AppendError, SYNC_BUCKETS, Share, Stats, Syncs, Trouble};
+pub use table::Unconfirmed;
+
+use format::{MAX_PAYLOAD, RECORD_HEADER};
+use keeper::Nudge;
+use segment::{Segment, Ticks};
+use table::{Located, Table};
+use writer::{Job, Waiting, Work, Writer};
+
+/// What an entry costs while it waits, beside its bytes: so that the bound on waiting bytes also bounds empty ones.
+const WAITING_OVERHEAD: usize = 512;
+
+/// How much a journal may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of all its files on disk. Marks (a byte for each entry) come on top.
+    pub max_bytes_on_disk: u64,
+    /// Bytes of one segment, 1 GiB at most. Larger entries get a segment of their own.
+    pub segment_bytes: u64,
+    /// Bytes of entries that wait for the disk.
+    pub max_bytes_waiting: usize,
+    /// How long an entry is kept after it was received, though it is confirmed.
+    pub retain: Duration,
+}
+
+impl Limits {
+    /// Limits that suit a journal of that size: segments of a hundredth of it, between 1 and 64 MiB (more only where
+    /// it would else take thousands of them), 256 MiB waiting, nothing retained.
+    pub fn of(max_bytes_on_disk: u64) -> Limits {
+        const MIB: u64 = 1 << 20;
+        let segment_bytes = (max_bytes_on_disk / 128).clamp(MIB, 64 * MIB).max(max_bytes_on_disk / 1024);
+        Limits { max_bytes_on_disk, segment_bytes, max_bytes_waiting: 256 << 20, retain: Duration::ZERO }.sane()
+    }
+
+    /// A journal needs several segments, or nothing in it could ever make room.
+    fn sane(mut self) -> Limits {
+        self.segment_bytes = self.segment_bytes.min(1 << 30).min(self.max_bytes_on_disk / 4);
+        self
+    }
+}
+
+/// What is to be appended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// When the gateway received it. Kept to the millisecond.
+    pub received_at: SystemTime,
+    /// What the publisher needs beside the body.
+    pub meta: Bytes,
+    /// The body.
+    pub body: Bytes,
+}
+
+/// What the handle and both threads share. The lock on the directory is held until the last of them is gone.
+#[derive(Debug)]
+struct Shared {
+    dir: PathBuf,
+    gateway_id: String,
+    limits: Limits,
+    table: Mutex<Table>,
+    /// Something waits for a publisher that did not before.
+    appended: Notify,
+    waiting: AtomicUsize,
+    opened: Instant,
+    _lock: files::Lock,
+}
+
+impl Shared {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        // What is in it stays true whatever panicked: it says only what the disk says.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ticks(&self, at: Instant) -> Ticks {
+        Ticks::try_from(at.saturating_duration_since(self.opened).as_millis() / 100).unwrap_or(Ticks::MAX)
+    }
+}
+
+/// An open journal. Cloning gives another handle on the same one. Without [`Journal::close`] the end of the last handle
+/// is like a crash: everything appended stays, the next start has more to look at.
+#[derive(Debug, Clone)]
+pub struct Journal(Arc<Handle>);
+
+#[derive(Debug)]
+struct Handle {
+    shared: Arc<Shared>,
+    work: Sender<Work>,
+    keeper: Sender<Nudge>,
+    threads: Mutex<Option<(JoinHandle<()>, JoinHandle<()>)>>,
+}
+
+impl Journal {
+    /// Opens the journal in `dir`, making it where there is none. Blocks: it reads what is there.
+    ///
+    /// A disk on which nothing can be written is no error as long as the journal can be read: what is in it can still
+    /// be published. [`Journal::trouble`] tells.
+    ///
+    /// # Errors
+    /// [`OpenError`]; nothing was lost or changed.
+    pub fn open(dir: &Path, limits: Limits) -> Result<(Journal, Recovered), OpenError> {
+        files::create_dir(dir).map_err(OpenError::at(dir))?;
+        let lock = files::lock(dir).map_err(|error| match error {
+            files::LockError::Held(holder) => OpenError::InUse { dir: dir.to_owned(), holder },
+            files::LockError::Io(error) => OpenError::at(dir)(error),
+        })?;
+        let gateway_id = files::gateway_id(dir).map_err(OpenError::at(dir))?;
+        let (table, recovered) = recover::recover(dir)?;
+        for damage in &recovered.damages {
+            tracing::error!(
+                file = %damage.file.display(),
+                entries_lost = damage.entries_lost,
+                "the journal is damaged: {}; what is intact is delivered, and the file kept as *.damaged",
+                damage.what
+            );
+        }
+        let shared = Arc::new(Shared {
+            dir: dir.to_owned(),
+            gateway_id,
+            limits: limits.sane(),
+            table: Mutex::new(table),
+            appended: Notify::new(),
+            waiting: AtomicUsize::new(0),
+            opened: Instant::now(),
+            _lock: lock,
+        });
+        let (work, works) = mpsc::channel();
+        let (keeper, nudges) = mpsc::channel();
+        let writer = Writer::new(Arc::clone(&shared), works, keeper.clone());
+        let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| thread::Builder::new().name(name.into()).spawn(run);
+        let for_keeper = Arc::clone(&shared);
+        let keep = spawn("journal-keeper", Box::new(move || keeper::run(&for_keeper, &nudges)));
+        let write = spawn("journal-writer", Box::new(move || writer.run()));
+        let threads = (write.map_err(OpenError::at(dir))?, keep.map_err(OpenError::at(dir))?);
+        let handle = Handle { shared, work, keeper, threads: Mutex::new(Some(threads)) };
+        Ok((Journal(Arc::new(handle)), recovered))
+    }
+
+    /// The id of the gateway whose journal this is: a token of at most 64 lower-case letters and digits.
+    pub fn gateway_id(&self) -> &str {
+        &self.0.shared.gateway_id
+    }
+
+    /// Makes an entry durable. It is on disk when this returns its place. If the future is dropped before, it may be
+    /// on disk all the same, and will then be published.
+    ///
+    /// # Errors
+    /// [`AppendError`]: it is not promised to anybody.
+    pub async fn append(&self, entry: Entry) -> Result<Place, AppendError> {
+        let Entry { received_at, meta, body } = entry;
+        let bytes = meta.len() + body.len();
+        if bytes > MAX_PAYLOAD {
+            return Err(AppendError::TooLarge { bytes, limit: MAX_PAYLOAD });
+        }
+        let shared = &self.0.shared;
+        let bytes = bytes + RECORD_HEADER + WAITING_OVERHEAD;
+        let before = shared.waiting.fetch_add(bytes, Ordering::Relaxed);
+        let waiting = Waiting { shared: Arc::clone(shared), bytes };
+        let limit = shared.limits.max_bytes_waiting;
+        if before + bytes > limit {
+            return Err(AppendError::Busy { limit });
+        }
+        // Here, and not in the writer: there is one of it and many of us.
+        let payload_crc = format::payload_crc(&meta, &body);
+        let (answer, answered) = oneshot::channel();
+        let received_ms = read::unix_ms(received_at);
+        let job = Job { received_ms, meta, body, payload_crc, waiting, answer };
+        self.0.work.send(Work::Append(job)).map_err(|_| AppendError::ShutDown)?;
+        answered.await.unwrap_or(Err(AppendError::ShutDown))
+    }
+
+    /// The oldest entries that are journalled, neither published nor set aside, and not taken already: at most
+    /// `entries` of them and `bytes` of records, but one at least. Waits until there is one.
+    ///
+    /// What was taken is the caller's: it is not given out again until it is released, found lost, or tried again. If
+    /// this future is dropped, nothing was taken. Entries that cannot be read are counted, reported and left out.
+    pub async fn take(&self, entries: usize, bytes: u64) -> Vec<Stored> {
+        let shared = &self.0.shared;
+        loop {
+            let appended = shared.appended.notified();
+            tokio::pin!(appended);
+            appended.as_mut().enable(); // before looking, or what comes in between would go unnoticed
+            let located = shared.table().take(entries, bytes);
+            if located.is_empty() {
+                appended.await;
+                continue;
+            }
+            let mut taken = Taken { shared, places: located.iter().map(|entry| entry.place).collect() };
+            let stored = self.fetch(located).await;
+            taken.places.clear();
+            if !stored.is_empty() {
+                return stored;
+            }
+            tokio::task::yield_now().await; // a runtime that goes down reads nothing more, and must get to end this
+        }
+    }
+
+    /// Reads entries from disk, away from the threads that serve requests. Those that cannot be read are left out.
+    async fn fetch(&self, located: Vec<Located>) -> Vec<Stored> {
+        let handle = self.clone();
+        let read = move || located.iter().filter_map(|entry| handle.read_or_report(entry).ok()).collect();
+        // Cancelled only when the runtime goes down, and then nobody publishes any more.
+        tokio::task::spawn_blocking(read).await.unwrap_or_default()
+    }
+
+    fn read_or_report(&self, entry: &Located) -> Result<Stored, ReadError> {
+        let read = read::read(entry);
+        let place = entry.place;
+        match &read {
+            Ok(_) | Err(ReadError::Unknown) => {}
+            Err(ReadError::Damaged) => {
+                let mut table = self.0.shared.table();
+                if table.entry(place).is_some_and(|(segment, index)| segment.make_hole(index)) {
+                    table.counters.damaged_records += 1;
+                    drop(table);
+                    tracing::error!(%place, "an entry of the journal is damaged and lost; the others are delivered");
+                }
+            }
+            // Its bytes may be well. It stays as it is, its segment with it, and is read again at the next start.
+            Err(ReadError::Disk(error)) => {
+                self.0.shared.table().counters.unreadable_records += 1;
+                tracing::error!(%place, %error, "the disk does not give an entry of the journal; restart the gateway \
+                    once the disk is well to have it delivered");
+            }
+        }
+        read
+    }
+
+    /// Reads one entry, whatever its state.
+    ///
+    /// # Errors
+    /// [`ReadError`]. A damaged entry is counted and reported once, an unreadable one each time.
+    pub async fn read(&self, place: Place) -> Result<Stored, ReadError> {
+        let located = self.0.shared.table().locate(place).ok_or(ReadError::Unknown)?;
+        let handle = self.clone();
+        let read = tokio::task::spawn_blocking(move || handle.read_or_report(&located)).await;
+        read.unwrap_or(Err(ReadError::Unknown))
+    }
+
+    /// Hands back an entry that was taken and of which nothing has become; it is given out again.
+    pub fn release(&self, place: Place) {
+        self.change(place, Segment::release);
+        self.0.shared.appended.notify_waiters();
+    }
+
+    /// JetStream acknowledged the entry at `sequence`. Again, for one already published, it sets sequence and time
+    /// anew.
+    ///
+    /// Like all marks this costs no I/O, may be repeated, and ignores a place that is not of this journal, or whose
+    /// segment is gone.
+    pub fn mark_published(&self, place: Place, sequence: u64) {
+        let now = self.0.shared.ticks(Instant::now());
+        self.change(place, |segment, index| segment.publish(index, sequence, now));
+    }
+
+    /// These entries are stored for good. Returns how many of them were not known to be: not those confirmed before,
+    /// of another journal, or long let go.
+    pub fn mark_confirmed(&self, places: &[Place]) -> usize {
+        let mut table = self.0.shared.table();
+        let mut finished = false;
+        let mut confirm = |place| {
+            let Some((segment, index)) = table.entry(place) else { return false };
+            let news = segment.confirm(index);
+            finished |= news && !segment.active && segment.settled();
+            news
+        };
+        let news = places.iter().filter(|&&place| confirm(place)).count();
+        drop(table);
+        if finished {
+            let _ = self.0.keeper.send(Nudge::Look); // gone only when the journal is closed
+        }
+        news
+    }
+
+    /// NATS refuses this entry, and waiting does not mend it. It stays until [`Journal::retry_set_aside`].
+    pub fn mark_set_aside(&self, place: Place, refusal: Refusal) {
+        self.change(place, |segment, index| segment.set_aside(index, refusal));
+    }
+
+    /// The stream does not have this published entry (any more): it is given out again by [`Journal::take`], and does
+    /// not make room until it is published again.
+    pub fn mark_lost(&self, place: Place) {
+        self.change(place, Segment::lose);
+        self.0.shared.appended.notify_waiters();
+    }
+
+    /// Lets all entries be tried again that were set aside for this reason. Returns how many.
+    pub fn retry_set_aside(&self, refusal: Refusal) -> usize {
+        let retried = self.0.shared.table().retry_set_aside(refusal);
+        self.0.shared.appended.notify_waiters();
+        retried
+    }
+
+    fn change(&self, place: Place, change: impl FnOnce(&mut Segment, usize)) {
+        if let Some((segment, index)) = self.0.shared.table().entry(place) {
+            change(segment, index);
+        }
+    }
+
+    /// Entries whose publish was acknowledged at least `age` ago and that are not confirmed: the oldest `at_most` of
+    /// those that come `after` a place. Ages are exact to a tenth of a second.
+    pub fn unconfirmed(&self, age: Duration, after: Option<Place>, at_most: usize) -> Vec<Unconfirmed> {
+        let shared = &self.0.shared;
+        let Some(until) = Instant::now().checked_sub(age).filter(|until| *until >= shared.opened) else {
+            return Vec::new(); // nothing was published that long ago
+        };
+        let (now, until) = (shared.ticks(Instant::now()), shared.ticks(until));
+        let mut found = Vec::new();
+        let (mut number, mut from) = after.map_or((0, 0), |place| (place.segment, place.index as usize + 1));
+        // One segment at a time, so that with a million of them nobody waits for the table meanwhile.
+        while found.len() < at_most {
+            let table = shared.table();
+            let Some(segment) = table.next_with_unconfirmed(number) else { break };
+            if segment.number != number {
+                from = 0;
+            }
+            let here = segment.unconfirmed(from, until).take(at_most - found.len());
+            found.extend(here.map(|(index, sequence)| Unconfirmed {
+                place: segment.place(index),
+                sequence,
+                published_for: Duration::from_millis(100) * now.saturating_sub(segment.published_at(index)),
+                repeats: segment.repeats(index),
+            }));
+            (number, from) = (segment.number + 1, 0);
+        }
+        found
+    }
+
+    /// What keeps the journal from taking entries, if anything does.
+    pub fn trouble(&self) -> Option<Trouble> {
+        self.0.shared.table().trouble.clone()
+    }
+
+    /// A snapshot, for metrics.
+    pub fn stats(&self) -> Stats {
+        let shared = &self.0.shared;
+        let table = shared.table();
+        Stats {
+            shares: snapshot::shares(table.segments.values()),
+            segments: table.segments.len(),
+            bytes_on_disk: table.on_disk(),
+            bytes_waiting: shared.waiting.load(Ordering::Relaxed),
+            syncs: table.counters.syncs.clone(),
+            damaged_records: table.counters.damaged_records,
+            unreadable_records: table.counters.unreadable_records,
+            damaged_files: table.kept.1,
+            dropped_unconfirmed: table.counters.dropped_unconfirmed,
+        }
+    }
+
+    /// Ends in good order: what was appended before is written and answered, later appends are refused, and the next
+    /// start finds all states and indexes on disk. The lock is free once the last handle is dropped.
+    pub async fn close(&self) {
+        let handle = Arc::clone(&self.0);
+        let end = move || {
+            let threads = handle.threads.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let Some((writer, keeper)) = threads else { return }; // closed already
+            // A thread that panicked has said so; what matters is on disk.
+            let _ = handle.work.send(Work::Stop);
+            let _ = writer.join();
+            let _ = handle.keeper.send(Nudge::Stop);
+            let _ = keeper.join();
+        };
+        let _ = tokio::task::spawn_blocking(end).await;
+    }
+}
+
+/// Entries on their way to somebody who may stop waiting for them.
+struct Taken<'j> {
+    shared: &'j Shared,
+    places: Vec<Place>,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        if self.places.is_empty() {
+            return;
+        }
+        let mut table = self.shared.table();
+        for &place in &self.places {
+            if let Some((segment, index)) = table.entry(place) {
+                segment.release(index);
+            }
+        }
+        drop(table);
+        self.shared.appended.notify_waiters();
+    }
+}

@@ -1,0 +1,195 @@
+//! Looks into a journal without opening it: for `gateway journal status` and `redrive`, also while a gateway has it.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::files::{self, Kind};
+use super::format::{self, FIRST_RECORD, HeaderBlock};
+use super::place::Place;
+use super::read::{self, ReadError, Stored};
+use super::scan;
+use super::segment::{Refusal, Segment, State, Tally};
+use super::stats::Share;
+use super::table::Table;
+
+/// What lies in a journal's directory. Takes no lock and changes nothing; states are those that the gateway last wrote
+/// down, up to a second old while it runs.
+#[derive(Debug)]
+pub struct Snapshot {
+    gateway_id: Option<String>,
+    segments: Vec<(PathBuf, Segment)>,
+    unreadable: Vec<PathBuf>,
+    damaged: Vec<(PathBuf, u64)>,
+}
+
+/// One segment file of a [`Snapshot`].
+#[derive(Debug, Clone)]
+pub struct SegmentStatus<'s> {
+    /// The file.
+    pub file: &'s Path,
+    /// Bytes it takes, what is only reserved included.
+    pub bytes: u64,
+    /// One for each of [`State::ALL`], in that order.
+    pub shares: [Share; State::ALL.len()],
+    /// Whether a header or record in it is damaged. Bodies are not looked at.
+    pub damaged: bool,
+}
+
+/// One entry of a [`Snapshot`].
+#[derive(Debug, Clone, Copy)]
+pub struct Listed<'s> {
+    segment: &'s Segment,
+    index: usize,
+    state: State,
+}
+
+impl Snapshot {
+    /// Looks now. Blocks.
+    ///
+    /// # Errors
+    /// When the directory cannot be listed, or a file in it not be opened. One that is let go meanwhile is left out.
+    pub fn of(dir: &Path) -> io::Result<Snapshot> {
+        let gateway_id = files::read_gateway_id(dir)?;
+        let mut snapshot = Snapshot { gateway_id, segments: Vec::new(), unreadable: Vec::new(), damaged: Vec::new() };
+        for (kind, number) in files::list(dir)? {
+            let looked = match kind {
+                Kind::Segment => snapshot.look_into(dir, number),
+                Kind::Damaged => snapshot.note_damaged(files::damaged(dir, number)),
+                Kind::Marks | Kind::Unfinished => Ok(()),
+            };
+            match looked {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                other => other?,
+            }
+        }
+        Ok(snapshot)
+    }
+
+    fn note_damaged(&mut self, path: PathBuf) -> io::Result<()> {
+        let bytes = fs::metadata(&path)?.len();
+        self.damaged.push((path, bytes));
+        Ok(())
+    }
+
+    fn look_into(&mut self, dir: &Path, number: u64) -> io::Result<()> {
+        let path = files::segment(dir, number);
+        let file = Arc::new(File::open(&path)?);
+        let (block, marker) = scan::identify(&file)?;
+        let Some(marker) = marker else {
+            // Blank: made ready for later. A later version's file is as unreadable to us as a damaged one.
+            if !scan::is_blank(&file)? {
+                self.unreadable.push(path);
+            }
+            return Ok(());
+        };
+        let mut segment = Segment::new(number, marker, Arc::clone(&file), file.metadata()?.len(), FIRST_RECORD);
+        segment.damaged = block == HeaderBlock::Invalid;
+        match scan::read_index(&file).filter(|(trailer, ..)| trailer.marker == marker) {
+            Some((trailer, offsets, received)) => {
+                segment.end = trailer.end;
+                segment.fill(offsets, received, &[]);
+            }
+            None => {
+                let survey = scan::survey(&file, marker, false)?;
+                segment.damaged |= !survey.holes.is_empty() || survey.synced > survey.end || survey.unreadable;
+                segment.end = survey.end;
+                segment.fill(survey.offsets, survey.received, &survey.holes);
+            }
+        }
+        let marks = fs::read(files::marks(dir, number)).unwrap_or_default();
+        if let Some(states) = format::decode_marks(&marks, segment.check) {
+            segment.show_marks(states);
+        }
+        self.segments.push((path, segment));
+        Ok(())
+    }
+
+    /// The id of the gateway whose journal it is; `None` if no gateway ever ran on it.
+    pub fn gateway_id(&self) -> Option<&str> {
+        self.gateway_id.as_deref()
+    }
+
+    /// All segments together: one share for each of [`State::ALL`], in that order.
+    pub fn shares(&self) -> [Share; State::ALL.len()] {
+        shares(self.segments.iter().map(|(_, segment)| segment))
+    }
+
+    /// Each segment, oldest first.
+    pub fn segments(&self) -> impl Iterator<Item = SegmentStatus<'_>> {
+        self.segments.iter().map(|(file, segment)| SegmentStatus {
+            file,
+            bytes: segment.on_disk,
+            shares: shares([segment]),
+            damaged: segment.damaged,
+        })
+    }
+
+    /// Segment files in which nothing can be read.
+    pub fn unreadable(&self) -> &[PathBuf] {
+        &self.unreadable
+    }
+
+    /// Damaged files kept for people, and their bytes.
+    pub fn damaged(&self) -> &[(PathBuf, u64)] {
+        &self.damaged
+    }
+
+    /// Each entry that is still there, oldest first.
+    pub fn entries(&self) -> impl Iterator<Item = Listed<'_>> {
+        self.segments.iter().flat_map(|(_, segment)| {
+            let entry = move |index| Some(Listed { segment, index, state: segment.bits(index).state()? });
+            (0..segment.entries()).filter_map(entry)
+        })
+    }
+}
+
+impl Listed<'_> {
+    /// Where it is.
+    pub fn place(&self) -> Place {
+        self.segment.place(self.index)
+    }
+
+    /// How far it has come.
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// Why it was set aside, if it was.
+    pub fn refusal(&self) -> Option<Refusal> {
+        self.segment.bits(self.index).refusal()
+    }
+
+    /// When the gateway received it, to the second.
+    pub fn received_at(&self) -> SystemTime {
+        from_seconds(self.segment.received[self.index])
+    }
+
+    /// Its header block and body. Blocks.
+    ///
+    /// # Errors
+    /// [`ReadError::Damaged`] and [`ReadError::Disk`]; here nothing is counted or logged.
+    pub fn read(&self) -> Result<Stored, ReadError> {
+        read::read(&Table::located(self.segment, self.index))
+    }
+}
+
+/// The states' shares of these segments.
+pub(super) fn shares<'s>(segments: impl IntoIterator<Item = &'s Segment> + Clone) -> [Share; State::ALL.len()] {
+    State::ALL.map(|state| {
+        let mut tally = Tally::default();
+        let mut oldest = None;
+        for segment in segments.clone() {
+            tally += segment.tally(state);
+            // Segments are in the order of their age, and entries in them.
+            oldest = oldest.or_else(|| segment.oldest(state));
+        }
+        Share { state, tally, oldest: oldest.map(from_seconds) }
+    })
+}
+
+fn from_seconds(seconds: u32) -> SystemTime {
+    read::unix_time(u64::from(seconds) * 1000)
+}

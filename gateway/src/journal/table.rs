@@ -1,0 +1,157 @@
+//! Every segment of an open journal, and the questions asked about all of them together. No I/O here; the one mutex
+//! around it is only ever held for a moment.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::format::Marker;
+use super::place::Place;
+use super::segment::{Refusal, Segment, State};
+use super::stats::{Counters, Trouble};
+
+/// A file made ready for the writer before it needs one.
+#[derive(Debug)]
+pub(super) struct Spare {
+    pub(super) number: u64,
+    pub(super) file: Arc<File>,
+    pub(super) path: PathBuf,
+    /// Bytes reserved for it on disk.
+    pub(super) capacity: u64,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    pub(super) segments: BTreeMap<u64, Segment>,
+    pub(super) spare: Option<Spare>,
+    /// The active segment is half full and there is no spare.
+    pub(super) spare_wanted: bool,
+    /// The number that the next file gets. Never one that any file here has had.
+    pub(super) next_number: u64,
+    /// Bytes of files being made.
+    pub(super) reserved: u64,
+    /// Bytes and number of files kept for people.
+    pub(super) kept: (u64, usize),
+    pub(super) trouble: Option<Trouble>,
+    pub(super) counters: Counters,
+}
+
+/// What a reader needs to fetch one entry, without the table.
+#[derive(Debug, Clone)]
+pub(super) struct Located {
+    pub(super) place: Place,
+    pub(super) file: Arc<File>,
+    pub(super) marker: Marker,
+    pub(super) offset: u64,
+    pub(super) length: u64,
+    pub(super) repeats: u8,
+}
+
+/// A published entry without a receipt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unconfirmed {
+    /// Where it is in the journal.
+    pub place: Place,
+    /// The stream sequence that its PubAck named.
+    pub sequence: u64,
+    /// How long ago that was, to a tenth of a second.
+    pub published_for: Duration,
+    /// How often it was published and then found missing from the stream; see [`super::Stored::repeats`].
+    pub repeats: u8,
+}
+
+impl Table {
+    /// The segment and the entry in it, if `place` speaks of one that is here.
+    pub(super) fn entry(&mut self, place: Place) -> Option<(&mut Segment, usize)> {
+        let segment = self.segments.get_mut(&place.segment)?;
+        let index = place.index as usize;
+        (segment.check == place.check && index < segment.entries()).then_some((segment, index))
+    }
+
+    /// Bytes that the journal's segments take on disk, or are about to.
+    pub(super) fn on_disk(&self) -> u64 {
+        let spare = self.spare.as_ref().map_or(0, |spare| spare.capacity);
+        self.segments.values().map(|segment| segment.on_disk).sum::<u64>() + spare + self.reserved + self.kept.0
+    }
+
+    pub(super) fn locate(&self, place: Place) -> Option<Located> {
+        let segment = self.segments.get(&place.segment).filter(|segment| segment.check == place.check)?;
+        let index = place.index as usize;
+        (index < segment.entries() && segment.bits(index).state().is_some()).then(|| Self::located(segment, index))
+    }
+
+    pub(super) fn located(segment: &Segment, index: usize) -> Located {
+        Located {
+            place: segment.place(index),
+            file: Arc::clone(&segment.file),
+            marker: segment.marker,
+            offset: u64::from(segment.offsets[index]),
+            length: segment.length(index),
+            repeats: segment.repeats(index),
+        }
+    }
+
+    /// The oldest entries that wait for a publisher: at most `entries` of them and `bytes` of records, but one at
+    /// least. They are the caller's until marked or released.
+    pub(super) fn take(&mut self, entries: usize, bytes: u64) -> Vec<Located> {
+        let mut taken = Vec::new();
+        let mut room = bytes;
+        for segment in self.segments.values_mut() {
+            while let Some(length) = segment.next_length() {
+                if taken.len() >= entries.max(1) || (length > room && !taken.is_empty()) {
+                    return taken;
+                }
+                let Some(index) = segment.take_next() else { break };
+                room = room.saturating_sub(length);
+                taken.push(Self::located(segment, index));
+            }
+        }
+        taken
+    }
+
+    /// The first segment from `number` on that holds published entries without a receipt.
+    pub(super) fn next_with_unconfirmed(&self, number: u64) -> Option<&Segment> {
+        let mut segments = self.segments.range(number..).map(|(_, segment)| segment);
+        segments.find(|segment| segment.tally(State::Published).entries > 0)
+    }
+
+    /// Lets the entries that were set aside for `refusal` be tried again. How many.
+    pub(super) fn retry_set_aside(&mut self, refusal: Refusal) -> usize {
+        let mut retried = 0;
+        let holders = self.segments.values_mut().filter(|segment| segment.tally(State::SetAside).entries > 0);
+        for segment in holders {
+            for index in 0..segment.entries() {
+                if segment.bits(index).refusal() == Some(refusal) {
+                    retried += usize::from(segment.retry(index));
+                }
+            }
+        }
+        retried
+    }
+
+    /// The segment that makes room when there is none, or `None` where every one holds something that nobody else
+    /// has. What is only kept for `redrive` goes first, then what the stream has, each oldest first.
+    pub(super) fn expendable(&self) -> Option<u64> {
+        let settled = self.all_expendable().find(|segment| segment.settled());
+        settled.or_else(|| self.all_expendable().next()).map(|segment| segment.number)
+    }
+
+    /// How much room there is to be made.
+    pub(super) fn expendable_bytes(&self) -> u64 {
+        self.all_expendable().map(|segment| segment.on_disk).sum()
+    }
+
+    fn all_expendable(&self) -> impl Iterator<Item = &Segment> {
+        // A damaged file is kept for people, so it makes no room.
+        self.segments.values().filter(|segment| !segment.active && !segment.damaged && segment.expendable())
+    }
+
+    /// Segments with nothing left to do and no reason to stay: every entry is confirmed and was received before
+    /// `kept_since` (Unix time, seconds).
+    pub(super) fn finished(&self, kept_since: u32) -> Vec<u64> {
+        let done = |segment: &&Segment| !segment.active && segment.settled() && segment.newest() < kept_since;
+        self.segments.values().filter(done).map(|segment| segment.number).collect()
+    }
+}

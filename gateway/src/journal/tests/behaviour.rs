@@ -1,0 +1,436 @@
+//! What each call promises.
+
+use std::collections::HashSet;
+use std::fs;
+use std::os::unix::fs::FileExt;
+
+use tempfile::tempdir;
+
+use super::super::files::{self, Kind};
+use super::super::{AppendError, ReadError, Refusal, Snapshot, State};
+use super::*;
+
+const MIB: u64 = 1 << 20;
+
+/// Entries in each state, in the order of [`State::ALL`].
+fn states(journal: &Journal) -> [u64; 4] {
+    journal.stats().shares.map(|share| share.tally.entries)
+}
+
+fn count(dir: &Path, kind: Kind) -> usize {
+    files::list(dir).unwrap().iter().filter(|(other, _)| *other == kind).count()
+}
+
+#[tokio::test]
+async fn what_was_appended_comes_back_in_order_after_every_kind_of_end() {
+    for orderly in [true, false] {
+        let dir = tempdir().unwrap();
+        let entries: Vec<_> = (0..40).map(|id| entry(id, 300)).collect();
+        let (journal, recovered) = open(dir.path(), limits(2000)).await;
+        assert_eq!(recovered.unpublished, 0);
+        let places = append_all(&journal, &entries).await;
+        assert!(places.is_sorted() && places.iter().collect::<HashSet<_>>().len() == 40);
+        if orderly {
+            journal.close().await;
+        }
+        drop(journal);
+
+        let (journal, recovered) = open(dir.path(), limits(2000)).await;
+        assert_eq!((recovered.unpublished, recovered.torn_bytes), (40, 0));
+        assert!(recovered.damages.is_empty(), "{recovered:?}");
+        let taken = journal.take(100, MIB).await;
+        assert_eq!(taken.iter().map(|stored| stored.place).collect::<Vec<_>>(), places);
+        assert!(taken.iter().zip(&entries).all(|(stored, entry)| same(stored, entry)));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_at_once_share_a_sync_and_each_gets_its_own_place() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(100_000)).await;
+    let appends = (0..2000).map(|id| {
+        let journal = journal.clone();
+        tokio::spawn(async move { (id, journal.append(entry(id, 200)).await.unwrap()) })
+    });
+    for append in appends.collect::<Vec<_>>() {
+        let (id, place) = append.await.unwrap();
+        assert!(same(&journal.read(place).await.unwrap(), &entry(id, 200)));
+    }
+    let syncs = journal.stats().syncs;
+    assert!(syncs.count < 2000, "each append had a sync of its own");
+    assert!(syncs.buckets.iter().sum::<u64>() <= syncs.count && !syncs.sum.is_zero());
+}
+
+#[tokio::test]
+async fn a_second_process_is_kept_out_and_told_by_whom() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let Err(OpenError::InUse { holder, .. }) = Journal::open(dir.path(), limits(1000)) else { panic!("not kept out") };
+    assert_eq!(holder, Some(std::process::id()));
+    journal.close().await;
+    drop(journal);
+    assert!(Journal::open(dir.path(), limits(1000)).is_ok());
+}
+
+#[tokio::test]
+async fn an_entry_larger_than_a_segment_gets_one_of_its_own() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let entries = [entry(1, 10), entry(2, 30_000), entry(3, 10)];
+    let places = append_all(&journal, &entries).await;
+    drop(journal);
+    let (journal, recovered) = open(dir.path(), limits(1000)).await;
+    assert!(recovered.damages.is_empty());
+    for (place, entry) in places.iter().zip(&entries) {
+        assert!(same(&journal.read(*place).await.unwrap(), entry));
+    }
+}
+
+#[tokio::test]
+async fn empty_bodies_are_entries_too() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let empty = Entry { meta: Bytes::new(), body: Bytes::new(), ..entry(1, 0) };
+    let place = journal.append(empty.clone()).await.unwrap();
+    assert!(same(&journal.read(place).await.unwrap(), &empty));
+    drop(journal);
+    let (journal, _) = open(dir.path(), limits(1000)).await;
+    assert!(same(&journal.take(1, 0).await[0], &empty));
+}
+
+#[tokio::test]
+async fn a_full_journal_says_so_and_recovers_by_itself() {
+    let dir = tempdir().unwrap();
+    let limits = Limits { max_bytes_on_disk: 40_000, ..limits(4000) };
+    let (journal, _) = open(dir.path(), limits).await;
+    let mut accepted = Vec::new();
+    let error = loop {
+        match journal.append(entry(u32::try_from(accepted.len()).unwrap(), 500)).await {
+            Ok(place) => accepted.push(place),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, AppendError::Full { limit: 40_000 }), "{error}");
+    assert!(matches!(journal.trouble().unwrap().problem, AppendError::Full { .. }));
+    assert!(journal.stats().bytes_on_disk <= 40_000);
+
+    // One segment's worth in the stream makes room, without anybody appending.
+    let first = accepted[0].segment;
+    let taken = journal.take(1000, MIB).await;
+    assert_eq!(taken.len(), accepted.len(), "what was not published is never let go");
+    for stored in taken.iter().filter(|stored| stored.place.segment == first) {
+        journal.mark_published(stored.place, 1);
+    }
+    eventually(|| journal.trouble().is_none()).await;
+    journal.append(entry(1000, 500)).await.unwrap();
+    assert!(matches!(journal.read(accepted[0]).await, Err(ReadError::Unknown)));
+    let gone = accepted.iter().filter(|place| place.segment == first).count();
+    assert_eq!(journal.stats().dropped_unconfirmed, gone as u64);
+    for place in accepted.iter().filter(|place| place.segment != first) {
+        journal.read(*place).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_let_go_for_an_entry_that_would_not_fit_anyway() {
+    let dir = tempdir().unwrap();
+    let limits = Limits { max_bytes_on_disk: 40_000, ..limits(4000) };
+    let (journal, _) = open(dir.path(), limits).await;
+    let places = append_all(&journal, &(0..20).map(|id| entry(id, 500)).collect::<Vec<_>>()).await;
+    places.iter().for_each(|place| journal.mark_published(*place, 1));
+    let error = journal.append(entry(99, 50_000)).await.unwrap_err();
+    assert!(matches!(error, AppendError::Full { .. }), "{error}");
+    assert_eq!(states(&journal), [0, 20, 0, 0]);
+    journal.append(entry(99, 500)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_segment_that_fails_is_abandoned_and_the_next_one_takes_over() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(4000)).await;
+    let shared = &journal.0.shared;
+    let before = append_all(&journal, &(0..5).map(|id| entry(id, 500)).collect::<Vec<_>>()).await;
+    // More than half full: the next one is made ready.
+    eventually(|| shared.table().spare.is_some()).await;
+    // It turns out to be one that cannot be written.
+    let (number, path) = shared.table().spare.as_ref().map(|spare| (spare.number, spare.path.clone())).unwrap();
+    shared.table().spare.as_mut().unwrap().file = std::sync::Arc::new(fs::File::open(&path).unwrap());
+    let mut after = Vec::new();
+    let error = loop {
+        match journal.append(entry(5 + u32::try_from(after.len()).unwrap(), 500)).await {
+            Ok(place) => after.push(place),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, AppendError::Disk(_)), "{error}");
+    eventually(|| journal.trouble().is_none()).await;
+    let last = journal.append(entry(99, 500)).await.unwrap();
+    assert!(last.segment > number && after.iter().all(|place| place.segment == before[0].segment));
+    assert!(!path.exists(), "nothing was promised in it");
+    drop(journal);
+    let (_journal, recovered) = open(dir.path(), limits(4000)).await;
+    assert_eq!((recovered.unpublished, recovered.damages.len()), (6 + after.len() as u64, 0));
+}
+
+#[tokio::test]
+async fn set_aside_entries_never_make_room() {
+    let dir = tempdir().unwrap();
+    let limits = Limits { max_bytes_on_disk: 40_000, ..limits(4000) };
+    let (journal, _) = open(dir.path(), limits).await;
+    let place = journal.append(entry(0, 500)).await.unwrap();
+    journal.mark_set_aside(place, Refusal::TooLarge);
+    for id in 1..200 {
+        let place = journal.append(entry(id, 500)).await.unwrap();
+        journal.mark_published(place, u64::from(id));
+    }
+    assert!(same(&journal.read(place).await.unwrap(), &entry(0, 500)));
+}
+
+#[tokio::test]
+async fn too_much_waiting_is_refused() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), Limits { max_bytes_waiting: 4000, ..limits(10_000) }).await;
+    assert!(matches!(journal.append(entry(1, 5000)).await, Err(AppendError::Busy { limit: 4000 })));
+    journal.append(entry(1, 2000)).await.unwrap();
+    assert_eq!(journal.stats().bytes_waiting, 0);
+}
+
+#[tokio::test]
+async fn a_closed_journal_takes_nothing_and_leaves_nothing_to_find_out() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let place = journal.append(entry(1, 100)).await.unwrap();
+    journal.close().await;
+    journal.close().await;
+    assert!(matches!(journal.append(entry(2, 100)).await, Err(AppendError::ShutDown)));
+    assert!(journal.trouble().is_some());
+    let path = files::segment(dir.path(), place.segment);
+    assert!(super::super::scan::read_index(&fs::File::open(path).unwrap()).is_some());
+    assert_eq!(count(dir.path(), Kind::Segment), 1, "no blank file is left");
+}
+
+#[tokio::test]
+async fn confirmed_segments_go_and_the_rest_stays_confirmed_over_a_restart() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let places = append_all(&journal, &(0..20).map(|id| entry(id, 200)).collect::<Vec<_>>()).await;
+    let last = places[19];
+    // All but the very last: every segment but its own is done with.
+    assert_eq!(journal.mark_confirmed(&places[..19]), 19);
+    assert_eq!(journal.mark_confirmed(&places), 1, "only what is news");
+    assert_eq!(journal.mark_confirmed(&[last]), 0);
+    eventually(|| journal.stats().segments == 1).await;
+    let left = states(&journal)[State::Confirmed as usize];
+    assert!(left < 20);
+    journal.mark_set_aside(journal.append(entry(20, 50)).await.unwrap(), Refusal::Permission);
+    journal.close().await;
+    drop(journal);
+
+    let (journal, recovered) = open(dir.path(), limits(1000)).await;
+    assert_eq!((recovered.unpublished, recovered.set_aside), (0, 1));
+    assert!(is_waiting(journal.take(10, MIB)).await);
+    assert_eq!(journal.retry_set_aside(Refusal::TooLarge), 0);
+    assert_eq!(journal.retry_set_aside(Refusal::Permission), 1);
+    assert!(same(&journal.take(10, MIB).await[0], &entry(20, 50)));
+}
+
+#[tokio::test]
+async fn finished_segments_are_kept_as_long_as_they_are_to_be() {
+    let dir = tempdir().unwrap();
+    let retained = Limits { retain: Duration::from_secs(3600), ..limits(1000) };
+    let (journal, _) = open(dir.path(), retained).await;
+    let old = append_all(&journal, &(0..8).map(|id| entry(id, 200)).collect::<Vec<_>>()).await; // received in 2023
+    let now = SystemTime::now();
+    let new: Vec<_> = (8..16).map(|id| Entry { received_at: now, ..entry(id, 200) }).collect();
+    let new = append_all(&journal, &new).await;
+    assert_eq!(journal.mark_confirmed(&old) + journal.mark_confirmed(&new), 16);
+    eventually(|| journal.stats().shares[State::Confirmed as usize].tally.entries <= 12).await;
+    for place in new {
+        journal.read(place).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn what_is_taken_is_given_once_until_it_is_handed_back() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(10_000)).await;
+    let places = append_all(&journal, &(0..5).map(|id| entry(id, 100)).collect::<Vec<_>>()).await;
+    let ids = |taken: &[Stored]| taken.iter().map(|stored| stored.place).collect::<Vec<_>>();
+    assert_eq!(ids(&journal.take(2, MIB).await), places[..2]);
+    assert_eq!(ids(&journal.take(9, 1).await), places[2..3], "one at least, whatever its size");
+    journal.mark_published(places[0], 7);
+    journal.release(places[0]); // published meanwhile, so it is not handed back
+    journal.release(places[1]);
+    assert_eq!(ids(&journal.take(9, MIB).await), [places[1], places[3], places[4]]);
+    assert!(is_waiting(journal.take(9, MIB)).await);
+    journal.mark_lost(places[0]);
+    journal.mark_lost(places[1]); // never published, so not lost
+    let again = journal.take(9, MIB).await;
+    assert_eq!((ids(&again), again[0].repeats), (vec![places[0]], 1));
+}
+
+#[tokio::test]
+async fn a_taker_who_stops_waiting_has_taken_nothing() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(10_000)).await;
+    append_all(&journal, &(0..5).map(|id| entry(id, 100)).collect::<Vec<_>>()).await;
+    {
+        let mut take = std::pin::pin!(journal.take(5, MIB));
+        // Polled once: the entries are marked as taken and are being read.
+        assert!(std::future::poll_fn(|cx| std::task::Poll::Ready(take.as_mut().poll(cx))).await.is_pending());
+    }
+    assert_eq!(journal.take(5, MIB).await.len(), 5);
+}
+
+#[tokio::test]
+async fn a_new_entry_wakes_a_waiting_taker() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(10_000)).await;
+    let takes = journal.clone();
+    let taker = tokio::spawn(async move { takes.take(5, MIB).await });
+    let place = journal.append(entry(1, 100)).await.unwrap();
+    assert_eq!(taker.await.unwrap()[0].place, place);
+}
+
+#[tokio::test]
+async fn places_of_others_are_ignored() {
+    let (dir, other_dir) = (tempdir().unwrap(), tempdir().unwrap());
+    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let (other, _) = open(other_dir.path(), limits(1000)).await;
+    assert_ne!(journal.gateway_id(), other.gateway_id());
+    let ours = journal.append(entry(1, 100)).await.unwrap();
+    let theirs = other.append(entry(2, 100)).await.unwrap();
+    assert_eq!((ours.segment, ours.index), (theirs.segment, theirs.index));
+    for foreign in [theirs, Place { index: 1, ..ours }, Place { segment: 9, ..ours }] {
+        journal.mark_published(foreign, 1);
+        journal.mark_set_aside(foreign, Refusal::Other);
+        journal.mark_lost(foreign);
+        assert_eq!(journal.mark_confirmed(&[foreign]), 0);
+        assert!(matches!(journal.read(foreign).await, Err(ReadError::Unknown)));
+    }
+    assert_eq!(states(&journal), [1, 0, 0, 0]);
+}
+
+#[tokio::test]
+async fn unconfirmed_entries_are_found_by_age_and_page_by_page() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let places = append_all(&journal, &(0..20).map(|id| entry(id, 200)).collect::<Vec<_>>()).await;
+    for (place, sequence) in places.iter().zip(100..) {
+        journal.mark_published(*place, sequence);
+    }
+    journal.mark_confirmed(&places[4..6]);
+    assert!(journal.unconfirmed(Duration::from_secs(3600), None, 100).is_empty());
+    eventually(|| journal.unconfirmed(Duration::from_millis(100), None, 100).len() == 18).await;
+    let first = journal.unconfirmed(Duration::ZERO, None, 7);
+    let rest = journal.unconfirmed(Duration::ZERO, Some(first[6].place), 100);
+    let all: Vec<_> = first.iter().chain(&rest).map(|entry| (entry.place, entry.sequence)).collect();
+    let expected: Vec<_> =
+        places.iter().copied().zip(100..).filter(|(place, _)| !places[4..6].contains(place)).collect();
+    assert_eq!(all, expected);
+    journal.mark_published(places[0], 500); // published anew: its time begins anew
+    assert_eq!(journal.unconfirmed(Duration::ZERO, None, 1)[0].sequence, 500);
+}
+
+#[tokio::test]
+async fn a_snapshot_shows_a_running_journal() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let entries: Vec<_> = (0..10).map(|id| entry(id, 200)).collect();
+    let places = append_all(&journal, &entries).await;
+    journal.mark_published(places[1], 1);
+    journal.mark_confirmed(&places[2..3]);
+    journal.mark_set_aside(places[9], Refusal::TooLarge);
+    let look = || Snapshot::of(dir.path()).unwrap();
+    eventually(|| look().shares().map(|share| share.tally.entries) == [7, 1, 1, 1]).await;
+    let snapshot = look();
+    assert_eq!(snapshot.gateway_id(), Some(journal.gateway_id()));
+    assert_eq!(snapshot.shares(), journal.stats().shares);
+    assert_eq!(snapshot.shares()[0].oldest, Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000)));
+    let bytes = |shares: [super::super::Share; 4]| shares.iter().map(|share| share.tally.bytes).sum::<u64>();
+    assert_eq!(snapshot.segments().map(|segment| bytes(segment.shares)).sum::<u64>(), bytes(snapshot.shares()));
+    assert!(snapshot.segments().all(|segment| !segment.damaged && segment.bytes > 0));
+    let listed: Vec<_> = snapshot.entries().collect();
+    assert_eq!(listed.iter().map(|entry| entry.place()).collect::<Vec<_>>(), places);
+    assert!(listed.iter().zip(&entries).all(|(listed, entry)| same(&listed.read().unwrap(), entry)));
+    assert_eq!((listed[9].state(), listed[9].refusal()), (State::SetAside, Some(Refusal::TooLarge)));
+}
+
+#[tokio::test]
+async fn a_record_spoilt_while_it_waits_is_reported_and_its_file_kept() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let places = append_all(&journal, &(0..8).map(|id| entry(id, 200)).collect::<Vec<_>>()).await;
+    let spoilt = places[1];
+    assert_ne!(spoilt.segment, places[7].segment);
+    let path = files::segment(dir.path(), spoilt.segment);
+    let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    let located = journal.0.shared.table().locate(spoilt).unwrap();
+    file.write_all_at(b"?", located.offset + 100).unwrap();
+
+    let taken = journal.take(100, MIB).await;
+    assert_eq!(taken.len(), 7);
+    assert!(taken.iter().all(|stored| stored.place != spoilt));
+    assert!(matches!(journal.read(spoilt).await, Err(ReadError::Unknown)));
+    let stats = journal.stats();
+    assert_eq!((stats.damaged_records, stats.shares.map(|share| share.tally.entries)), (1, [7, 0, 0, 0]));
+    assert_eq!(journal.mark_confirmed(&places), 7);
+    eventually(|| count(dir.path(), Kind::Damaged) == 1).await;
+    eventually(|| journal.stats().damaged_files == 1).await;
+    assert!(!path.exists());
+    fs::remove_file(files::damaged(dir.path(), spoilt.segment)).unwrap();
+    eventually(|| journal.stats().damaged_files == 0).await;
+}
+
+#[tokio::test]
+async fn a_record_that_the_disk_does_not_give_is_not_given_up() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let places = append_all(&journal, &(0..8).map(|id| entry(id, 200)).collect::<Vec<_>>()).await;
+    let bad = places[0].segment;
+    assert_ne!(bad, places[7].segment);
+    // Opened for writing only, a file fails every read.
+    let unreadable = fs::OpenOptions::new().write(true).open(files::segment(dir.path(), bad)).unwrap();
+    journal.0.shared.table().segments.get_mut(&bad).unwrap().file = std::sync::Arc::new(unreadable);
+    let there = places.iter().filter(|place| place.segment != bad).count();
+    let mut taken = Vec::new();
+    while taken.len() < there {
+        taken.extend(journal.take(1, MIB).await); // one by one: nothing but unreadable ones must not end the wait
+    }
+    assert!(is_waiting(journal.take(1, MIB)).await, "not tried again and again");
+    assert_eq!(journal.stats().unreadable_records, 8 - there as u64);
+    taken.iter().for_each(|stored| journal.mark_published(stored.place, 1));
+    journal.mark_confirmed(&taken.iter().map(|stored| stored.place).collect::<Vec<_>>());
+    journal.close().await;
+    drop(journal);
+    let (_journal, recovered) = open(dir.path(), limits(1000)).await;
+    assert_eq!((recovered.unpublished, recovered.damages.len()), (8 - there as u64, 0));
+}
+
+#[tokio::test]
+async fn the_gateway_keeps_its_id() {
+    let dir = tempdir().unwrap();
+    let id = |journal: &Journal| journal.gateway_id().to_owned();
+    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let first = id(&journal);
+    assert!(first.len() == 16 && first.bytes().all(|byte| byte.is_ascii_alphanumeric()));
+    drop(journal);
+    let (journal, _) = open(dir.path(), limits(1000)).await;
+    assert_eq!(id(&journal), first);
+    drop(journal);
+    // Not a token of a NATS subject: somebody edited it.
+    fs::write(dir.path().join("gateway-id"), "my gateway.*\n").unwrap();
+    let (journal, _) = open(dir.path(), limits(1000)).await;
+    assert_ne!(id(&journal), first);
+    assert!(id(&journal).bytes().all(|byte| byte.is_ascii_alphanumeric()));
+}
+
+#[test]
+fn the_usual_limits_make_sense() {
+    for exponent in 20..45 {
+        let limits = Limits::of(1 << exponent);
+        assert!(limits.segment_bytes <= limits.max_bytes_on_disk / 4 && limits.segment_bytes <= 1 << 30);
+        assert!(limits.max_bytes_on_disk / limits.segment_bytes <= 1 << 15);
+    }
+    assert_eq!(Limits::of(10 << 30).segment_bytes, 64 << 20);
+}

@@ -1,0 +1,425 @@
+//! A 202 reaches PostgreSQL exactly once, whatever happens behind the gateway, and without a command from anybody.
+//!
+//! Each drill has a short form, run by the suite. `DRILLS=long` makes each the size that its promise speaks of:
+//! `DRILLS=long cargo test --release -p tests --test promises journal:: -- --test-threads 1`.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull};
+use futures_util::StreamExt as _;
+use tokio::task::JoinHandle;
+use world::{Connection, Post, Setup, World, eventually};
+
+use crate::{fixture, setup};
+
+/// The short form's number, or the long one's.
+fn size(short: usize, long: usize) -> usize {
+    if std::env::var("DRILLS").is_ok_and(|form| form == "long") { long } else { short }
+}
+
+/// A world in which what has no receipt is looked after soon.
+fn watchful() -> Setup {
+    setup().gateway("GATEWAY_CONFIRM_AFTER", "1s")
+}
+
+/// Senders that post one delivery after the other, until they are told to stop, and remember every 202.
+struct Load {
+    stop: Arc<AtomicBool>,
+    senders: Vec<JoinHandle<Sent>>,
+}
+
+/// What senders saw.
+#[derive(Default)]
+struct Sent {
+    accepted: Vec<String>,
+    refused: usize,
+    /// Connections that broke, or could not be made.
+    broken: usize,
+    took: Vec<Duration>,
+}
+
+impl Load {
+    fn start(world: &World, senders: usize) -> Self {
+        let stop = Arc::<AtomicBool>::default();
+        let sender = |_| tokio::spawn(send_until(world.port(), stop.clone()));
+        Load { senders: (0..senders).map(sender).collect(), stop }
+    }
+
+    async fn stop(self) -> Sent {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut all = Sent::default();
+        for sender in self.senders {
+            let sent = sender.await.unwrap();
+            all.accepted.extend(sent.accepted);
+            all.took.extend(sent.took);
+            all.refused += sent.refused;
+            all.broken += sent.broken;
+        }
+        all
+    }
+}
+
+async fn send_until(port: u16, stop: Arc<AtomicBool>) -> Sent {
+    let mut sent = Sent::default();
+    let mut connection = None;
+    while !stop.load(Ordering::Relaxed) {
+        let mut open = match connection.take() {
+            Some(open) => open,
+            None => match Connection::open(port).await {
+                Ok(open) => open,
+                Err(_) => {
+                    sent.broken += 1;
+                    tokio::time::sleep(Duration::from_millis(5)).await; // the gateway is being started
+                    continue;
+                }
+            },
+        };
+        let begin = Instant::now();
+        match open.send(&Post::signed(fixture!("issue_created"))).await {
+            Ok(answer) if answer.status == 202 => {
+                sent.took.push(begin.elapsed());
+                sent.accepted.push(answer.accepted());
+                connection = Some(open);
+            }
+            Ok(_) => {
+                sent.refused += 1;
+                connection = Some(open);
+            }
+            Err(_) => sent.broken += 1,
+        }
+    }
+    sent
+}
+
+/// Posts that many deliveries; each must be taken.
+async fn post(world: &World, count: usize) -> Vec<String> {
+    let mut connection = Connection::open(world.port()).await.unwrap();
+    let mut ids = Vec::new();
+    for _ in 0..count {
+        ids.push(connection.send(&Post::signed(fixture!("issue_created"))).await.unwrap().accepted());
+    }
+    ids
+}
+
+/// Waits until each of these is one signal and one issue, the gateway knows of it, and nothing is stored that nobody sent
+/// (what was on disk and not answered when the gateway was killed may be there, too: `unanswered` at most).
+async fn exactly_once(world: &World, accepted: &[String], unanswered: usize) {
+    world.until_confirmed().await;
+    let rows = world.query("SELECT l.delivery_id FROM ingest.deliveries l WHERE l.state = 'stored'", &[]).await;
+    let stored: HashSet<String> = rows.iter().map(|row| row.get(0)).collect();
+    let missing: Vec<_> = accepted.iter().filter(|id| !stored.contains(*id)).collect();
+    assert!(missing.is_empty(), "{} of {} are missing: {missing:?}", missing.len(), accepted.len());
+    let extra = stored.len() - accepted.iter().collect::<HashSet<_>>().len();
+    assert!(extra <= unanswered, "{extra} deliveries are stored that nobody was answered");
+    let sql = "SELECT (SELECT count(*) FROM signals), (SELECT count(*) FROM issues), (SELECT count(*) FROM ingest.deliveries)";
+    let row = &world.query(sql, &[]).await[0];
+    let all = i64::try_from(stored.len()).unwrap();
+    assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1), row.get::<_, i64>(2)), (all, all, all), "each once");
+}
+
+fn percentile(took: &mut [Duration], percent: usize) -> Duration {
+    took.sort();
+    took[(took.len() - 1) * percent / 100]
+}
+
+/// How often the gateway published again, by cause.
+async fn repeats(world: &World) -> f64 {
+    let text = String::from_utf8(world.gateway.ops("/metrics").await.body.to_vec()).unwrap();
+    let lines = text.lines().filter(|line| line.starts_with("gateway_repeats_total{"));
+    lines.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+}
+
+fn copy(from: &Path, to: &Path) {
+    let _ = std::fs::remove_dir_all(to);
+    assert!(Command::new("cp").arg("-a").args([from, to]).status().unwrap().success());
+}
+
+#[tokio::test]
+async fn nats_killed_under_load_and_away_changes_nothing_for_the_sender() {
+    let mut world = watchful().start().await;
+    let load = Load::start(&world, 8);
+    tokio::time::sleep(Duration::from_millis(size(1500, 20_000) as u64)).await; // how long the load lasts
+    let mut up = load.stop().await;
+    world.nats.kill().await;
+    let load = Load::start(&world, 8);
+    tokio::time::sleep(Duration::from_millis(size(1500, 20_000) as u64)).await;
+    let mut down = load.stop().await;
+    for sent in [&up, &down] {
+        assert_eq!((sent.refused, sent.broken), (0, 0), "every request is a 202");
+    }
+    let (up_p99, down_p99) = (percentile(&mut up.took, 99), percentile(&mut down.took, 99));
+    println!("p99 with NATS up {up_p99:?} ({}), away {down_p99:?} ({})", up.took.len(), down.took.len());
+    world.nats.start_again().await.unwrap();
+    let accepted = [up.accepted, down.accepted].concat();
+    exactly_once(&world, &accepted, 0).await;
+}
+
+#[tokio::test]
+async fn a_gateway_killed_again_and_again_loses_and_doubles_nothing() {
+    let mut world = watchful().start().await;
+    for nats in [true, false] {
+        if !nats {
+            world.nats.kill().await;
+        }
+        let load = Load::start(&world, 8);
+        let mut random = 1_u64;
+        for _ in 0..size(5, 50) {
+            // At a moment of no meaning: somewhere in the next tenth of a second or two.
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            tokio::time::sleep(Duration::from_millis((random >> 33) % 200)).await;
+            world.gateway.kill().await;
+            world.gateway.start_again();
+            let listens = || async { Connection::open(world.port()).await.ok().map(|_| ()) };
+            eventually("the gateway to listen again", listens).await;
+        }
+        let sent = load.stop().await;
+        if !nats {
+            world.nats.start_again().await.unwrap();
+        }
+        assert!(sent.accepted.len() > 10, "the drill was one");
+        // A request that was on disk when the gateway died was not answered, and is delivered all the same.
+        let before = world.value::<i64>("SELECT count(*) FROM signals").await;
+        println!("{} answered, {} broken, {before} stored before", sent.accepted.len(), sent.broken);
+        let earlier = std::mem::take(&mut *EARLIER.lock().await);
+        let all = [earlier, sent.accepted].concat();
+        exactly_once(&world, &all, usize::MAX / 2).await;
+        *EARLIER.lock().await = all;
+    }
+}
+
+/// What the first half of the drill above was answered.
+static EARLIER: tokio::sync::Mutex<Vec<String>> = tokio::sync::Mutex::const_new(Vec::new());
+
+#[tokio::test]
+async fn a_broker_put_back_to_an_older_copy_loses_nothing() {
+    let mut world = watchful().start().await;
+    let mut ids = post(&world, 30).await;
+    world.all_acknowledged().await;
+    world.nats.stop().await.unwrap();
+    let (store, older) = (world.folder().join("nats"), world.folder().join("older"));
+    copy(&store, &older);
+    world.nats.start_again().await.unwrap();
+    // Published, acknowledged, and forgotten again, before a worker saw it.
+    world.workers[0].kill().await;
+    ids.extend(post(&world, 40).await);
+    let published =
+        || async { (world.metric("gateway_journal_entries{state=\"journalled\"}").await == 0.0).then_some(()) };
+    eventually("all to be published", published).await;
+    world.nats.kill().await;
+    copy(&older, &store);
+    world.nats.start_again().await.unwrap();
+    ids.extend(post(&world, 20).await); // these use the sequences again
+    world.workers[0].start_again();
+    exactly_once(&world, &ids, 0).await;
+    assert!(repeats(&world).await >= 40.0);
+}
+
+#[tokio::test]
+async fn a_stream_that_is_purged_or_deleted_loses_nothing() {
+    let mut world = watchful().start().await;
+    let mut ids = post(&world, 10).await;
+    world.all_acknowledged().await;
+    world.workers[0].kill().await;
+    for deleted in [false, true] {
+        ids.extend(post(&world, 25).await);
+        let published =
+            || async { (world.metric("gateway_journal_entries{state=\"journalled\"}").await == 0.0).then_some(()) };
+        eventually("all to be published", published).await;
+        let jetstream = world.jetstream().await;
+        if deleted {
+            jetstream.delete_stream("SIGNALS").await.unwrap();
+        } else {
+            jetstream.get_stream("SIGNALS").await.unwrap().purge().await.unwrap();
+        }
+        ids.extend(post(&world, 5).await);
+    }
+    world.workers[0].start_again();
+    exactly_once(&world, &ids, 0).await;
+}
+
+#[tokio::test]
+async fn a_consumer_that_is_moved_ahead_by_hand_loses_nothing() {
+    let mut world = watchful().start().await;
+    world.all_acknowledged().await;
+    world.workers[0].kill().await;
+    let ids = post(&world, 30).await;
+    let stream = world.jetstream().await.get_stream("SIGNALS").await.unwrap();
+    eventually("all to be published", || async { (stream.get_info().await.ok()?.state.messages == 30).then_some(()) })
+        .await;
+    stream.delete_consumer("worker").await.unwrap();
+    let ahead = pull::Config {
+        durable_name: Some("worker".into()),
+        deliver_policy: DeliverPolicy::All,
+        ack_policy: AckPolicy::Explicit,
+        max_deliver: -1,
+        ..pull::Config::default()
+    };
+    // It skips: acknowledged are the first twenty, and nobody stored them.
+    let consumer: PullConsumer = stream.create_consumer(ahead).await.unwrap();
+    let mut messages = consumer.fetch().max_messages(20).messages().await.unwrap();
+    while let Some(message) = messages.next().await {
+        message.unwrap().double_ack().await.unwrap();
+    }
+    world.workers[0].start_again();
+    exactly_once(&world, &ids, 0).await;
+    assert!(repeats(&world).await >= 20.0);
+}
+
+#[tokio::test]
+async fn postgresql_away_for_longer_than_the_confirm_time_publishes_nothing_twice() {
+    let mut world = watchful().own_postgres().start().await;
+    post(&world, 5).await;
+    world.until_confirmed().await;
+    world.postgres.as_ref().unwrap().kill().await;
+    post(&world, 50).await;
+    let begin = Instant::now();
+    let rounds = size(4, 60) as u64;
+    eventually("several confirm times to pass", || async {
+        (begin.elapsed() > Duration::from_secs(rounds)).then_some(())
+    })
+    .await;
+    assert_eq!(world.metric("gateway_deliveries_unconfirmed").await, 50.0);
+    world.postgres.as_mut().unwrap().start_again().await.unwrap();
+    world.connect_sql().await;
+    world.until("SELECT count(*) FROM signals", 55_i64).await;
+    world.until_confirmed().await;
+    let stream = world.jetstream().await.get_stream("SIGNALS").await.unwrap();
+    assert_eq!(stream.cached_info().state.messages, 55, "each was published once");
+    assert_eq!(repeats(&world).await, 0.0);
+}
+
+#[tokio::test]
+async fn several_gateways_and_workers_confirm_each_their_own() {
+    let world = watchful().workers(3).start().await;
+    let other = world.another_gateway().await;
+    let mut ids = Vec::new();
+    for _ in 0..50 {
+        ids.push(Post::signed(fixture!("issue_created")).send(world.port()).await.accepted());
+        ids.push(Post::signed(fixture!("error_created")).send(other.port).await.accepted());
+    }
+    let confirmed = || async {
+        let text = String::from_utf8(other.ops("/metrics").await.body.to_vec()).unwrap();
+        text.contains("\ngateway_deliveries_unconfirmed 0").then_some(())
+    };
+    eventually("the other gateway's deliveries to be confirmed", confirmed).await;
+    exactly_once(&world, &ids, 0).await;
+    // Receipts that are repeated, foreign, late or nonsense change nothing.
+    let client = async_nats::connect(world.nats.url()).await.unwrap();
+    let status = world.gateway_command(&["journal", "status", "--json"]);
+    let status: serde_json::Value = serde_json::from_str(&status.1).unwrap();
+    let subject = format!("receipts.{}", status["gateway"].as_str().unwrap());
+    for nonsense in ["1.0.00000000", "999999.1.abcdef01", "", "\n\n", "not a place\n1.2", "\u{ff}"] {
+        client.publish(subject.clone(), nonsense.into()).await.unwrap();
+    }
+    client.flush().await.unwrap();
+    let id = world.post(fixture!("issue_created")).await.accepted();
+    world.stored(&id).await;
+    world.until_confirmed().await;
+}
+
+#[tokio::test]
+async fn a_delivery_that_nats_refuses_for_its_size_delays_no_other_and_goes_when_the_limit_is_raised() {
+    let small = watchful().nats(|nats| nats.max_payload = Some("64KB".into()));
+    let mut world = small.start().await;
+    let large = format!(r#"{{"data":{{"issue":{{"id":"1","title":"{}"}}}}}}"#, "x".repeat(100_000));
+    let large = world.post(large).await.accepted();
+    let others = post(&world, 20).await;
+    for id in &others {
+        world.stored(id).await;
+    }
+    let aside = || async { (world.metric("gateway_journal_entries{state=\"set_aside\"}").await == 1.0).then_some(()) };
+    eventually("the large one to be set aside", aside).await;
+    let (code, status, _) = world.gateway_command(&["journal", "status"]);
+    assert_eq!(code, Some(0));
+    assert!(status.lines().any(|line| line.starts_with("set_aside") && line.contains(" 1 ")), "{status}");
+    world.nats.stop().await.unwrap();
+    world.nats.options.max_payload = None;
+    world.nats.start_again().await.unwrap();
+    world.stored(&large).await;
+    world.until_confirmed().await;
+}
+
+#[tokio::test]
+async fn a_stream_that_is_full_delays_and_loses_nothing() {
+    let world = watchful().gateway("NATS_MAX_BYTES", "100000").start().await;
+    let ids = post(&world, 120).await; // about 200 kB
+    let full = || async { (world.metric("gateway_journal_entries{state=\"journalled\"}").await > 0.0).then_some(()) };
+    eventually("the stream to be full", full).await;
+    let jetstream = world.jetstream().await;
+    world.all_acknowledged().await;
+    let mut config = jetstream.get_stream("SIGNALS").await.unwrap().cached_info().config.clone();
+    config.max_bytes = 10_000_000;
+    jetstream.update_stream(config).await.unwrap();
+    exactly_once(&world, &ids, 0).await;
+}
+
+#[tokio::test]
+async fn a_full_journal_is_503_and_makes_room_by_itself() {
+    let mut world = watchful().gateway("GATEWAY_JOURNAL_MAX_BYTES", "4MiB").start().await;
+    world.nats.kill().await;
+    let mut ids = Vec::new();
+    let body =
+        |number: usize| format!(r#"{{"data":{{"issue":{{"id":"{number}","title":"{}"}}}}}}"#, "x".repeat(60_000));
+    let refused = loop {
+        let answer = world.post(body(ids.len())).await;
+        if answer.status != 202 {
+            break answer;
+        }
+        ids.push(answer.accepted());
+        assert!(ids.len() < 200, "4 MiB are full sooner");
+    };
+    assert_eq!(refused.status, 503);
+    assert!(refused.headers.contains_key("retry-after"));
+    refused.error();
+    assert_eq!(world.gateway.ops("/readyz").await.status, 503);
+    world.nats.start_again().await.unwrap();
+    let room = || async { Some(world.post(body(0)).await).filter(|answer| answer.status == 202) };
+    ids.push(eventually("room in the journal", room).await.accepted());
+    world.gateway.ready().await;
+    exactly_once(&world, &ids, 0).await;
+}
+
+#[tokio::test]
+async fn a_second_gateway_is_kept_out_of_a_journal_in_use() {
+    let world = setup().workers(0).start().await;
+    let ports = (local::ports::free().unwrap().to_string(), local::ports::free().unwrap().to_string());
+    let (listen, ops) = (format!("127.0.0.1:{}", ports.0), format!("127.0.0.1:{}", ports.1));
+    let (code, _, stderr) = world.gateway_command(&["--listen", &listen, "--ops-listen", &ops]);
+    assert_eq!(code, Some(1), "{stderr}");
+    assert!(
+        stderr.contains("in use by process") && stderr.contains(&world.gateway.process().pid().to_string()),
+        "{stderr}"
+    );
+}
+
+#[tokio::test]
+async fn an_orphaned_journal_is_drained_and_a_journal_is_redriven() {
+    let mut world =
+        setup().gateway("GATEWAY_JOURNAL_RETAIN", "1h").gateway("GATEWAY_CONFIRM_AFTER", "1s").start().await;
+    world.nats.kill().await;
+    let ids = post(&world, 30).await;
+    world.gateway.kill().await;
+    world.nats.start_again().await.unwrap();
+    world.workers[0].ready().await;
+    let (code, stdout, stderr) = world.gateway_command_async(&["journal", "drain"]).await;
+    assert_eq!(code, Some(0), "{stdout}{stderr}");
+    world.until("SELECT count(*) FROM signals", 30_i64).await;
+
+    // The database loses what it had; the journal still has it, for an hour.
+    world.execute("TRUNCATE signals, issues, ingest.deliveries").await;
+    let since = ["journal", "redrive", "--since", "1h"];
+    let (code, stdout, stderr) = world.gateway_command_async(&[&since[..], &["--dry-run"]].concat()).await;
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stdout.contains("30 deliveries"), "{stdout}");
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM signals").await, 0);
+    let (code, stdout, stderr) = world.gateway_command_async(&since).await;
+    assert_eq!(code, Some(0), "{stdout}{stderr}");
+    for id in &ids {
+        world.stored(id).await;
+    }
+}
