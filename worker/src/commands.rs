@@ -6,7 +6,7 @@
 //! | exit code | means |
 //! |---|---|
 //! | 0 | done, and all is well |
-//! | 1 | done, and somebody should look: `audit` misses a delivery, a letter is still dead, `status` found a part away |
+//! | 1 | done, and somebody should look: a delivery is missing, a letter still dead, a server away |
 //! | 2 | could not be done, or not to the end |
 //! | 64 | called or set up wrongly (sysexits.h, `EX_USAGE`) |
 //! | 130 | interrupted by SIGINT or SIGTERM; what was done stays done |

@@ -25,9 +25,10 @@ const BODY: &str = "SELECT body FROM ingest.dead_letters WHERE delivery_id = $1"
 pub(crate) fn command() -> Command {
     let filters = || {
         [
-            Arg::new("reason").long("reason").value_name("TEXT").help(
-                "Only those with this in their reason, in any case; or with this SQLSTATE or class of it, such as 23514 or 23",
-            ),
+            Arg::new("reason")
+                .long("reason")
+                .value_name("TEXT")
+                .help("Only those with this in their reason, in any case; or with this SQLSTATE or class (23514, 23)"),
             time_option("since", "Only those that failed at this time or later (RFC 3339, or how long ago: 2h)"),
             time_option("until", "Only those that failed before this time (RFC 3339, or how long ago: 2h)"),
         ]
