@@ -4,7 +4,9 @@
 
 mod broker_changes;
 mod canonical_form;
+mod commands;
 mod contract;
+mod dead_letters;
 mod existing_stream;
 mod hard_bodies;
 mod history;
@@ -13,6 +15,7 @@ mod journal;
 mod meaning;
 mod outages;
 mod programs;
+mod replay;
 mod signature_forms;
 mod store;
 mod worker_outages;

@@ -139,8 +139,10 @@ impl Setup {
             )
         };
         let workers = (0..self.workers).map(worker).collect();
+        let command = self.worker_command(&nats_url, &database_url);
         let (gateway, start_gateway) = (gateway(), Box::new(gateway));
-        let mut world = World { nats, gateway, workers, sql: None, database_url, postgres, start_gateway, scratch };
+        let mut world =
+            World { nats, gateway, workers, command, sql: None, database_url, postgres, start_gateway, scratch };
         if !self.servers_later {
             world.connect_sql().await;
         }
@@ -182,6 +184,14 @@ impl Setup {
             client.batch_execute(&self.sql).await.unwrap();
         }
         (own, url)
+    }
+
+    /// The worker's program with the settings of this world, for its commands.
+    fn worker_command(&self, nats_url: &str, database_url: &str) -> Command {
+        let mut command = Command::new(self.binaries.worker);
+        command.env_clear().env("NATS_URL", nats_url).env("DATABASE_URL", database_url);
+        command.envs(self.worker.iter().cloned());
+        command
     }
 }
 

@@ -2,8 +2,10 @@
 //!
 //! Read [`pull`] first: it is the way of a batch through this process. [`interpret`] says what a delivery means,
 //! [`payload`] how its body becomes jsonb, [`store`] how a batch is written once and only once, [`migrate`] what tables
-//! it is written to. [`history`] makes room in the stream.
+//! it is written to. [`history`] makes room in the stream. What an operator runs by hand is in [`commands`].
 
+mod audit;
+pub mod commands;
 pub mod dead_letters;
 pub mod history;
 pub mod interpret;
@@ -11,9 +13,12 @@ pub mod migrate;
 pub mod payload;
 pub mod pull;
 pub mod read;
+pub mod reading;
 pub mod receipt;
+mod replay;
 pub mod settings;
 pub mod severity;
+mod status;
 pub mod store;
 
 use std::time::Duration;

@@ -14,9 +14,13 @@
 //! row's: the batch is run once more with a savepoint a row, and what PostgreSQL refuses becomes a dead letter in that
 //! same transaction, next to the rows of all the others.
 
+mod ledger;
 mod pool;
+mod restore;
+mod retry;
 mod rows;
 mod sqlstate;
+mod trial;
 
 use std::collections::HashSet;
 
@@ -30,8 +34,11 @@ use tokio_postgres::IsolationLevel;
 use crate::dead_letters::{self, DeadLetter};
 use crate::migrate::{self, MigrateError, Report};
 
+pub use ledger::{Fate, Known};
 pub(crate) use pool::ANSWER_WITHIN;
 pub use pool::{BadDatabaseUrl, DatabaseUrl};
+pub use restore::Restored;
+pub use retry::Retried;
 use rows::{Claim, Statements};
 pub(crate) use rows::{JsonText, bigint};
 

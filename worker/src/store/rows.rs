@@ -58,9 +58,9 @@ impl<'a> Claim<'a> {
 
 /// The statements of this module's parent, prepared once a connection.
 pub(super) struct Statements {
-    ledger: Statement,
-    issues: Statement,
-    signals: Statement,
+    pub(super) ledger: Statement,
+    pub(super) issues: Statement,
+    pub(super) signals: Statement,
 }
 
 impl Statements {
@@ -108,7 +108,8 @@ impl Statements {
         Ok(())
     }
 
-    async fn insert_issues(&self, tx: &Transaction<'_>, records: &[&Record]) -> Result<u64, StoreError> {
+    /// Without their signals.
+    pub(super) async fn insert_issues(&self, tx: &Transaction<'_>, records: &[&Record]) -> Result<u64, StoreError> {
         let ids: Vec<&str> = records.iter().map(|record| record.issue_id.as_str()).collect();
         let titles: Vec<&str> = records.iter().map(|record| record.title.as_str()).collect();
         let priorities: Vec<i32> = records.iter().map(|record| record.priority).collect();
@@ -128,7 +129,7 @@ impl Statements {
 }
 
 /// How many of `records`, from the first, one statement carries: at least one.
-fn statement_len(records: &[&Record]) -> usize {
+pub(super) fn statement_len(records: &[&Record]) -> usize {
     let mut bytes = 0;
     let fits = |record: &&&Record| {
         bytes += record.payload.len();
