@@ -132,6 +132,8 @@ async fn chaos(count: usize) {
     let explained = 3 * (32 + 4 * BATCH) + 4 * 2 * BATCH;
     let highest: i32 = world.value("SELECT max(number) FROM issues").await;
     assert!(usize::try_from(highest).unwrap() - count <= explained, "{highest} numbers for {count} issues");
+    let audit = world.worker(&["audit"]).await;
+    assert_eq!(audit.code, Some(0), "{}{}", audit.out, audit.err);
 }
 
 #[tokio::test]
