@@ -1,6 +1,8 @@
 //! A worker that can be killed, multiplied and left without what it needs: nothing is lost, doubled or given up, and it
 //! goes on by itself.
 
+use std::io::Write as _;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -374,4 +376,62 @@ async fn what_a_worker_holds_through_an_outage_is_delivered_to_nobody_else() {
         world.stored(id).await;
     }
     world.all_acknowledged().await;
+}
+
+/// A small disk of its own below a folder, mounted as long as this lives.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    /// None where this process may not mount; then the test that needs it is skipped, and says so.
+    fn mount(folder: &std::path::Path, size: &str) -> Option<Self> {
+        std::fs::create_dir(folder).unwrap();
+        let options = format!("size={size}");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(folder).output();
+        mounted.is_ok_and(|mounted| mounted.status.success()).then(|| SmallDisk(folder.to_owned()))
+    }
+
+    fn resize(&self, size: &str) {
+        let options = format!("remount,size={size}");
+        assert!(Command::new("mount").args(["-o", &options]).arg(&self.0).status().unwrap().success());
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: PostgreSQL may still have files open there.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[tokio::test]
+async fn a_database_whose_disk_is_full_is_waited_for() {
+    let world = setup().own_postgres().start().await;
+    let folder = world.folder().join("small");
+    let Some(disk) = SmallDisk::mount(&folder, "24m") else {
+        let _ =
+            writeln!(std::io::stderr(), "SKIPPED a_database_whose_disk_is_full_is_waited_for: may not mount a tmpfs");
+        return;
+    };
+    // PostgreSQL wants the folder to be its own.
+    let home = world.postgres.as_ref().unwrap().home().join("data");
+    assert!(Command::new("chown").arg("--reference").args([&home, &folder]).status().unwrap().success());
+    world.execute(&format!("CREATE TABLESPACE small LOCATION '{}'", folder.display())).await;
+    for table in ["public.signals", "public.issues"] {
+        world.execute(&format!("ALTER TABLE {table} SET TABLESPACE small")).await;
+    }
+    // Nothing that compresses: some hundred of these fill the disk.
+    let body = || {
+        let noise: String = (0..2_000).map(|_| uuid::Uuid::new_v4().simple().to_string()).collect();
+        format!(r#"{{"data":{{"issue":{{"id":"1","title":"T","noise":"{noise}"}}}}}}"#)
+    };
+    let mut ids = Vec::new();
+    for _ in 0..400 {
+        ids.push(world.post(body()).await.accepted());
+    }
+    wait_for_outage(&world, "53100").await;
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM ingest.dead_letters").await, 0);
+    disk.resize("400m");
+    let all = i64::try_from(ids.len()).unwrap();
+    world.until("SELECT count(*) FROM signals", all).await;
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM ingest.dead_letters").await, 0);
 }
