@@ -1,9 +1,13 @@
 //! Reading bodies: how large, how slow, and how much memory all of them together may take.
 
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use hyper::body::{Body as _, Incoming};
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 use tokio::time::{Duration, Instant, timeout, timeout_at};
 
 use crate::reject::Reject;
@@ -14,6 +18,12 @@ use crate::settings::Limits;
 const DISCARD_FOR: Duration = Duration::from_secs(3);
 const DISCARD_BODIES: usize = 4;
 
+/// From this age on an unfinished body makes room for another: Sentry waits a second for its answer, so nobody waits for
+/// this one any more. Else a few slow senders of large bodies could hold all the memory there is for bodies.
+const OVERDUE_AFTER: Duration = Duration::from_secs(1);
+/// How long a body waits for the room that others were told to make.
+const ROOM_WITHIN: Duration = Duration::from_millis(500);
+
 /// Reads bodies into memory, and no more of them than there is to be.
 #[derive(Debug)]
 pub struct Bodies {
@@ -21,6 +31,30 @@ pub struct Bodies {
     timeout: Duration,
     /// Bytes of memory that bodies may still take.
     budget: Semaphore,
+    /// Bodies being read, the oldest first.
+    unfinished: Mutex<BTreeMap<u64, Arc<Unfinished>>>,
+    begun: AtomicU64,
+}
+
+/// A body that is being read.
+#[derive(Debug)]
+struct Unfinished {
+    since: Instant,
+    /// It has to make room.
+    evicted: Notify,
+}
+
+/// A body's place among those being read, left when this is dropped.
+struct Reading<'a> {
+    bodies: &'a Bodies,
+    number: u64,
+    body: Arc<Unfinished>,
+}
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        self.bodies.unfinished().remove(&self.number);
+    }
 }
 
 impl Bodies {
@@ -30,6 +64,8 @@ impl Bodies {
             limit: limits.body_bytes,
             timeout: limits.body_timeout,
             budget: Semaphore::new(limits.bytes_in_flight.min(Semaphore::MAX_PERMITS)),
+            unfinished: Mutex::default(),
+            begun: AtomicU64::new(0),
         }
     }
 
@@ -44,15 +80,19 @@ impl Bodies {
         let most = hint.exact().map_or(Some(self.limit), |declared| usize::try_from(declared).ok());
         let most = most.filter(|most| *most <= self.limit).ok_or(Reject::TooLarge(self.limit))?;
         let deadline = Instant::now() + self.timeout;
-        let mut held = self.take(0)?;
+        let reading = self.begin();
+        let mut held = self.budget.try_acquire_many(0).map_err(|_| Reject::TooManyBytes)?;
         let mut buffer = Vec::new();
         loop {
-            let frame = timeout_at(deadline, body.frame()).await.map_err(|_| Reject::SlowBody)?;
+            let frame = tokio::select! {
+                frame = timeout_at(deadline, body.frame()) => frame.map_err(|_| Reject::SlowBody)?,
+                () = reading.body.evicted.notified() => return Err(Reject::TooManyBytes),
+            };
             let Some(frame) = frame else { return Ok((buffer.into(), held)) };
             // Trailers are no part of the body.
             let Ok(data) = frame.map_err(|_| Reject::BrokenBody)?.into_data() else { continue };
             if hint.exact() == Some(data.len() as u64) {
-                held.merge(self.take(data.len())?);
+                held.merge(self.take(data.len()).await?);
                 return Ok((data, held)); // all of it in one piece: no copy
             }
             let needed = buffer.len() + data.len();
@@ -63,16 +103,52 @@ impl Bodies {
                 // Grows with what arrives, not with what is announced: who announces much and sends nothing holds nothing.
                 // Doubled, so that copying stays cheap; what counts is the memory, not how much of it is filled.
                 let capacity = needed.max(buffer.capacity().saturating_mul(2).min(most));
-                held.merge(self.take(capacity - buffer.capacity())?);
+                held.merge(self.take(capacity - buffer.capacity()).await?);
                 buffer.reserve_exact(capacity - buffer.len());
             }
             buffer.extend_from_slice(&data);
         }
     }
 
-    fn take(&self, bytes: usize) -> Result<SemaphorePermit<'_>, Reject> {
+    /// Takes memory for that many bytes; where there is none, from the bodies that are overdue.
+    async fn take(&self, bytes: usize) -> Result<SemaphorePermit<'_>, Reject> {
         let bytes = u32::try_from(bytes).map_err(|_| Reject::TooLarge(self.limit))?;
-        self.budget.try_acquire_many(bytes).map_err(|_| Reject::TooManyBytes)
+        if let Ok(held) = self.budget.try_acquire_many(bytes) {
+            return Ok(held);
+        }
+        let freed = async {
+            while self.evict_oldest() {
+                // Each was told to go and does so as soon as its task runs; another goes where that is not enough.
+                if let Ok(Ok(held)) = timeout(ROOM_WITHIN / 10, self.budget.acquire_many(bytes)).await {
+                    return Ok(held);
+                }
+            }
+            Err(Reject::TooManyBytes)
+        };
+        timeout(ROOM_WITHIN, freed).await.unwrap_or(Err(Reject::TooManyBytes))
+    }
+
+    fn begin(&self) -> Reading<'_> {
+        let number = self.begun.fetch_add(1, Ordering::Relaxed);
+        let body = Arc::new(Unfinished { since: Instant::now(), evicted: Notify::new() });
+        self.unfinished().insert(number, body.clone());
+        Reading { bodies: self, number, body }
+    }
+
+    /// Has the oldest unfinished body make room; false where none is overdue.
+    fn evict_oldest(&self) -> bool {
+        let mut unfinished = self.unfinished();
+        let Some(oldest) = unfinished.first_entry().filter(|oldest| oldest.get().since.elapsed() >= OVERDUE_AFTER)
+        else {
+            return false;
+        };
+        oldest.remove().evicted.notify_one();
+        true
+    }
+
+    fn unfinished(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Unfinished>>> {
+        // Nothing that holds this can panic half-way.
+        self.unfinished.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads and throws away what is left of a body that was answered early, for a bounded time and size.

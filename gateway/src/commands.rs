@@ -79,7 +79,7 @@ pub async fn run(arguments: &ArgMatches, mut config: JournalConfig, shutdown: Ca
             let since = *arguments.get_one::<SystemTime>("since").expect("clap requires it");
             redrive(&config, since, arguments.get_flag("dry-run")).await
         }
-        _ => drain(&config, shutdown).await,
+        _ => Box::pin(drain(&config, shutdown)).await,
     }
 }
 

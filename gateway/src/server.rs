@@ -28,14 +28,8 @@ const MAX_TURNED_AWAY: usize = 256;
 const LINGER: Duration = Duration::from_secs(1);
 
 /// Serves `listener` until `shutdown`; then no connection is taken any more, each ends after the request it is in, and
-/// this returns when all have, or after the grace period.
-pub async fn run(
-    listener: TcpListener,
-    gateway: Arc<Gateway>,
-    limits: &Limits,
-    grace: Duration,
-    shutdown: CancellationToken,
-) {
+/// this returns when all have.
+pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, limits: &Limits, shutdown: CancellationToken) {
     let connections = Arc::new(Semaphore::new(limits.connections));
     let turned_away = Arc::new(Semaphore::new(MAX_TURNED_AWAY));
     let tasks = TaskTracker::new();
@@ -61,9 +55,7 @@ pub async fn run(
     }
     drop(listener);
     tasks.close();
-    if tokio::time::timeout(grace, tasks.wait()).await.is_err() {
-        tracing::warn!(connections = tasks.len(), "the grace period is over, closing what is still open");
-    }
+    tasks.wait().await;
 }
 
 /// One connection, request by request.

@@ -179,7 +179,7 @@ fn tell(event: &Event, readiness: &Readiness, told: &Mutex<String>) {
             tracing::info!("connected to NATS");
             readiness.set("nats", Ok("connected".into()));
         }
-        Event::Disconnected | Event::Closed => {
+        Event::Disconnected => {
             tracing::warn!("lost the connection to NATS, connecting again");
             readiness.set("nats", Err("not connected".into()));
         }
@@ -194,7 +194,8 @@ fn tell(event: &Event, readiness: &Readiness, told: &Mutex<String>) {
         }
         Event::SlowConsumer(subscription) => tracing::warn!(subscription, "a NATS subscription is read too slowly"),
         Event::LameDuckMode => tracing::info!("this NATS server is about to stop, moving to another"),
-        Event::Draining => {}
+        // We are leaving.
+        Event::Draining | Event::Closed => {}
     }
 }
 

@@ -66,3 +66,21 @@ fn an_address_that_is_taken_is_told_with_its_setting() {
     assert_eq!(code, Some(1), "{stderr}");
     assert!(stderr.contains(&address) && stderr.contains("GATEWAY_LISTEN"), "{stderr}");
 }
+
+/// The README's table of settings, row by row: what `--help` says, in the order of `--help`.
+#[test]
+fn the_readme_lists_every_setting_as_it_is() {
+    let mut rows: Vec<String> = Vec::new();
+    for setting in [gateway::settings::SETTINGS, worker::settings::SETTINGS].into_iter().flatten().flatten() {
+        let default = setting.default.map(|default| format!("`{default}`")).unwrap_or_default();
+        let row = format!("| `{}` | {default} | {} |", setting.variable, setting.help);
+        if !rows.contains(&row) {
+            rows.push(row);
+        }
+    }
+    let readme = include_str!("../../README.md");
+    let expected = rows.join("\n");
+    let table = readme.split("| variable | default | |\n|---|---|---|\n").nth(1).expect("the README has that table");
+    let found = table.split("\n\n").next().unwrap_or_default();
+    assert!(found == expected, "README.md should have this table:\n{expected}");
+}
