@@ -18,6 +18,9 @@ use crate::settings::Limits;
 const DISCARD_FOR: Duration = Duration::from_secs(3);
 const DISCARD_BODIES: usize = 4;
 
+/// Up to this size a body may use all the memory there is for bodies; beyond it, a quarter stays free for small ones, which
+/// nearly all deliveries are. However large bodies crowd, small ones get in.
+const SMALL: usize = 64 * 1024;
 /// From this age on an unfinished body makes room for another: Sentry waits a second for its answer, so nobody waits for
 /// this one any more. Else a few slow senders of large bodies could hold all the memory there is for bodies.
 const OVERDUE_AFTER: Duration = Duration::from_secs(1);
@@ -31,6 +34,8 @@ pub struct Bodies {
     timeout: Duration,
     /// Bytes of memory that bodies may still take.
     budget: Semaphore,
+    /// How many of them are for bodies up to [`SMALL`].
+    reserve: usize,
     /// Bodies being read, the oldest first.
     unfinished: Mutex<BTreeMap<u64, Arc<Unfinished>>>,
     begun: AtomicU64,
@@ -64,6 +69,8 @@ impl Bodies {
             limit: limits.body_bytes,
             timeout: limits.body_timeout,
             budget: Semaphore::new(limits.bytes_in_flight.min(Semaphore::MAX_PERMITS)),
+            // Not so much that the largest body could never be taken.
+            reserve: (limits.bytes_in_flight / 4).min(limits.bytes_in_flight - limits.body_bytes),
             unfinished: Mutex::default(),
             begun: AtomicU64::new(0),
         }
@@ -92,7 +99,7 @@ impl Bodies {
             // Trailers are no part of the body.
             let Ok(data) = frame.map_err(|_| Reject::BrokenBody)?.into_data() else { continue };
             if hint.exact() == Some(data.len() as u64) {
-                held.merge(self.take(data.len()).await?);
+                held.merge(self.take(data.len(), data.len()).await?);
                 return Ok((data, held)); // all of it in one piece: no copy
             }
             let needed = buffer.len() + data.len();
@@ -103,29 +110,33 @@ impl Bodies {
                 // Grows with what arrives, not with what is announced: who announces much and sends nothing holds nothing.
                 // Doubled, so that copying stays cheap; what counts is the memory, not how much of it is filled.
                 let capacity = needed.max(buffer.capacity().saturating_mul(2).min(most));
-                held.merge(self.take(capacity - buffer.capacity()).await?);
+                held.merge(self.take(capacity - buffer.capacity(), capacity).await?);
                 buffer.reserve_exact(capacity - buffer.len());
             }
             buffer.extend_from_slice(&data);
         }
     }
 
-    /// Takes memory for that many bytes; where there is none, from the bodies that are overdue.
-    async fn take(&self, bytes: usize) -> Result<SemaphorePermit<'_>, Reject> {
-        let bytes = u32::try_from(bytes).map_err(|_| Reject::TooLarge(self.limit))?;
-        if let Ok(held) = self.budget.try_acquire_many(bytes) {
-            return Ok(held);
-        }
+    /// Takes memory for that many more bytes of a body that then has `capacity`; where there is none, from the bodies that
+    /// are overdue.
+    async fn take(&self, bytes: usize, capacity: usize) -> Result<SemaphorePermit<'_>, Reject> {
+        let spare = if capacity > SMALL { self.reserve } else { 0 };
+        let wanted = u32::try_from(bytes + spare).map_err(|_| Reject::TooManyBytes)?;
         let freed = async {
+            // Each that is told to go does so as soon as its task runs; another goes where that is not enough.
             while self.evict_oldest() {
-                // Each was told to go and does so as soon as its task runs; another goes where that is not enough.
-                if let Ok(Ok(held)) = timeout(ROOM_WITHIN / 10, self.budget.acquire_many(bytes)).await {
-                    return Ok(held);
+                if let Ok(Ok(held)) = timeout(ROOM_WITHIN / 10, self.budget.acquire_many(wanted)).await {
+                    return Some(held);
                 }
             }
-            Err(Reject::TooManyBytes)
+            None
         };
-        timeout(ROOM_WITHIN, freed).await.unwrap_or(Err(Reject::TooManyBytes))
+        let mut held = match self.budget.try_acquire_many(wanted) {
+            Ok(held) => held,
+            Err(_) => timeout(ROOM_WITHIN, freed).await.ok().flatten().ok_or(Reject::TooManyBytes)?,
+        };
+        drop(held.split(spare)); // it had to be there, no more
+        Ok(held)
     }
 
     fn begin(&self) -> Reading<'_> {

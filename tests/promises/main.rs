@@ -2,15 +2,18 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that panics says enough")]
 
+mod attacks;
 mod canonical_form;
 mod contract;
 mod existing_stream;
 mod hard_bodies;
 mod identity;
 mod journal;
+mod limits;
 mod meaning;
 mod outages;
 mod programs;
+mod rotation;
 mod signature_forms;
 mod store;
 
