@@ -18,9 +18,9 @@ use crate::settings::Limits;
 const DISCARD_FOR: Duration = Duration::from_secs(3);
 const DISCARD_BODIES: usize = 4;
 
-/// Up to this size a body may use all the memory there is for bodies; beyond it, a quarter stays free for small ones, which
-/// nearly all deliveries are. However large bodies crowd, small ones get in.
-const SMALL: usize = 64 * 1024;
+/// A body that announces no more than this may use all the memory there is for bodies; from others a quarter of it is kept
+/// free. Nearly all deliveries are small, and so get in however large bodies crowd.
+const SMALL: u64 = 64 * 1024;
 /// From this age on an unfinished body makes room for another: Sentry waits a second for its answer, so nobody waits for
 /// this one any more. Else a few slow senders of large bodies could hold all the memory there is for bodies.
 const OVERDUE_AFTER: Duration = Duration::from_secs(1);
@@ -34,11 +34,13 @@ pub struct Bodies {
     timeout: Duration,
     /// Bytes of memory that bodies may still take.
     budget: Semaphore,
-    /// How many of them are for bodies up to [`SMALL`].
+    /// How many of them only bodies up to [`SMALL`] may take.
     reserve: usize,
     /// Bodies being read, the oldest first.
     unfinished: Mutex<BTreeMap<u64, Arc<Unfinished>>>,
     begun: AtomicU64,
+    /// A body is read, or given up.
+    left: Notify,
 }
 
 /// A body that is being read.
@@ -59,6 +61,7 @@ struct Reading<'a> {
 impl Drop for Reading<'_> {
     fn drop(&mut self) {
         self.bodies.unfinished().remove(&self.number);
+        self.bodies.left.notify_waiters();
     }
 }
 
@@ -69,10 +72,11 @@ impl Bodies {
             limit: limits.body_bytes,
             timeout: limits.body_timeout,
             budget: Semaphore::new(limits.bytes_in_flight.min(Semaphore::MAX_PERMITS)),
-            // Not so much that the largest body could never be taken.
-            reserve: (limits.bytes_in_flight / 4).min(limits.bytes_in_flight - limits.body_bytes),
+            // Not so much that the largest body could never be taken, nor more than the semaphore hands out at once beside it.
+            reserve: (limits.bytes_in_flight / 4).min(limits.bytes_in_flight - limits.body_bytes).min(1 << 30),
             unfinished: Mutex::default(),
             begun: AtomicU64::new(0),
+            left: Notify::new(),
         }
     }
 
@@ -86,8 +90,9 @@ impl Bodies {
         // As much as this many bytes may come; a chunked body does not say.
         let most = hint.exact().map_or(Some(self.limit), |declared| usize::try_from(declared).ok());
         let most = most.filter(|most| *most <= self.limit).ok_or(Reject::TooLarge(self.limit))?;
+        let spare = if hint.exact().is_some_and(|declared| declared <= SMALL) { 0 } else { self.reserve };
         let deadline = Instant::now() + self.timeout;
-        let reading = self.begin();
+        let reading = self.begin(); // dropped last, after the memory is given back
         let mut held = self.budget.try_acquire_many(0).map_err(|_| Reject::TooManyBytes)?;
         let mut buffer = Vec::new();
         loop {
@@ -99,7 +104,7 @@ impl Bodies {
             // Trailers are no part of the body.
             let Ok(data) = frame.map_err(|_| Reject::BrokenBody)?.into_data() else { continue };
             if hint.exact() == Some(data.len() as u64) {
-                held.merge(self.take(data.len(), data.len()).await?);
+                held.merge(self.take(data.len(), spare).await?);
                 return Ok((data, held)); // all of it in one piece: no copy
             }
             let needed = buffer.len() + data.len();
@@ -110,31 +115,32 @@ impl Bodies {
                 // Grows with what arrives, not with what is announced: who announces much and sends nothing holds nothing.
                 // Doubled, so that copying stays cheap; what counts is the memory, not how much of it is filled.
                 let capacity = needed.max(buffer.capacity().saturating_mul(2).min(most));
-                held.merge(self.take(capacity - buffer.capacity(), capacity).await?);
+                held.merge(self.take(capacity - buffer.capacity(), spare).await?);
                 buffer.reserve_exact(capacity - buffer.len());
             }
             buffer.extend_from_slice(&data);
         }
     }
 
-    /// Takes memory for that many more bytes of a body that then has `capacity`; where there is none, from the bodies that
-    /// are overdue.
-    async fn take(&self, bytes: usize, capacity: usize) -> Result<SemaphorePermit<'_>, Reject> {
-        let spare = if capacity > SMALL { self.reserve } else { 0 };
+    /// Takes memory for that many more bytes of a body, where `spare` bytes are left; where there is none, from the bodies
+    /// that are overdue.
+    async fn take(&self, bytes: usize, spare: usize) -> Result<SemaphorePermit<'_>, Reject> {
         let wanted = u32::try_from(bytes + spare).map_err(|_| Reject::TooManyBytes)?;
+        // Never by waiting in the semaphore's own queue: it gives a waiter what is free piece by piece, the spare bytes too.
         let freed = async {
-            // Each that is told to go does so as soon as its task runs; another goes where that is not enough.
-            while self.evict_oldest() {
-                if let Ok(Ok(held)) = timeout(ROOM_WITHIN / 10, self.budget.acquire_many(wanted)).await {
+            loop {
+                let left = self.left.notified();
+                if let Ok(held) = self.budget.try_acquire_many(wanted) {
                     return Some(held);
                 }
+                if !self.evict_oldest() {
+                    return None;
+                }
+                let _ = timeout(ROOM_WITHIN / 10, left).await; // then there is room, or another has to go
             }
-            None
         };
-        let mut held = match self.budget.try_acquire_many(wanted) {
-            Ok(held) => held,
-            Err(_) => timeout(ROOM_WITHIN, freed).await.ok().flatten().ok_or(Reject::TooManyBytes)?,
-        };
+        let freed = timeout(ROOM_WITHIN, freed).await.ok().flatten();
+        let mut held = freed.ok_or(Reject::TooManyBytes)?;
         drop(held.split(spare)); // it had to be there, no more
         Ok(held)
     }
