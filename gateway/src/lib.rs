@@ -1,18 +1,22 @@
 //! The gateway: takes Sentry's webhooks, verifies them, makes them durable, and answers.
 //!
 //! Read [`receive`] first: it is the way of one delivery up to its 202. [`signature`] and [`canonical`] say what a genuine
-//! delivery is, [`journal`] what a 202 rests on, [`reject`] what everybody else is told, [`server`] keeps the connections.
+//! delivery is, [`journal`] what a 202 rests on, [`reject`] what everybody else is told, [`server`] keeps the connections, [`body`]
+//! and [`pace`] what they may cost, [`secrets`] the client secrets, which may change.
 //! Behind the answer, [`publish`] takes entries from the journal to JetStream, and [`confirm`] looks after each until a
 //! worker has stored it. [`commands`] is for operators.
 
+pub mod body;
 pub mod canonical;
 pub mod commands;
 pub mod confirm;
 pub mod journal;
 pub mod metrics;
+pub mod pace;
 pub mod publish;
 pub mod receive;
 pub mod reject;
+pub mod secrets;
 pub mod server;
 pub mod settings;
 pub mod signature;
@@ -45,7 +49,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let public = bind(config.listen, "GATEWAY_LISTEN").await?;
     let ops = bind(config.ops_listen, "GATEWAY_OPS_LISTEN").await?;
     // NATS away costs nothing but time: deliveries are taken, and wait on disk.
-    let readiness = Readiness::tolerating(&["nats", "stream"]);
+    let readiness = Readiness::tolerating(&["nats", "stream", "secrets"]);
     let journal = open_journal(&config.journal).await?;
     let watched = journal.clone();
     readiness.probe("journal", move || match watched.trouble() {
@@ -54,7 +58,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     });
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry, &journal);
-    let gateway = Arc::new(Gateway::new(&config, journal.clone()));
+    let gateway = Arc::new(Gateway::new(&config, journal.clone(), metrics.clone()));
     tracing::info!(public = %public.local_addr()?, ops = %ops.local_addr()?, "listening");
     // Ops and publishing outlive the public listener.
     let after = CancellationToken::new();
@@ -63,7 +67,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let settling = Settling { journal: &journal, publisher: &publisher, metrics: &metrics };
     let serving = async {
         let orderly = async {
-            server::run(public, gateway, &config, shutdown.clone()).await;
+            server::run(public, gateway, &config.limits, shutdown.clone()).await;
             publisher.drained().await;
         };
         let grace_is_over = async {
@@ -78,7 +82,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         }
         after.cancel();
     };
-    tokio::join!(serving, settling.run(&config.nats, config.journal.confirm_after, &readiness, &after));
+    tokio::join!(
+        serving,
+        settling.run(&config.nats, config.journal.confirm_after, &readiness, &after),
+        after.run_until_cancelled(config.secrets.watch(&readiness)),
+    );
     ops.await.context("the ops listener failed")?;
     journal.close().await;
     // Leaves in good order; whether NATS notices is its own affair.

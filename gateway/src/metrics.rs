@@ -16,6 +16,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::journal::{Journal, SYNC_BUCKETS, State};
+use crate::reject::Reject;
 
 /// Why an entry was published again though JetStream had acknowledged it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -50,9 +51,16 @@ struct RepeatLabels {
     cause: Repeat,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct AnswerLabels {
+    status: u16,
+    reason: &'static str,
+}
+
 /// What is counted as it happens. Clones count into the same numbers.
 #[derive(Debug, Clone)]
 pub struct Metrics {
+    answers: Family<AnswerLabels, Counter>,
     publish: Histogram,
     repeats: Family<RepeatLabels, Counter>,
 }
@@ -61,9 +69,15 @@ impl Metrics {
     /// All metrics of a gateway with this journal, registered.
     pub fn new(registry: &mut Registry, journal: &Journal) -> Self {
         let metrics = Metrics {
+            answers: Family::default(),
             publish: Histogram::new([0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0]),
             repeats: Family::default(),
         };
+        registry.register(
+            "gateway_answers",
+            "Answers of the public listener, by status and reason (accepted, or why not)",
+            metrics.answers.clone(),
+        );
         registry.register_with_unit(
             "gateway_publish",
             "From sending an entry to JetStream to its acknowledgement",
@@ -77,6 +91,12 @@ impl Metrics {
         );
         registry.register_collector(Box::new(OfJournal(Arc::new(journal.clone()))));
         metrics
+    }
+
+    /// A request was answered: with 202, or refused.
+    pub fn answered(&self, refused: Option<&Reject>) {
+        let (status, reason) = refused.map_or((202, "accepted"), |why| (why.status().as_u16(), why.reason()));
+        self.answers.get_or_create(&AnswerLabels { status, reason }).inc();
     }
 
     /// An entry was acknowledged, so long after it was sent.

@@ -2,36 +2,31 @@
 
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
-use http_body_util::{BodyExt as _, Full};
+use bytes::Bytes;
+use http_body_util::Full;
 use hyper::body::{Body as _, Incoming};
-use hyper::header::{CONTENT_TYPE, EXPECT, HeaderValue};
+use hyper::header::{CONNECTION, CONTENT_TYPE, EXPECT, HeaderValue, TRANSFER_ENCODING};
 use hyper::http::request::Parts;
 use hyper::{Method, Request, Response, StatusCode};
 use shared::delivery::{Delivery, DeliveryId, HOOK_RESOURCE, HOOK_TIMESTAMP, REQUEST_ID};
-use tokio::sync::{Semaphore, SemaphorePermit};
-use tokio::time::{Duration, Instant, timeout_at};
 
+use crate::body::Bodies;
 use crate::journal::{Entry, Journal};
+use crate::metrics::Metrics;
+use crate::pace::InRequest;
 use crate::reject::Reject;
-use crate::settings::{Config, Limits};
+use crate::settings::Config;
 use crate::signature::{Signature, Verifier};
 
 /// Where deliveries are posted.
 pub const PATH: &str = "/api/signals/sentry";
 
-/// How long, and how far beyond the body limit, the rest of a refused body is read and thrown away, so that its sender
-/// sees the answer and not a reset connection (RFC 9112 section 9.6).
-const DISCARD_FOR: Duration = Duration::from_secs(3);
-const DISCARD_BODIES: usize = 4;
-
 /// Everything a request needs.
 pub struct Gateway {
+    bodies: Bodies,
     verifier: Verifier,
     journal: Journal,
-    limits: Limits,
-    /// Bytes of bodies that may still be taken into memory.
-    budget: Semaphore,
+    metrics: Metrics,
 }
 
 /// A delivery that is safe: the answer is 202.
@@ -39,29 +34,47 @@ pub struct Gateway {
 pub struct Accepted(DeliveryId);
 
 impl Gateway {
-    /// A gateway that keeps what it takes in `journal`.
-    pub fn new(config: &Config, journal: Journal) -> Self {
+    /// A gateway that keeps what it takes in `journal`, and counts its answers.
+    pub fn new(config: &Config, journal: Journal, metrics: Metrics) -> Self {
         Gateway {
-            verifier: Verifier::new(config.secrets.clone(), config.form),
+            bodies: Bodies::new(&config.limits),
+            verifier: Verifier::new(config.secrets.current(), config.form, config.limits.canonical),
             journal,
-            limits: config.limits.clone(),
-            budget: Semaphore::new(config.limits.bytes_in_flight.min(Semaphore::MAX_PERMITS)),
+            metrics,
         }
     }
 
-    /// Answers one request.
-    pub async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    /// Answers one request. It lasts, for the connection's pace, until nothing of it is left to read.
+    pub async fn handle(self: Arc<Self>, request: Request<Incoming>, lasts: InRequest) -> Response<Full<Bytes>> {
         let (head, mut body) = request.into_parts();
-        match self.receive(&head, &mut body).await {
+        let result = self.receive(&head, &mut body).await;
+        self.metrics.answered(result.as_ref().err());
+        let mut response = match result {
             Ok(accepted) => accepted.to_response(),
             Err(reject) => {
                 if let Reject::NotJournalled(cause) = &reject {
                     tracing::warn!(%cause, "a delivery could not be journalled and was answered 503");
                 }
-                self.discard_rest(&head, body, &reject);
+                if wants_discarding(&head, &body, &reject) {
+                    tokio::spawn(async move {
+                        self.bodies.discard(body).await;
+                        drop(lasts);
+                    });
+                }
                 reject.to_response()
             }
+        };
+        if head.headers.contains_key(TRANSFER_ENCODING) {
+            // A Content-Length beside it would be a smuggler's (RFC 9112 section 6.3): somebody in between may have gone by
+            // that. hyper drops it unseen, so no such connection is used again.
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
+        response
+    }
+
+    /// Counts an answer that was given outside of [`Gateway::handle`].
+    pub fn refused(&self, reject: &Reject) {
+        self.metrics.answered(Some(reject));
     }
 
     /// The way of one delivery through this process. Nothing that was not verified goes on, and nothing is accepted
@@ -69,7 +82,7 @@ impl Gateway {
     async fn receive(&self, head: &Parts, body: &mut Incoming) -> Result<Accepted, Reject> {
         route(head)?;
         let signature = Signature::of(&head.headers)?;
-        let (body, _budget) = self.read(body).await?;
+        let (body, _budget) = self.bodies.read(body).await?;
         let body = self.verifier.verify(body, &signature).await?;
         let header = |name| Some(head.headers.get(name)?.as_bytes());
         let delivery =
@@ -83,51 +96,12 @@ impl Gateway {
         tracing::debug!(delivery.id = %delivery.id, bytes = delivery.body.len(), "accepted a delivery");
         Ok(Accepted(delivery.id))
     }
+}
 
-    /// Reads the body, within its limits of size, of time, and of what all bodies together may hold in memory (given
-    /// back with the permit).
-    async fn read(&self, body: &mut Incoming) -> Result<(Bytes, SemaphorePermit<'_>), Reject> {
-        let limit = self.limits.body_bytes;
-        let declared = body.size_hint().lower();
-        if declared > limit as u64 {
-            return Err(Reject::TooLarge(limit));
-        }
-        let deadline = Instant::now() + self.limits.body_timeout;
-        let mut held = self.budget.try_acquire_many(0).map_err(|_| Reject::TooManyBytes)?;
-        let mut buffer = BytesMut::new();
-        loop {
-            let frame = timeout_at(deadline, body.frame()).await.map_err(|_| Reject::SlowBody)?;
-            let Some(frame) = frame else { return Ok((buffer.freeze(), held)) };
-            // Trailers are no part of the body.
-            let Ok(data) = frame.map_err(|_| Reject::BrokenBody)?.into_data() else { continue };
-            if buffer.len() + data.len() > limit {
-                return Err(Reject::TooLarge(limit));
-            }
-            // Taken as bytes arrive, not as they are announced: who announces much and sends nothing holds nothing.
-            let bytes = u32::try_from(data.len()).map_err(|_| Reject::TooLarge(limit))?;
-            held.merge(self.budget.try_acquire_many(bytes).map_err(|_| Reject::TooManyBytes)?);
-            if buffer.is_empty() && data.len() as u64 == declared {
-                return Ok((data, held)); // all of it in one piece: no copy
-            }
-            buffer.extend_from_slice(&data);
-        }
-    }
-
-    /// Reads and throws away what is left of a body that was answered early. Not where the sender waits for our leave
-    /// to send it at all, nor where it was too slow already.
-    fn discard_rest(&self, head: &Parts, mut body: Incoming, reject: &Reject) {
-        if body.is_end_stream() || head.headers.contains_key(EXPECT) || matches!(reject, Reject::SlowBody) {
-            return;
-        }
-        let mut left = self.limits.body_bytes.saturating_mul(DISCARD_BODIES);
-        tokio::spawn(tokio::time::timeout(DISCARD_FOR, async move {
-            while let Some(Ok(frame)) = body.frame().await {
-                let length = frame.data_ref().map_or(0, Bytes::len);
-                let Some(rest) = left.checked_sub(length) else { return };
-                left = rest;
-            }
-        }));
-    }
+/// Whether the rest of a refused body is worth reading: not where the sender waits for our leave to send it at all, nor
+/// where it was too slow already.
+fn wants_discarding(head: &Parts, body: &Incoming, reject: &Reject) -> bool {
+    !body.is_end_stream() && !head.headers.contains_key(EXPECT) && !matches!(reject, Reject::SlowBody)
 }
 
 /// Path first, then method.

@@ -27,6 +27,10 @@ pub enum Reject {
     BadSignature,
     /// The body is larger than it may be: this many bytes.
     TooLarge(usize),
+    /// The request line or a header is not HTTP.
+    BrokenHeaders,
+    /// The request line and the headers are larger, or more, than they may be.
+    LargeHeaders,
     /// The headers took too long.
     SlowHeaders,
     /// The body took too long.
@@ -52,10 +56,32 @@ impl Reject {
             Reject::SignatureMissing | Reject::SignatureMalformed | Reject::BadSignature => StatusCode::UNAUTHORIZED,
             Reject::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Reject::SlowHeaders | Reject::SlowBody => StatusCode::REQUEST_TIMEOUT,
-            Reject::BrokenBody => StatusCode::BAD_REQUEST,
+            Reject::BrokenHeaders | Reject::BrokenBody => StatusCode::BAD_REQUEST,
+            Reject::LargeHeaders => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Reject::TooManyConnections | Reject::TooManyBytes | Reject::VerifyBusy | Reject::NotJournalled(_) => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
+        }
+    }
+
+    /// Its name in metrics.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Reject::NotFound => "not_found",
+            Reject::MethodNotAllowed => "method_not_allowed",
+            Reject::SignatureMissing => "signature_missing",
+            Reject::SignatureMalformed => "signature_malformed",
+            Reject::BadSignature => "signature_wrong",
+            Reject::TooLarge(_) => "body_too_large",
+            Reject::BrokenHeaders => "headers_broken",
+            Reject::LargeHeaders => "headers_too_large",
+            Reject::SlowHeaders => "headers_slow",
+            Reject::SlowBody => "body_slow",
+            Reject::BrokenBody => "body_broken",
+            Reject::TooManyConnections => "too_many_connections",
+            Reject::TooManyBytes => "too_many_bytes",
+            Reject::VerifyBusy => "verify_busy",
+            Reject::NotJournalled(_) => "not_journalled",
         }
     }
 
@@ -117,6 +143,10 @@ impl fmt::Display for Reject {
                 f.write_str("the signature does not match: is the client secret here the one of this integration?")
             }
             Reject::TooLarge(limit) => write!(f, "the body is larger than the {limit} bytes that are taken here"),
+            Reject::BrokenHeaders => f.write_str("the request line or a header is malformed"),
+            Reject::LargeHeaders => {
+                f.write_str("the request line and the headers are larger, or more, than is taken here")
+            }
             Reject::SlowHeaders => f.write_str("the headers took too long to arrive"),
             Reject::SlowBody => f.write_str("the body took too long to arrive"),
             Reject::BrokenBody => f.write_str("the body ended early or was framed wrongly"),

@@ -14,12 +14,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::pace::{Pace, Paced};
 use crate::receive::Gateway;
 use crate::reject::Reject;
-use crate::settings::{Config, Limits};
+use crate::settings::Limits;
 
-/// Most that a request's line and headers may have, in bytes; more is answered 431.
-const MAX_HEADER_BYTES: usize = 64 * 1024;
+/// What hyper may hold of each connection at once, in bytes read and in bytes written, where headers may not be larger: more
+/// saves calls of the kernel on large bodies, less bounds the memory of many connections more tightly.
+const BUFFER_BYTES: usize = 64 * 1024;
 /// How many connections beyond the limit are told so at once; more are closed without a word.
 const MAX_TURNED_AWAY: usize = 256;
 /// How long a connection that gets an answer outside of HTTP's usual course may take to read it.
@@ -27,8 +29,8 @@ const LINGER: Duration = Duration::from_secs(1);
 
 /// Serves `listener` until `shutdown`; then no connection is taken any more, each ends after the request it is in, and
 /// this returns when all have.
-pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, config: &Config, shutdown: CancellationToken) {
-    let connections = Arc::new(Semaphore::new(config.limits.connections));
+pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, limits: &Limits, shutdown: CancellationToken) {
+    let connections = Arc::new(Semaphore::new(limits.connections));
     let turned_away = Arc::new(Semaphore::new(MAX_TURNED_AWAY));
     let tasks = TaskTracker::new();
     loop {
@@ -45,8 +47,9 @@ pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, config: &Config, 
             () = shutdown.cancelled() => break,
         };
         if let Ok(slot) = connections.clone().try_acquire_owned() {
-            tasks.spawn(serve(socket, gateway.clone(), config.limits.clone(), shutdown.clone(), slot));
+            tasks.spawn(serve(socket, gateway.clone(), limits.clone(), shutdown.clone(), slot));
         } else if let Ok(slot) = turned_away.clone().try_acquire_owned() {
+            gateway.refused(&Reject::TooManyConnections);
             tasks.spawn(turn_away(socket, slot));
         }
     }
@@ -65,31 +68,46 @@ async fn serve(
 ) {
     // Answers are one small write each; waiting to fill a packet would only delay them. A failure costs just that.
     let _ = socket.set_nodelay(true);
+    let pace = Pace::new(limits.header_timeout, limits.idle_timeout);
     // Boxed, because only a connection that may be moved gives its socket back after a time-out.
-    let service = service_fn(move |request| {
-        let gateway = gateway.clone();
-        Box::pin(async move { Ok::<_, Infallible>(gateway.handle(request).await) })
+    let service = service_fn(|request| {
+        let answer = gateway.clone().handle(request, pace.request());
+        Box::pin(async move { Ok::<_, Infallible>(answer.await) })
     });
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout)
-        .max_header_size(MAX_HEADER_BYTES)
-        .serve_connection(TokioIo::new(socket), service);
-    let ended = tokio::select! {
-        ended = poll_fn(|cx| connection.poll_without_shutdown(cx)) => ended,
-        () = shutdown.cancelled() => {
-            std::pin::Pin::new(&mut connection).graceful_shutdown();
-            poll_fn(|cx| connection.poll_without_shutdown(cx)).await
+        .header_read_timeout(None) // see `pace`
+        .max_header_size(limits.header_bytes)
+        .max_headers(limits.headers)
+        .max_buf_size(BUFFER_BYTES.max(limits.header_bytes))
+        .serve_connection(TokioIo::new(Paced { socket, pace: pace.clone() }), service);
+    let mut stopping = false;
+    let ended = loop {
+        tokio::select! {
+            biased; // what has come in the meantime is read before the connection is found too slow
+            ended = poll_fn(|cx| connection.poll_without_shutdown(cx)) => break Some(ended),
+            () = pace.overdue() => break None,
+            () = shutdown.cancelled(), if !stopping => {
+                stopping = true;
+                std::pin::Pin::new(&mut connection).graceful_shutdown();
+            }
         }
     };
     let parts = connection.into_parts();
-    let mut socket = parts.io.into_inner();
-    if let Err(error) = ended
-        && error.is_timeout()
-        && !parts.read_buf.is_empty()
-    {
-        // Only where a request was begun: a connection that idles between requests is closed without a word.
-        let _ = tokio::time::timeout(LINGER, socket.write_all(&Reject::SlowHeaders.to_wire())).await;
+    let mut socket = parts.io.into_inner().socket;
+    match ended {
+        Some(Ok(())) => {}
+        // hyper has answered already.
+        Some(Err(error)) if error.is_parse_too_large() => gateway.refused(&Reject::LargeHeaders),
+        Some(Err(error)) if error.is_parse() => gateway.refused(&Reject::BrokenHeaders),
+        // The sender is gone.
+        Some(Err(_)) => {}
+        // A connection that idles between requests is closed without a word.
+        None if parts.read_buf.is_empty() => {}
+        None => {
+            gateway.refused(&Reject::SlowHeaders);
+            let _ = tokio::time::timeout(LINGER, socket.write_all(&Reject::SlowHeaders.to_wire())).await;
+        }
     }
     close(socket).await;
     drop(slot);

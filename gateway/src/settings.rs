@@ -9,14 +9,17 @@ use shared::stream::{self, NatsSettings};
 use shared::telemetry::LogSettings;
 
 use crate::journal;
-use crate::signature::{Form, Secrets};
+use crate::secrets::{Secrets, Source};
+use crate::signature::Form;
 
 const SENTRY_CLIENT_SECRET: Setting = Setting::secret(
     "SENTRY_CLIENT_SECRET",
     "The integration's client secret; several separated by commas while it is rotated",
 );
-const SENTRY_CLIENT_SECRET_FILE: Setting =
-    Setting::bare("SENTRY_CLIENT_SECRET_FILE", "A file that holds the client secret, instead of the variable");
+const SENTRY_CLIENT_SECRET_FILE: Setting = Setting::bare(
+    "SENTRY_CLIENT_SECRET_FILE",
+    "A file that holds the client secret, or several, instead of the variable; changes are taken within seconds",
+);
 const SENTRY_SIGNATURE_FORM: Setting = Setting::new(
     "SENTRY_SIGNATURE_FORM",
     "any",
@@ -46,16 +49,32 @@ const GATEWAY_JOURNAL_RETAIN: Setting = Setting {
 };
 const GATEWAY_MAX_BODY_BYTES: Setting =
     Setting::new("GATEWAY_MAX_BODY_BYTES", "8MiB", "Largest body that is taken; a larger one is answered 413");
+const GATEWAY_MAX_HEADER_BYTES: Setting = Setting::new(
+    "GATEWAY_MAX_HEADER_BYTES",
+    "16KiB",
+    "Largest request line and headers, together; larger ones are answered 431",
+);
+const GATEWAY_MAX_HEADERS: Setting =
+    Setting::new("GATEWAY_MAX_HEADERS", "100", "Headers a request may have; more are answered 431");
 const GATEWAY_HEADER_TIMEOUT: Setting =
     Setting::new("GATEWAY_HEADER_TIMEOUT", "5s", "How long a request's headers may take to arrive");
 const GATEWAY_BODY_TIMEOUT: Setting =
     Setting::new("GATEWAY_BODY_TIMEOUT", "10s", "How long a request's body may take to arrive");
+const GATEWAY_IDLE_TIMEOUT: Setting = Setting::new(
+    "GATEWAY_IDLE_TIMEOUT",
+    "75s",
+    "How long a connection may wait for its next request; longer than the proxy in front keeps its own, or deliveries are lost",
+);
 const GATEWAY_MAX_CONNECTIONS: Setting =
     Setting::new("GATEWAY_MAX_CONNECTIONS", "10000", "Connections at once; more are answered 503");
 const GATEWAY_MAX_BYTES_IN_FLIGHT: Setting = Setting::new(
     "GATEWAY_MAX_BYTES_IN_FLIGHT",
     "256MiB",
     "Bytes of bodies held in memory at once; more is answered 503",
+);
+const GATEWAY_MAX_CANONICAL: Setting = Setting::bare(
+    "GATEWAY_MAX_CANONICAL",
+    "Bodies whose canonical form is made at once, default half of the CPU's cores; deliveries signed raw never wait for them",
 );
 
 /// Every setting of the gateway, in the order of `--help`.
@@ -71,10 +90,14 @@ pub const SETTINGS: [&[Setting]; 3] = [
         GATEWAY_CONFIRM_AFTER,
         GATEWAY_JOURNAL_RETAIN,
         GATEWAY_MAX_BODY_BYTES,
+        GATEWAY_MAX_HEADER_BYTES,
+        GATEWAY_MAX_HEADERS,
         GATEWAY_HEADER_TIMEOUT,
         GATEWAY_BODY_TIMEOUT,
+        GATEWAY_IDLE_TIMEOUT,
         GATEWAY_MAX_CONNECTIONS,
         GATEWAY_MAX_BYTES_IN_FLIGHT,
+        GATEWAY_MAX_CANONICAL,
     ],
     &stream::SETTINGS,
     &settings::PROCESS,
@@ -87,8 +110,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// `GATEWAY_OPS_LISTEN`
     pub ops_listen: SocketAddr,
-    /// `SENTRY_CLIENT_SECRET` or the content of `SENTRY_CLIENT_SECRET_FILE`
-    pub secrets: Secrets,
+    /// `SENTRY_CLIENT_SECRET` or `SENTRY_CLIENT_SECRET_FILE`
+    pub secrets: Source,
     /// `SENTRY_SIGNATURE_FORM`
     pub form: Form,
     /// The journal.
@@ -119,14 +142,22 @@ pub struct JournalSettings {
 pub struct Limits {
     /// `GATEWAY_MAX_BODY_BYTES`
     pub body_bytes: usize,
+    /// `GATEWAY_MAX_HEADER_BYTES`
+    pub header_bytes: usize,
+    /// `GATEWAY_MAX_HEADERS`
+    pub headers: usize,
     /// `GATEWAY_HEADER_TIMEOUT`
     pub header_timeout: Duration,
     /// `GATEWAY_BODY_TIMEOUT`
     pub body_timeout: Duration,
+    /// `GATEWAY_IDLE_TIMEOUT`
+    pub idle_timeout: Duration,
     /// `GATEWAY_MAX_CONNECTIONS`
     pub connections: usize,
     /// `GATEWAY_MAX_BYTES_IN_FLIGHT`
     pub bytes_in_flight: usize,
+    /// `GATEWAY_MAX_CANONICAL`
+    pub canonical: usize,
 }
 
 impl Config {
@@ -211,18 +242,33 @@ fn limits(reader: &mut settings::Reader<'_>) -> Option<Limits> {
         let size = Some(settings::size(text)?).filter(small_enough).ok_or("a size of at most 1GiB")?;
         usize::try_from(size).map_err(|_| "a size this machine can address".into())
     });
+    let header_bytes = reader.parse(&GATEWAY_MAX_HEADER_BYTES, |text| {
+        let size = Some(settings::size(text)?).filter(|size| (4 << 10..=1 << 20).contains(size));
+        size.and_then(|size| usize::try_from(size).ok()).ok_or_else(|| "a size from 4KiB to 1MiB".into())
+    });
+    let headers = reader.parse(&GATEWAY_MAX_HEADERS, |text| settings::number(text, 10..=10_000));
     let header_timeout = reader.parse(&GATEWAY_HEADER_TIMEOUT, settings::duration);
     let body_timeout = reader.parse(&GATEWAY_BODY_TIMEOUT, settings::duration);
+    let idle_timeout = reader.parse(&GATEWAY_IDLE_TIMEOUT, settings::duration);
     let connections = reader.parse(&GATEWAY_MAX_CONNECTIONS, |text| settings::number(text, 1..=1_000_000));
     let bytes_in_flight = reader.parse(&GATEWAY_MAX_BYTES_IN_FLIGHT, |text| {
         usize::try_from(settings::size(text)?).map_err(|_| "a size this machine can address".into())
     });
+    let canonical = match reader.text(&GATEWAY_MAX_CANONICAL) {
+        Some(_) => reader.parse(&GATEWAY_MAX_CANONICAL, |text| settings::number(text, 1..=1024)),
+        // So that deliveries signed raw always find a core.
+        None => Some((std::thread::available_parallelism().map_or(1, usize::from) / 2).max(1)),
+    };
     let limits = Limits {
         body_bytes: body_bytes?,
+        header_bytes: header_bytes?,
+        headers: headers?,
         header_timeout: header_timeout?,
         body_timeout: body_timeout?,
+        idle_timeout: idle_timeout?,
         connections: connections?,
         bytes_in_flight: bytes_in_flight?,
+        canonical: canonical?,
     };
     if limits.bytes_in_flight < limits.body_bytes {
         let (flight, body) = (GATEWAY_MAX_BYTES_IN_FLIGHT.variable, GATEWAY_MAX_BODY_BYTES.variable);
@@ -232,21 +278,19 @@ fn limits(reader: &mut settings::Reader<'_>) -> Option<Limits> {
 }
 
 /// The secrets, from the variable or from the file.
-fn secrets(reader: &mut settings::Reader<'_>) -> Option<Secrets> {
-    let parse = |text: &str| Secrets::parse(text).ok_or_else(|| "the integration's client secret, not empty".into());
+fn secrets(reader: &mut settings::Reader<'_>) -> Option<Source> {
     let Some(file) = reader.text(&SENTRY_CLIENT_SECRET_FILE) else {
-        return reader.parse(&SENTRY_CLIENT_SECRET, parse);
+        let parse =
+            |text: &str| Secrets::parse(text).ok_or_else(|| "the integration's client secret, not empty".into());
+        return reader.parse(&SENTRY_CLIENT_SECRET, parse).map(Source::fixed);
     };
     if reader.text(&SENTRY_CLIENT_SECRET).is_some() {
         let (variable, file) = (SENTRY_CLIENT_SECRET.variable, SENTRY_CLIENT_SECRET_FILE.variable);
         reader.mistake(format!("{variable} and {file} are both set: keep one"));
         return None;
     }
-    reader.parse(&SENTRY_CLIENT_SECRET_FILE, |_| match std::fs::read_to_string(&file) {
-        Ok(content) => {
-            Secrets::parse(&content).ok_or_else(|| "a file that holds the client secret; it is empty".into())
-        }
-        Err(error) => Err(format!("a file that can be read: {error}")),
+    reader.parse(&SENTRY_CLIENT_SECRET_FILE, |_| {
+        Source::file(file.as_ref()).map_err(|problem| format!("a file that holds the client secret; it {problem}"))
     })
 }
 

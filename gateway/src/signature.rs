@@ -8,18 +8,15 @@
 //! Both prove knowledge of the secret. Raw is tried first, it costs one pass; canonical only when raw fails, a bounded
 //! number at once, so that unsigned floods cannot spend our CPU and genuine deliveries never wait for them.
 
-use std::fmt;
 use std::time::Duration;
 
 use bytes::Bytes;
-use hmac::{Hmac, KeyInit as _, Mac as _};
 use hyper::HeaderMap;
-use sha2::Sha256;
-use subtle::{Choice, ConstantTimeEq as _};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 use crate::canonical::canonical;
 use crate::reject::Reject;
+use crate::secrets::Secrets;
 
 /// The header that holds the signature.
 pub const SIGNATURE: &str = "sentry-hook-signature";
@@ -54,7 +51,7 @@ impl Form {
 
 /// What the sender put into [`SIGNATURE`]: well formed, not yet believed.
 #[derive(Clone)]
-pub struct Signature([u8; 32]);
+pub struct Signature(pub(crate) [u8; 32]);
 
 impl Signature {
     /// Takes it from a request's headers.
@@ -72,34 +69,6 @@ impl Signature {
     }
 }
 
-/// The client secrets, any of which may have signed. Never shown.
-#[derive(Clone)]
-pub struct Secrets(Vec<Hmac<Sha256>>);
-
-impl Secrets {
-    /// Secrets separated by commas; white space around each is dropped. None where nothing is left.
-    pub fn parse(text: &str) -> Option<Self> {
-        let secrets = text.split(',').map(str::trim).filter(|secret| !secret.is_empty());
-        // Keyed once here; each delivery clones the keyed state.
-        let key = |secret: &str| Hmac::new_from_slice(secret.as_bytes()).expect("HMAC takes a key of any length");
-        let keyed: Vec<_> = secrets.map(key).collect();
-        (!keyed.is_empty()).then_some(Secrets(keyed))
-    }
-
-    /// Whether any of the secrets gives `signature` over `signed`, in a time that depends on neither.
-    fn signed(&self, signed: &[u8], signature: &Signature) -> bool {
-        let matches =
-            |secret: &Hmac<Sha256>| secret.clone().chain_update(signed).finalize().into_bytes().ct_eq(&signature.0);
-        self.0.iter().map(matches).fold(Choice::from(0), |any, this| any | this).into()
-    }
-}
-
-impl fmt::Debug for Secrets {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Secrets({} of them, not shown)", self.0.len())
-    }
-}
-
 /// A body whose signature was right. Only [`Verifier::verify`] makes one, so nothing else can go on from here.
 #[derive(Debug)]
 pub struct VerifiedBody(Bytes);
@@ -114,18 +83,17 @@ impl VerifiedBody {
 /// Verifies bodies.
 #[derive(Debug)]
 pub struct Verifier {
-    secrets: Secrets,
+    /// As they are now: they may change while this runs.
+    secrets: watch::Receiver<Secrets>,
     form: Form,
     /// How many canonical forms are made at once.
     turns: Semaphore,
 }
 
 impl Verifier {
-    /// A verifier that takes signatures of `form` by any of `secrets`.
-    pub fn new(secrets: Secrets, form: Form) -> Self {
-        // Half of the cores, so that raw-signed deliveries always find one.
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Verifier { secrets, form, turns: Semaphore::new((cores / 2).max(1)) }
+    /// A verifier that takes signatures of `form` by any of `secrets`, and makes `canonical` canonical forms at once.
+    pub fn new(secrets: watch::Receiver<Secrets>, form: Form, canonical: usize) -> Self {
+        Verifier { secrets, form, turns: Semaphore::new(canonical) }
     }
 
     /// Gives the body back as a verified one.
@@ -134,7 +102,8 @@ impl Verifier {
     /// [`Reject::BadSignature`] where no secret gives this signature; [`Reject::VerifyBusy`] where too many canonical
     /// forms wait to be made.
     pub async fn verify(&self, body: Bytes, signature: &Signature) -> Result<VerifiedBody, Reject> {
-        if self.form != Form::Canonical && self.secrets.signed(&body, signature) {
+        let secrets = self.secrets.borrow().clone();
+        if self.form != Form::Canonical && secrets.signed(&body, signature) {
             return Ok(VerifiedBody(body));
         }
         if self.form == Form::Raw {
@@ -143,23 +112,20 @@ impl Verifier {
         let turn = tokio::time::timeout(TURN_MAX, self.turns.acquire()).await.map_err(|_| Reject::VerifyBusy)?;
         let _turn = turn.expect("this semaphore is never closed");
         let right = if body.len() <= INLINE_MAX {
-            self.canonical_signed(&body, signature)
+            canonical(&body).is_ok_and(|form| secrets.signed(&form, signature))
         } else {
-            let (secrets, body, signature) = (self.secrets.clone(), body.clone(), signature.clone());
+            let (body, signature) = (body.clone(), signature.clone());
             let check = move || canonical(&body).is_ok_and(|form| secrets.signed(&form, &signature));
             tokio::task::spawn_blocking(check).await.expect("making a canonical form does not panic")
         };
         if right { Ok(VerifiedBody(body)) } else { Err(Reject::BadSignature) }
-    }
-
-    fn canonical_signed(&self, body: &[u8], signature: &Signature) -> bool {
-        canonical(body).is_ok_and(|form| self.secrets.signed(&form, signature))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::secrets::Source;
 
     /// Computed with Python: `hmac.new(b"secret", b'{"a":1.0}', "sha256").hexdigest()`.
     const RAW: &str = "2bac577cffaeadabc9fe55d703d10df2e0c578ba4002dfd722071a8e9c639017";
@@ -172,7 +138,7 @@ mod tests {
     }
 
     async fn verifies(secrets: &str, form: Form, signature: &str) -> bool {
-        let verifier = Verifier::new(Secrets::parse(secrets).unwrap(), form);
+        let verifier = Verifier::new(Source::fixed(Secrets::parse(secrets).unwrap()).current(), form, 1);
         let signature = Signature::of(&headers(&[signature])).unwrap();
         match verifier.verify(Bytes::from_static(BODY), &signature).await {
             Ok(body) => body.into_bytes() == BODY,
@@ -210,11 +176,5 @@ mod tests {
             assert!(matches!(Signature::of(&headers(&[bad])), Err(Reject::SignatureMalformed)), "{bad}");
         }
         assert!(matches!(Signature::of(&headers(&[RAW, RAW])), Err(Reject::SignatureMalformed)));
-    }
-
-    #[test]
-    fn secrets_are_never_shown() {
-        assert_eq!(format!("{:?}", Secrets::parse("hunter2,hunter3").unwrap()), "Secrets(2 of them, not shown)");
-        assert!(Secrets::parse(" , ").is_none());
     }
 }

@@ -12,7 +12,7 @@ use crate::{fixture, setup};
 const BODY: &str = fixture!("issue_created");
 
 /// Sends bytes as they are and reads until the connection ends or `enough` of the answer is there.
-async fn raw(port: u16, request: &[u8]) -> (TcpStream, String) {
+pub(crate) async fn raw(port: u16, request: &[u8]) -> (TcpStream, String) {
     let mut socket = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
     socket.write_all(request).await.unwrap();
     let mut answer = Vec::new();
@@ -36,13 +36,13 @@ async fn raw(port: u16, request: &[u8]) -> (TcpStream, String) {
 }
 
 /// Whether the other side closes the connection.
-async fn closes(mut socket: TcpStream) -> bool {
+pub(crate) async fn closes(mut socket: TcpStream) -> bool {
     let mut left = Vec::new();
     let rest = socket.read_to_end(&mut left);
     matches!(tokio::time::timeout(Duration::from_secs(30), rest).await, Ok(Ok(_)))
 }
 
-fn head(signature: &str, rest: &str) -> Vec<u8> {
+pub(crate) fn head(signature: &str, rest: &str) -> Vec<u8> {
     format!("POST /api/signals/sentry HTTP/1.1\r\nHost: x\r\nSentry-Hook-Signature: {signature}\r\n{rest}\r\n")
         .into_bytes()
 }
@@ -80,6 +80,10 @@ async fn a_signature_that_is_missing_malformed_or_wrong_is_401() {
         assert_eq!(answer.status, 401, "{answer:?}");
         assert!(answer.headers.contains_key("www-authenticate"), "{answer:?}");
         assert!(answer.error().contains("ignature"), "{answer:?}");
+    }
+    for (reason, count) in [("missing", 1.0), ("malformed", 2.0), ("wrong", 3.0)] {
+        let name = format!("gateway_answers_total{{status=\"401\",reason=\"signature_{reason}\"}}");
+        assert_eq!(world.metric(&name).await, count, "{name}");
     }
 }
 

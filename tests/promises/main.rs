@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that panics says enough")]
 
+mod attacks;
 mod broker_changes;
 mod canonical_form;
 mod commands;
@@ -12,10 +13,12 @@ mod hard_bodies;
 mod history;
 mod identity;
 mod journal;
+mod limits;
 mod meaning;
 mod outages;
 mod programs;
 mod replay;
+mod rotation;
 mod signature_forms;
 mod store;
 mod worker_outages;

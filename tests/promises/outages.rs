@@ -1,6 +1,6 @@
 //! What starts before what it needs waits for it; what loses it waits again.
 
-use world::{Post, World, eventually};
+use world::{Post, Setup, World, eventually};
 
 use crate::{fixture, setup};
 
@@ -33,9 +33,14 @@ async fn both_programs_start_without_nats_and_postgresql_and_wait() {
     }
 }
 
+/// A receipt that is sent before the gateway hears again is lost; here nobody waits five minutes for what follows.
+fn watchful() -> Setup {
+    setup().gateway("GATEWAY_CONFIRM_AFTER", "1s")
+}
+
 #[tokio::test]
 async fn nats_away_changes_nothing_for_the_sender() {
-    let mut world = setup().start().await;
+    let mut world = watchful().start().await;
     let mut ids = vec![world.post(fixture!("issue_created")).await.accepted()];
     world.nats.kill().await;
     eventually("the gateway to notice", || async { (state(&world, 0, "nats").await == Some(false)).then_some(()) })
@@ -53,7 +58,7 @@ async fn nats_away_changes_nothing_for_the_sender() {
 
 #[tokio::test]
 async fn a_broker_that_hangs_changes_nothing_for_the_sender() {
-    let world = setup().start().await;
+    let world = watchful().start().await;
     world.post(fixture!("issue_created")).await.accepted();
     world.nats.process().freeze().unwrap();
     let id = world.post(fixture!("issue_created")).await.accepted();

@@ -1,0 +1,140 @@
+//! How slow a connection may be between and around its requests: the time-outs for headers and for idling.
+//!
+//! hyper has one time-out for both, `header_read_timeout`, and it runs from the end of the last answer on. Long enough for
+//! a proxy that keeps its connections, it would let headers dribble in for as long; short enough for those, it would close
+//! connections that a proxy is about to use again, and Sentry sends nothing twice. So hyper's stays off, and this looks at
+//! when the first byte of a request comes. While a request is handled, its own limits hold (see [`crate::body`]).
+
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until};
+
+/// Where a connection is, and until when it may be there.
+#[derive(Debug, Clone, Copy)]
+enum Phase {
+    /// Nothing of the next request has come.
+    Waiting { until: Instant },
+    /// A request has begun, and its headers are not whole.
+    Headers { until: Instant },
+    /// A request is handled.
+    Request,
+}
+
+/// The pace of one connection.
+#[derive(Debug)]
+pub struct Pace {
+    phase: Mutex<Phase>,
+    /// A request has begun: there is an earlier deadline than before.
+    begun: Notify,
+    header_timeout: Duration,
+    idle_timeout: Duration,
+}
+
+/// While this lives, a request is handled: its answer is not ready, or the rest of its body is still being read.
+#[derive(Debug)]
+pub struct InRequest(Arc<Pace>);
+
+impl Pace {
+    /// A connection that was just made. Who has sent nothing yet has no claim to the idle time-out: the headers of a first
+    /// request have to come at once.
+    pub fn new(header_timeout: Duration, idle_timeout: Duration) -> Arc<Self> {
+        let phase = Mutex::new(Phase::Waiting { until: Instant::now() + header_timeout });
+        Arc::new(Pace { phase, begun: Notify::new(), header_timeout, idle_timeout })
+    }
+
+    /// Headers are whole, and the request is handled from here on.
+    pub fn request(self: &Arc<Self>) -> InRequest {
+        *self.phase() = Phase::Request;
+        InRequest(self.clone())
+    }
+
+    /// Returns when the connection is somewhere for longer than it may be.
+    pub async fn overdue(&self) {
+        loop {
+            let phase = *self.phase();
+            let until = match phase {
+                Phase::Waiting { until } | Phase::Headers { until } if until <= Instant::now() => return,
+                Phase::Waiting { until } | Phase::Headers { until } => until,
+                // Looked at again rather than told when it ends: a request then costs no wake-up, and what follows it has
+                // no earlier deadline.
+                Phase::Request => Instant::now() + self.header_timeout.min(self.idle_timeout),
+            };
+            tokio::select! {
+                () = self.begun.notified() => {}
+                () = sleep_until(until) => {}
+            }
+        }
+    }
+
+    fn bytes_came(&self) {
+        let mut phase = self.phase();
+        if let Phase::Waiting { .. } = *phase {
+            *phase = Phase::Headers { until: Instant::now() + self.header_timeout };
+            self.begun.notify_one();
+        }
+    }
+
+    fn phase(&self) -> MutexGuard<'_, Phase> {
+        // Nothing that holds this can panic half-way.
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for InRequest {
+    fn drop(&mut self) {
+        *self.0.phase() = Phase::Waiting { until: Instant::now() + self.0.idle_timeout };
+    }
+}
+
+/// A socket that tells its [`Pace`] when bytes come.
+#[derive(Debug)]
+pub struct Paced {
+    /// The socket.
+    pub socket: TcpStream,
+    /// Its pace.
+    pub pace: Arc<Pace>,
+}
+
+impl AsyncRead for Paced {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.socket).poll_read(cx, buffer))?;
+        if buffer.filled().len() > before {
+            self.pace.bytes_came();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Paced {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.socket.is_write_vectored()
+    }
+}

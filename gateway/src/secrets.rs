@@ -1,0 +1,196 @@
+//! The client secrets: how they are read, held, and replaced while the gateway runs.
+//!
+//! A file is read again whenever its content changes. It is looked at once a second, by reading it: that sees an edit, a
+//! `mv`, and the swap of a directory's symbolic link (Kubernetes replaces `..data` under a mounted Secret) alike, on every
+//! file system, where notifications of the kernel see some of them.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use sha2::Sha256;
+use shared::ops::Readiness;
+use subtle::{Choice, ConstantTimeEq as _};
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+use crate::signature::Signature;
+
+/// How often the file is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// For how long a changed file must stay as it is before it counts: who writes it in place may be half-way.
+const SETTLED_AFTER: Duration = Duration::from_millis(100);
+
+/// The client secrets, any of which may have signed. Never shown. Clones share them.
+#[derive(Clone)]
+pub struct Secrets(Arc<[Hmac<Sha256>]>);
+
+impl Secrets {
+    /// Secrets separated by commas or line ends; white space around each is dropped. None where nothing is left.
+    pub fn parse(text: &str) -> Option<Self> {
+        let secrets = text.split([',', '\n']).map(str::trim).filter(|secret| !secret.is_empty());
+        // Keyed once here; each delivery clones the keyed state.
+        let key = |secret: &str| Hmac::new_from_slice(secret.as_bytes()).expect("HMAC takes a key of any length");
+        let keyed: Arc<[_]> = secrets.map(key).collect();
+        (!keyed.is_empty()).then_some(Secrets(keyed))
+    }
+
+    /// Whether any of the secrets gives `signature` over `signed`, in a time that depends on neither.
+    pub fn signed(&self, signed: &[u8], signature: &Signature) -> bool {
+        let matches =
+            |secret: &Hmac<Sha256>| secret.clone().chain_update(signed).finalize().into_bytes().ct_eq(&signature.0);
+        self.0.iter().map(matches).fold(Choice::from(0), |any, this| any | this).into()
+    }
+}
+
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Secrets({} of them, not shown)", self.0.len())
+    }
+}
+
+/// Where the secrets are from: `SENTRY_CLIENT_SECRET`, or the file of `SENTRY_CLIENT_SECRET_FILE`.
+#[derive(Debug)]
+pub struct Source {
+    current: watch::Sender<Secrets>,
+    file: Option<SecretFile>,
+}
+
+/// A file of secrets, and its content at the start.
+struct SecretFile {
+    path: PathBuf,
+    content: String,
+}
+
+/// Why a file's content cannot be used. The words follow "it" and hold nothing of the content.
+#[derive(Debug, thiserror::Error)]
+pub enum Unusable {
+    /// It cannot be read, or is not UTF-8.
+    #[error("cannot be read: {0}")]
+    Unreadable(#[from] io::Error),
+    /// It holds no secret.
+    #[error("is empty")]
+    Empty,
+}
+
+impl fmt::Debug for SecretFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SecretFile({}, content not shown)", self.path.display())
+    }
+}
+
+impl Source {
+    /// Secrets that stay as they are.
+    pub fn fixed(secrets: Secrets) -> Self {
+        Source { current: watch::Sender::new(secrets), file: None }
+    }
+
+    /// Secrets from a file, which is watched once [`Source::watch`] runs.
+    ///
+    /// # Errors
+    /// Where the file cannot be read now, or holds no secret.
+    pub fn file(path: &Path) -> Result<Self, Unusable> {
+        let content = std::fs::read_to_string(path)?;
+        let secrets = Secrets::parse(&content).ok_or(Unusable::Empty)?;
+        let file = SecretFile { path: path.to_owned(), content };
+        Ok(Source { current: watch::Sender::new(secrets), file: Some(file) })
+    }
+
+    /// The secrets, as they are at any time.
+    pub fn current(&self) -> watch::Receiver<Secrets> {
+        self.current.subscribe()
+    }
+
+    /// Takes what changes in the file, without end; returns at once where there is none. A file that cannot be used leaves
+    /// the secrets as they are: told once in the log, and by `readiness` for as long as it lasts.
+    pub async fn watch(&self, readiness: &Readiness) {
+        let Some(file) = &self.file else { return };
+        let mut taken = file.content.clone();
+        let in_use = |secrets: &Secrets| Ok(format!("{} in use", secrets.0.len()));
+        readiness.set("secrets", in_use(&self.current.borrow()));
+        let mut troubled = false;
+        loop {
+            sleep(LOOK_EVERY).await;
+            let (content, secrets) = match file.look(&taken).await {
+                Ok(None) if !troubled => continue,
+                Ok(None) => (None, self.current.borrow().clone()),
+                Ok(Some((content, secrets))) => (Some(content), secrets),
+                Err(_) if troubled => continue,
+                Err(problem) => {
+                    let path = file.path.display();
+                    tracing::error!(%path, "the file of SENTRY_CLIENT_SECRET_FILE {problem}; the secrets stay as they were");
+                    readiness.set("secrets", Err(format!("{path} {problem}; the secrets stay as they were")));
+                    troubled = true;
+                    continue;
+                }
+            };
+            troubled = false;
+            readiness.set("secrets", in_use(&secrets));
+            tracing::info!(path = %file.path.display(), secrets = secrets.0.len(), "took the client secrets from their file");
+            if let Some(content) = content {
+                taken = content;
+                self.current.send_replace(secrets);
+            }
+        }
+    }
+}
+
+impl SecretFile {
+    /// What the file holds now, where that is something else than what was `taken`.
+    async fn look(&self, taken: &str) -> Result<Option<(String, Secrets)>, Unusable> {
+        let mut seen = self.read().await;
+        loop {
+            if seen.as_ref().is_ok_and(|content| content == taken) {
+                return Ok(None);
+            }
+            sleep(SETTLED_AFTER).await;
+            let again = self.read().await;
+            let settled = match (&seen, &again) {
+                (Ok(before), Ok(after)) => before == after,
+                (Err(_), Err(_)) => true,
+                _ => false,
+            };
+            if settled {
+                let content = again?;
+                let secrets = Secrets::parse(&content).ok_or(Unusable::Empty)?;
+                return Ok(Some((content, secrets)));
+            }
+            seen = again;
+        }
+    }
+
+    async fn read(&self) -> io::Result<String> {
+        tokio::fs::read_to_string(&self.path).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_are_never_shown() {
+        assert_eq!(format!("{:?}", Secrets::parse("hunter2,hunter3").unwrap()), "Secrets(2 of them, not shown)");
+        assert!(Secrets::parse(" ,\n ").is_none());
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("secret");
+        std::fs::write(&path, "hunter2\nhunter3\n").unwrap();
+        let shown = format!("{:?}", Source::file(&path).unwrap());
+        assert!(shown.contains("2 of them") && !shown.contains("hunter"), "{shown}");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_used_says_why_and_nothing_of_its_content() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("secret");
+        assert!(matches!(Source::file(&path), Err(Unusable::Unreadable(_))));
+        std::fs::write(&path, " \n").unwrap();
+        assert!(matches!(Source::file(&path), Err(Unusable::Empty)));
+        std::fs::write(&path, b"hunter\xff").unwrap();
+        let problem = Source::file(&path).unwrap_err().to_string();
+        assert!(!problem.contains("hunter"), "{problem}");
+    }
+}

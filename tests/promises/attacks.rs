@@ -1,0 +1,325 @@
+//! An open port holds: what strangers send costs them more than us, and genuine deliveries are taken meanwhile.
+//!
+//! Each attack has a short form, run by the suite. `DRILLS=long` makes each the size that its promise speaks of:
+//! `DRILLS=long cargo test --release -p tests --test promises attacks:: -- --test-threads 1 --nocapture`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+use world::{Post, SECRET, World, sign};
+
+use crate::contract::head;
+use crate::{fixture, setup};
+
+const BODY: &str = fixture!("issue_created");
+/// A signature in the right form that is nobody's.
+const WRONG: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+
+fn is_long() -> bool {
+    std::env::var("DRILLS").is_ok_and(|form| form == "long")
+}
+
+/// The short form's number, or the long one's.
+fn size(short: usize, long: usize) -> usize {
+    if is_long() { long } else { short }
+}
+
+/// Genuine deliveries at a rate that does not wait for answers, each on a connection of its own, as Sentry sends them.
+struct Genuine {
+    stop: Arc<AtomicBool>,
+    sender: JoinHandle<Vec<(u16, Duration)>>,
+}
+
+impl Genuine {
+    fn start(world: &World, a_second: u32) -> Self {
+        let (stop, port) = (Arc::<AtomicBool>::default(), world.port());
+        let stopped = stop.clone();
+        let sender = tokio::spawn(async move {
+            let mut ticks = tokio::time::interval(Duration::from_secs(1) / a_second);
+            let mut sent = Vec::new();
+            while !stopped.load(Ordering::Relaxed) {
+                ticks.tick().await;
+                sent.push(tokio::spawn(async move {
+                    let begin = Instant::now();
+                    let answer = Post::signed(BODY).try_send(port).await;
+                    (answer.map_or(0, |answer| answer.status), begin.elapsed())
+                }));
+            }
+            let mut answers = Vec::new();
+            for one in sent {
+                answers.push(one.await.unwrap());
+            }
+            answers
+        });
+        Genuine { stop, sender }
+    }
+
+    /// Stops, and shows what was measured. Every delivery was taken; how fast is told and not judged, for these
+    /// machines are shared.
+    async fn all_taken(self, during: &str, world: &World) {
+        self.stop.store(true, Ordering::Relaxed);
+        let answers = self.sender.await.unwrap();
+        let refused: Vec<_> = answers.iter().filter(|(status, _)| *status != 202).collect();
+        assert!(refused.is_empty(), "{} of {} refused: {refused:?}", refused.len(), answers.len());
+        let mut took: Vec<_> = answers.iter().map(|(_, took)| *took).collect();
+        took.sort();
+        let (count, p99, most) = (took.len(), took[(took.len() - 1) * 99 / 100], took[took.len() - 1]);
+        let peak = peak_memory(world) >> 20;
+        println!(
+            "{during}: {count} genuine deliveries, all 202, p99 {p99:?}, slowest {most:?}; gateway's peak {peak} MiB"
+        );
+    }
+}
+
+/// The most memory the gateway ever had, in bytes.
+fn peak_memory(world: &World) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", world.gateway.process().pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+/// One byte after the other, until the gateway has had enough; then again, until told to stop.
+async fn dribble(port: u16, start: Bytes, stop: Arc<AtomicBool>, turned_out: Arc<AtomicUsize>) {
+    while !stop.load(Ordering::Relaxed) {
+        let Ok(mut socket) = TcpStream::connect(("127.0.0.1", port)).await else { continue };
+        if socket.write_all(&start).await.is_err() {
+            continue;
+        }
+        let mut answer = [0; 1024];
+        loop {
+            let read = tokio::time::timeout(Duration::from_millis(200), socket.read(&mut answer)).await;
+            if read.is_ok() || stop.load(Ordering::Relaxed) {
+                break;
+            }
+            let _ = socket.write_all(b"x").await; // refused is as good as any other end
+        }
+        turned_out.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[tokio::test]
+async fn slow_headers_and_slow_bodies_hold_up_nobody() {
+    let memory = [("16MiB", 16 << 20), ("256MiB", 256 << 20)][usize::from(is_long())];
+    let world = setup().workers(0).gateway("GATEWAY_MAX_BYTES_IN_FLIGHT", memory.0);
+    let world = world.gateway("GATEWAY_HEADER_TIMEOUT", "2s").gateway("GATEWAY_BODY_TIMEOUT", "4s").start().await;
+    let connections = size(300, 2_000);
+    let (stop, turned_out) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
+    let headers = Bytes::from_static(b"POST /api/signals/sentry HTTP/1.1\r\nHost: x\r\nX-Slow: ");
+    // Together more than all the memory there is for bodies.
+    let body = Bytes::from([head(WRONG, "Content-Length: 8000000\r\n"), vec![b'x'; 400_000]].concat());
+    let genuine = Genuine::start(&world, 200);
+    let attackers: Vec<_> = (0..connections)
+        .map(|number| {
+            let start = [&headers, &body][number % 2].clone();
+            tokio::spawn(dribble(world.port(), start, stop.clone(), turned_out.clone()))
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_secs(size(5, 30) as u64)).await; // the attack goes on for a while
+    genuine.all_taken(&format!("slow headers and bodies on {connections} connections"), &world).await;
+    stop.store(true, Ordering::Relaxed);
+    for attacker in attackers {
+        attacker.await.unwrap();
+    }
+    assert!(turned_out.load(Ordering::Relaxed) >= connections, "the attackers were there");
+    let bound = 2 * memory.1 + connections as u64 * (128 << 10) + (64 << 20);
+    assert!(peak_memory(&world) < bound, "{} of {bound}", peak_memory(&world));
+}
+
+#[tokio::test]
+async fn large_bodies_with_wrong_signatures_cost_bounded_memory() {
+    let world = setup().workers(0).gateway("GATEWAY_MAX_BYTES_IN_FLIGHT", "64MiB").start().await;
+    let body = [b"\"".to_vec(), vec![b'x'; (8 << 20) - 2], b"\"".to_vec()].concat();
+    let request = Bytes::from([head(WRONG, &format!("Content-Length: {}\r\n", body.len())), body].concat());
+    let left = Arc::new(AtomicUsize::new(size(300, 10_000)));
+    let genuine = Genuine::start(&world, 50);
+    let begin = Instant::now();
+    let attackers: Vec<_> = (0..32)
+        .map(|_| {
+            let (request, left, port) = (request.clone(), left.clone(), world.port());
+            tokio::spawn(async move {
+                let mut seen = Vec::new();
+                while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
+                    let mut socket = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+                    // Refused early and for long, its end may not be wanted any more; the answer is read all the same.
+                    let _ = socket.write_all(&request).await;
+                    let mut status = [0; 12];
+                    socket.read_exact(&mut status).await.expect("an answer, not a reset connection");
+                    seen.push(String::from_utf8_lossy(&status[9..]).into_owned());
+                }
+                seen
+            })
+        })
+        .collect();
+    let mut seen = std::collections::BTreeMap::<String, usize>::new();
+    for attacker in attackers {
+        for status in attacker.await.unwrap() {
+            *seen.entry(status).or_default() += 1;
+        }
+    }
+    println!("8 MiB with wrong signatures, answers {seen:?} in {:?}", begin.elapsed());
+    assert!(seen.keys().all(|status| ["401", "503"].contains(&status.as_str())), "{seen:?}");
+    assert!(seen["401"] > 0, "{seen:?}");
+    genuine.all_taken("8 MiB bodies with wrong signatures", &world).await;
+    assert!(peak_memory(&world) < 256 << 20, "{} MiB", peak_memory(&world) >> 20);
+}
+
+/// Sends bytes, reads until the gateway closes the connection, and gives the statuses of all answers. Each must be whole:
+/// a status line, headers, and as much of a body as these announce.
+async fn exchange(port: u16, request: &[u8], bodies: bool) -> Vec<u16> {
+    let mut socket = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    // Where the gateway has heard enough, it is the answer that counts.
+    let _ = socket.write_all(request).await;
+    let mut answers = Vec::new();
+    let read = tokio::time::timeout(Duration::from_secs(30), socket.read_to_end(&mut answers)).await;
+    read.expect("the gateway closes what idles").expect("an end, not a reset");
+    let mut statuses = Vec::new();
+    let mut rest = answers.as_slice();
+    while !rest.is_empty() {
+        let end = rest.windows(4).position(|four| four == b"\r\n\r\n").expect("whole headers") + 4;
+        let head = std::str::from_utf8(&rest[..end]).unwrap();
+        assert!(head.starts_with("HTTP/1."), "{head:?}");
+        let status = head[9..12].parse().unwrap();
+        rest = &rest[end..];
+        if status == 100 {
+            continue;
+        }
+        let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+        let length: usize = length.filter(|_| bodies).map_or(0, |length| length.parse().unwrap());
+        rest = &rest[length..];
+        statuses.push(status);
+    }
+    statuses
+}
+
+/// A genuine delivery with this request line and these headers besides.
+fn genuine(line: &str, headers: &str) -> Vec<u8> {
+    let (signature, length) = (sign(SECRET, BODY.as_bytes()), BODY.len());
+    let own = format!("Host: x\r\nSentry-Hook-Signature: {signature}\r\nContent-Length: {length}\r\n");
+    format!("{line}\r\n{own}{headers}\r\n{BODY}").into_bytes()
+}
+
+/// Shapes of requests, and the statuses of their answers.
+fn shapes() -> Vec<(String, Vec<u8>, Vec<u16>)> {
+    const POST: &str = "POST /api/signals/sentry HTTP/1.1";
+    let mut shapes = Vec::new();
+    let mut add = |name: &str, request: Vec<u8>, statuses: &[u16]| {
+        shapes.push((name.to_owned(), request, statuses.to_vec()));
+    };
+    let smuggled = genuine(POST, "");
+    let framed = |headers: &str, body: &[u8]| [head(WRONG, headers), body.to_vec()].concat();
+    let chunked = [b"0\r\n\r\n", smuggled.as_slice()].concat();
+
+    // Two ends of one body: what follows the first is never a request.
+    add("length, then chunked", framed("Content-Length: 5\r\nTransfer-Encoding: chunked\r\n", &chunked), &[401]);
+    add("chunked, then length", framed("Transfer-Encoding: chunked\r\nContent-Length: 900\r\n", &chunked), &[401]);
+    for coding in ["xchunked", "chunked, identity", "identity", "chunked;q=1", "\u{b}chunked", ""] {
+        add(&format!("coding {coding:?}"), framed(&format!("Transfer-Encoding: {coding}\r\n"), &chunked), &[400]);
+    }
+    add("space before the colon", framed("Transfer-Encoding : chunked\r\n", &chunked), &[400]);
+    add("coding twice", framed("Transfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n", &chunked), &[400]);
+    for length in ["+5", "-1", "5,6", "0x5", "5 5", "99999999999999999999", "", "\u{b}5"] {
+        add(&format!("length {length:?}"), framed(&format!("Content-Length: {length}\r\n"), &chunked), &[400]);
+    }
+    add("two lengths", framed("Content-Length: 5\r\nContent-Length: 6\r\n", &chunked), &[400]);
+    add("one length twice", genuine(POST, &format!("Content-Length: {}\r\n", BODY.len())), &[202]);
+    let chunks = |body: &[u8]| framed("Transfer-Encoding: chunked\r\n", body);
+    for (name, body) in [
+        ("no size", &b"zz\r\n"[..]),
+        ("an overflowing size", b"fffffffffffffffffff\r\nx\r\n0\r\n\r\n"),
+        ("a negative size", b"-1\r\nx\r\n0\r\n\r\n"),
+        ("a size too small", b"1\r\nxyz\r\n0\r\n\r\n"),
+        ("a bare line feed", b"1\nx\r\n0\r\n\r\n"),
+    ] {
+        add(&format!("chunk with {name}"), chunks(body), &[400]);
+    }
+    add("chunk with a long extension", chunks(&[b"1;", "x".repeat(100_000).as_bytes()].concat()), &[400]);
+    add("chunk that never ends", chunks(b"5\r\nab"), &[408]);
+
+    // What is no header.
+    for (name, header) in [
+        ("folded", "X-A: b\r\n c\r\n"),
+        ("NUL in a value", "X-A: b\0c\r\n"),
+        ("NUL in a name", "X\0A: b\r\n"),
+        ("carriage return in a value", "X-A: b\rc\r\n"),
+        ("no colon", "X-A\r\n"),
+        ("no name", ": b\r\n"),
+    ] {
+        add(name, genuine(POST, header), &[400]);
+    }
+    add("100 KB of one header", genuine(POST, &format!("X-A: {}\r\n", "b".repeat(100_000))), &[431]);
+    add("1,000 headers", genuine(POST, &"X-A: b\r\n".repeat(1_000)), &[431]);
+    add("100 KB of target", genuine(&format!("POST /{} HTTP/1.1", "x".repeat(100_000)), ""), &[431]);
+
+    // Other versions, other methods, other forms of a target.
+    add("HTTP/1.0", genuine("POST /api/signals/sentry HTTP/1.0", ""), &[202]);
+    let old = b"POST /api/signals/sentry HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".to_vec();
+    add("HTTP/1.0, chunked", old, &[400]);
+    add("HTTP/0.9", b"GET /\r\n\r\n".to_vec(), &[400]);
+    add("HTTP/3.7", genuine("POST /api/signals/sentry HTTP/3.7", ""), &[400]);
+    add("no HTTP at all", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03".to_vec(), &[400]);
+    add("an empty line first", [b"\r\n".to_vec(), genuine(POST, "")].concat(), &[202]);
+    for method in ["HEAD", "OPTIONS", "TRACE", "PROPFIND", "post"] {
+        add(method, genuine(&format!("{method} /api/signals/sentry HTTP/1.1"), ""), &[405]);
+    }
+    add("OPTIONS *", b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n".to_vec(), &[404]);
+    add("CONNECT", b"CONNECT x:443 HTTP/1.1\r\nHost: x:443\r\n\r\n".to_vec(), &[404]);
+    add("upgrade", genuine(POST, "Connection: upgrade\r\nUpgrade: h2c\r\n"), &[202]);
+    add("absolute form", genuine("POST http://elsewhere/api/signals/sentry HTTP/1.1", ""), &[202]);
+    add("a query", genuine("POST /api/signals/sentry?/../x=%00&y HTTP/1.1", ""), &[202]);
+    for path in [
+        "//api/signals/sentry",
+        "/api//signals/sentry",
+        "/api/signals/sentry/",
+        "/api/signals/%73entry",
+        "/api/signals/sentry%2f",
+        "/%2e/api/signals/sentry",
+        "/api/./signals/sentry",
+        "/x/../api/signals/sentry",
+        "/api/signals/sentry;x",
+        "/API/signals/sentry",
+    ] {
+        add(path, genuine(&format!("POST {path} HTTP/1.1"), ""), &[404]);
+    }
+
+    add("continue, body sent at once", genuine(POST, "Expect: 100-continue\r\n"), &[202]);
+    add("an expectation unheard of", genuine(POST, "Expect: the-unexpected\r\n"), &[202]);
+    let refused = [head(WRONG, "Content-Length: 3\r\n"), b"[1]".to_vec()].concat();
+    let pipelined =
+        [smuggled.clone(), refused, smuggled.clone(), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_vec()].concat();
+    add("pipelined", pipelined, &[202, 401, 202, 404]);
+    add("pipelined, the second broken", [smuggled, b"POST\0".to_vec()].concat(), &[202, 400]);
+    shapes
+}
+
+#[tokio::test]
+async fn odd_requests_get_a_clean_answer_and_nothing_of_one_becomes_another() {
+    let quick = ["GATEWAY_HEADER_TIMEOUT", "GATEWAY_BODY_TIMEOUT", "GATEWAY_IDLE_TIMEOUT"];
+    let world = quick.iter().fold(setup().workers(0), |setup, name| setup.gateway(name, "1s")).start().await;
+    let port = world.port();
+    let shapes = shapes();
+    let expected: usize = shapes.iter().flat_map(|(.., statuses)| statuses).filter(|status| **status == 202).count();
+    let sent: Vec<_> = shapes
+        .into_iter()
+        .map(|(name, request, expected)| {
+            tokio::spawn(async move {
+                let statuses = exchange(port, &request, name != "HEAD").await;
+                (statuses != expected).then(|| format!("{name}: {statuses:?}, not {expected:?}"))
+            })
+        })
+        .collect();
+    let (count, mut wrong) = (sent.len(), Vec::new());
+    for one in sent {
+        wrong.extend(one.await.unwrap());
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    let accepted = world.metric("gateway_answers_total{status=\"202\",reason=\"accepted\"}").await;
+    assert_eq!(accepted, expected as f64, "what was taken is what was sent as such");
+    let log = world.gateway.log();
+    assert!(!log.contains("panicked"), "{log}");
+    println!("{count} odd requests, each answered as it should be; {accepted} deliveries among them");
+}

@@ -1,0 +1,76 @@
+//! What the public listener puts up with. (Sizes of bodies, and too many at once, are in `contract`.)
+
+use std::time::{Duration, Instant};
+
+use tokio::io::AsyncReadExt as _;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
+use world::{Connection, Post, SECRET, sign};
+
+use crate::contract::{closes, head, raw};
+use crate::{fixture, setup};
+
+const BODY: &str = fixture!("issue_created");
+
+#[tokio::test]
+async fn headers_that_are_too_large_or_too_many_are_431() {
+    let limits = setup().workers(0).gateway("GATEWAY_MAX_HEADER_BYTES", "4KiB").gateway("GATEWAY_MAX_HEADERS", "20");
+    let world = limits.start().await;
+    let sized = |size: usize| Post::signed(BODY).header("X-Filler", &"x".repeat(size));
+    let many = |count: usize| (0..count).fold(Post::signed(BODY), |post, i| post.header(&format!("X-{i}"), "x"));
+    for (post, status) in [(sized(3_000), 202), (sized(4_096), 431), (many(10), 202), (many(20), 431)] {
+        assert_eq!(post.send(world.port()).await.status, status, "{post:?}");
+    }
+    let counted = world.metric("gateway_answers_total{status=\"431\",reason=\"headers_too_large\"}").await;
+    assert_eq!(counted, 2.0);
+}
+
+#[tokio::test]
+async fn idling_has_a_time_out_of_its_own() {
+    let slow = setup().workers(0).gateway("GATEWAY_HEADER_TIMEOUT", "300ms").gateway("GATEWAY_IDLE_TIMEOUT", "3s");
+    let world = slow.start().await;
+    // Beyond the header time-out, and still good for a delivery.
+    let mut kept = Connection::open(world.port()).await.unwrap();
+    for _ in 0..2 {
+        kept.send(&Post::signed(BODY)).await.unwrap().accepted();
+        tokio::time::sleep(Duration::from_millis(900)).await;
+    }
+    kept.send(&Post::signed(BODY)).await.unwrap().accepted();
+
+    // Once a request has begun, its headers have their own time, idle before or not.
+    let whole = [head(&sign(SECRET, b"{}"), "Content-Length: 2\r\n"), b"{}".to_vec()].concat();
+    let (mut socket, answer) = raw(world.port(), &whole).await;
+    assert!(answer.starts_with("HTTP/1.1 202 "), "{answer}");
+    let begin = Instant::now();
+    socket.write_all(b"POST /api").await.unwrap();
+    let mut rest = String::new();
+    socket.read_to_string(&mut rest).await.unwrap();
+    assert!(rest.starts_with("HTTP/1.1 408 "), "{rest}");
+    assert!(begin.elapsed() < Duration::from_millis(2_500), "{:?}", begin.elapsed());
+
+    // Who idles is let go without a word; who has never sent anything, soon.
+    let (socket, _) = raw(world.port(), &whole).await;
+    let begin = Instant::now();
+    assert!(closes(socket).await);
+    assert!(begin.elapsed() > Duration::from_millis(2_500), "{:?}", begin.elapsed());
+    let begin = Instant::now();
+    let mut silent = TcpStream::connect(("127.0.0.1", world.port())).await.unwrap();
+    assert_eq!(silent.read(&mut [0; 1]).await.unwrap(), 0);
+    assert!(begin.elapsed() < Duration::from_millis(2_500), "{:?}", begin.elapsed());
+}
+
+#[tokio::test]
+async fn a_body_that_nobody_waits_for_any_more_makes_room() {
+    let limits = [("GATEWAY_MAX_BODY_BYTES", "100000"), ("GATEWAY_MAX_BYTES_IN_FLIGHT", "100000")];
+    let world = limits.iter().fold(setup().workers(0), |setup, (name, value)| setup.gateway(name, value)).start().await;
+    let held = vec![b'1'; 90_000];
+    let mut request = head(&sign(SECRET, &held), &format!("Content-Length: {}\r\n", held.len()));
+    request.extend_from_slice(&held[1..]);
+    let mut slow = TcpStream::connect(("127.0.0.1", world.port())).await.unwrap();
+    slow.write_all(&request).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(1_500)).await; // longer than Sentry waits
+    world.post(vec![b'1'; 50_000]).await.accepted();
+    let mut answered = [0; 12];
+    slow.read_exact(&mut answered).await.unwrap();
+    assert_eq!(&answered, b"HTTP/1.1 503");
+}
