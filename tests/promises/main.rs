@@ -4,10 +4,12 @@
 
 mod canonical_form;
 mod contract;
+mod drills;
 mod existing_stream;
 mod hard_bodies;
 mod identity;
 mod journal;
+mod load;
 mod meaning;
 mod outages;
 mod programs;
