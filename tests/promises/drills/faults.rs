@@ -14,6 +14,9 @@ use world::{World, eventually};
 /// The thread's name (<https://man7.org/linux/man-pages/man5/proc_pid_comm.5.html>).
 const THREAD: &str = "journal-writer";
 
+/// What can be done to a file that changes it or makes a change last.
+const CALLS: &str = "fdatasync,fsync,write,writev,pwrite64,pwritev,ftruncate,fallocate";
+
 /// Faults in the system calls of a gateway's journal until [`Faults::end`].
 ///
 /// strace is attached to the gateway as it runs, and to that thread alone: the rest of it is neither slowed nor touched. If
@@ -37,12 +40,13 @@ impl Faults {
             (world.folder().join(format!("seen-{tag}")), world.folder().join(format!("strace-{tag}.log")));
         let mut command = Command::new("strace");
         command.args(["-y", "-s", "0", "-o"]).arg(&seen); // paths beside descriptors, and no data
-        command.args(["-e", "trace=fdatasync,fsync,write,writev,fallocate", "-e", &format!("inject={fault}")]);
+        command.args(["-e", &format!("trace={CALLS}"), "-e", &format!("inject={fault}")]);
         command.args(["-p", &thread(world.gateway.process().pid())]);
         let strace = Process::spawn("strace", command, &log, Signal::SIGTERM).unwrap();
         let attached = || async {
+            let ended = !strace.is_alive();
             let said = fs::read_to_string(&log).unwrap();
-            if !strace.is_alive() {
+            if ended {
                 assert!(said.contains("not permitted") || said.contains("denied"), "{said}");
                 return Some(false);
             }
