@@ -41,14 +41,19 @@ async fn a_gateway_killed_again_and_again_loses_and_doubles_nothing() {
         }
         let load = Load::start(&world, 8);
         let mut random = 1_u64;
-        for _ in 0..size(5, 50) {
+        for round in 0..size(6, 50) {
             // At a moment of no meaning: somewhere in the next tenth of a second or two.
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             tokio::time::sleep(Duration::from_millis((random >> 33) % 200)).await;
             world.gateway.kill().await;
             world.gateway.start_again();
+            // Every other time it may die before it has read its journal.
             let listens = || async { Connection::open(world.port()).await.ok().map(|_| ()) };
             eventually("the gateway to listen again", listens).await;
+            if round % 2 == 0 {
+                let answers = || async { Post::get("/").try_send(world.port()).await.ok() };
+                eventually("the gateway to answer again", answers).await;
+            }
         }
         let sent = load.stop().await;
         if !nats {

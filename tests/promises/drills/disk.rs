@@ -44,7 +44,7 @@ async fn a_disk_that_fails_refuses_what_is_not_on_it_and_takes_deliveries_again_
         if for_a_while.contains(&fault) {
             until_not_ready(&world).await;
         }
-        tokio::time::sleep(Duration::from_millis(size(500, 5000) as u64)).await; // how long it lasts
+        tokio::time::sleep(Duration::from_millis(size(1000, 5000) as u64)).await; // how long it lasts
         let failures = faults.end().await;
         world.gateway.ready().await;
         let well = Instant::now();
