@@ -34,7 +34,8 @@ async fn nats_killed_under_load_and_away_changes_nothing_for_the_sender() {
 
 #[tokio::test]
 async fn a_gateway_killed_again_and_again_loses_and_doubles_nothing() {
-    let mut world = watchful().start().await;
+    // Small segments: a start after a crash reads the last one to its end, which takes a debug build seconds.
+    let mut world = watchful().gateway("GATEWAY_JOURNAL_MAX_BYTES", "128MiB").start().await;
     for nats in [true, false] {
         if !nats {
             world.nats.kill().await;
