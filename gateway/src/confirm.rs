@@ -11,6 +11,7 @@
 
 use std::time::Duration;
 
+use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use async_nats::jetstream::stream::{self, LastRawMessageErrorKind};
 use futures_util::{StreamExt as _, stream as streams};
 use shared::delivery::DELIVERY_ID;
@@ -116,11 +117,10 @@ impl Broker {
     async fn look(publisher: &Publisher, name: &str) -> Option<Self> {
         // A stream that is gone has none of the entries; the publisher makes it anew, and then this finds it empty.
         let stream = publisher.context().get_stream(name).await.ok()?;
-        let consumer = stream.consumer_info(CONSUMER).await;
-        let passed = match consumer {
+        let passed = match stream.consumer_info(CONSUMER).await {
             Ok(info) => info.ack_floor.stream_sequence,
-            // A consumer that is made (again) begins at the start.
-            Err(error) if error.to_string().contains("not found") => 0,
+            // One that is made (again) begins at the start.
+            Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => 0,
             Err(_) => return None,
         };
         Some(Broker { stream, passed })

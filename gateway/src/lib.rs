@@ -18,7 +18,7 @@ pub mod settings;
 pub mod signature;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use prometheus_client::registry::Registry;
@@ -62,17 +62,27 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let publisher = Publisher::connect(&config.nats, journal.clone(), &readiness, metrics.clone()).await?;
     let settling = Settling { journal: &journal, publisher: &publisher, metrics: &metrics };
     let serving = async {
-        server::run(public, gateway, &config, shutdown.clone()).await;
-        let stopping = Instant::now();
-        let left = config.grace.saturating_sub(stopping.elapsed());
-        if tokio::time::timeout(left, publisher.drained()).await.is_err() {
-            tracing::warn!("the grace period is over; what is not published stays in the journal until the next start");
+        let orderly = async {
+            server::run(public, gateway, &config, shutdown.clone()).await;
+            publisher.drained().await;
+        };
+        let grace_is_over = async {
+            shutdown.cancelled().await;
+            tokio::time::sleep(config.grace).await;
+        };
+        tokio::select! {
+            () = orderly => {}
+            () = grace_is_over => {
+                tracing::warn!("the grace period is over; what is not published stays in the journal until the next start");
+            }
         }
         after.cancel();
     };
     tokio::join!(serving, settling.run(&config.nats, config.journal.confirm_after, &readiness, &after));
     ops.await.context("the ops listener failed")?;
     journal.close().await;
+    // Leaves in good order; whether NATS notices is its own affair.
+    let _ = publisher.client().drain().await;
     tracing::info!("stopped");
     Ok(())
 }
@@ -89,7 +99,7 @@ impl Settling<'_> {
     async fn run(
         &self,
         nats: &NatsSettings,
-        confirm_after: std::time::Duration,
+        confirm_after: Duration,
         readiness: &Readiness,
         shutdown: &CancellationToken,
     ) {

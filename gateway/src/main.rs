@@ -7,6 +7,7 @@ use gateway::settings::{Config, JournalConfig};
 use gateway::{commands, settings as own};
 use shared::settings::{self, BadSettings, EX_USAGE};
 use shared::shutdown;
+use tokio::runtime::Runtime;
 
 fn main() -> ExitCode {
     let about = "Takes Sentry's webhooks, verifies them, makes them durable, and answers";
@@ -18,31 +19,24 @@ fn main() -> ExitCode {
         None => serve(&arguments),
     };
     match ended {
-        Ok(Ok(())) => ExitCode::SUCCESS,
-        Ok(Err(error)) => {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
             eprintln!("gateway: {error:#}");
-            ExitCode::FAILURE
-        }
-        Err(mistakes) => {
-            eprintln!("gateway: {mistakes}");
-            ExitCode::from(EX_USAGE)
+            if error.is::<BadSettings>() { ExitCode::from(EX_USAGE) } else { ExitCode::FAILURE }
         }
     }
 }
 
-fn serve(arguments: &ArgMatches) -> Result<anyhow::Result<()>, BadSettings> {
+fn serve(arguments: &ArgMatches) -> anyhow::Result<()> {
     let config = Config::load(&settings::flags_then_environment(arguments))?;
     config.logs.start();
-    Ok(in_runtime(async { gateway::run(config, shutdown::on_signal()?).await }))
+    Runtime::new()?.block_on(async { gateway::run(config, shutdown::on_signal()?).await })
 }
 
-fn operate(journal: &ArgMatches) -> Result<anyhow::Result<()>, BadSettings> {
-    let (_, innermost) = journal.subcommand().unwrap_or(("", journal));
+fn operate(journal: &ArgMatches) -> anyhow::Result<()> {
+    // Flags are global: the innermost command has them all.
+    let innermost = journal.subcommand().map_or(journal, |(_, command)| command);
     let config = JournalConfig::load(&settings::flags_then_environment(innermost))?;
     config.logs.start();
-    Ok(in_runtime(async { commands::run(journal, config, shutdown::on_signal()?).await }))
-}
-
-fn in_runtime(program: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
-    tokio::runtime::Runtime::new()?.block_on(program)
+    Runtime::new()?.block_on(async { commands::run(journal, config, shutdown::on_signal()?).await })
 }

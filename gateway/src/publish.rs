@@ -24,7 +24,7 @@ use shared::ops::Readiness;
 use shared::receipt::ReceiptTo;
 use shared::stream::{NatsSettings, covers, ensure_stream, jetstream, tell_differences, until_ready};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
-use tokio_util::task::TaskTracker;
+use tokio::task::JoinSet;
 
 use crate::journal::{Journal, Place, Refusal, State, Stored};
 use crate::metrics::Metrics;
@@ -59,7 +59,6 @@ struct Shared {
     denied: Arc<Mutex<HashSet<String>>>,
     entries_room: Arc<Semaphore>,
     bytes_room: Arc<Semaphore>,
-    in_flight: TaskTracker,
 }
 
 /// Why an entry is not published.
@@ -99,7 +98,6 @@ impl Publisher {
             denied,
             entries_room: Arc::new(Semaphore::new(IN_FLIGHT)),
             bytes_room: Arc::new(Semaphore::new(IN_FLIGHT_KIB as usize)),
-            in_flight: TaskTracker::new(),
         })))
     }
 
@@ -154,7 +152,9 @@ impl Publisher {
 
     async fn publish_all(&self) {
         let shared = &self.0;
+        let mut in_flight = JoinSet::new(); // ends with us, and leaves what is not settled to the next start
         loop {
+            while in_flight.try_join_next().is_some() {}
             shared.link_is_up().await;
             // Room for one at least; then as many as there is room for.
             drop(shared.entries_room.acquire().await.expect("this semaphore is never closed"));
@@ -162,7 +162,7 @@ impl Publisher {
             for entry in shared.journal.take(entries, READ_BYTES).await {
                 let room = shared.room_for(&entry).await;
                 let publisher = self.clone();
-                shared.in_flight.spawn(async move {
+                in_flight.spawn(async move {
                     publisher.0.publish(entry).await;
                     drop(room);
                 });

@@ -26,7 +26,7 @@ const MAX_TURNED_AWAY: usize = 256;
 const LINGER: Duration = Duration::from_secs(1);
 
 /// Serves `listener` until `shutdown`; then no connection is taken any more, each ends after the request it is in, and
-/// this returns when all have, or after the grace period.
+/// this returns when all have.
 pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, config: &Config, shutdown: CancellationToken) {
     let connections = Arc::new(Semaphore::new(config.limits.connections));
     let turned_away = Arc::new(Semaphore::new(MAX_TURNED_AWAY));
@@ -52,9 +52,7 @@ pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, config: &Config, 
     }
     drop(listener);
     tasks.close();
-    if tokio::time::timeout(config.grace, tasks.wait()).await.is_err() {
-        tracing::warn!(connections = tasks.len(), "the grace period is over, closing what is still open");
-    }
+    tasks.wait().await;
 }
 
 /// One connection, request by request.

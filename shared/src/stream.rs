@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, ReplayPolicy, pull};
+use async_nats::jetstream::consumer::{self, AckPolicy, DeliverPolicy, PullConsumer, ReplayPolicy, pull};
 use async_nats::jetstream::context::{GetStreamError, GetStreamErrorKind};
 use async_nats::jetstream::stream::{self, DiscardPolicy, RetentionPolicy, StorageType};
 use async_nats::jetstream::{self, ErrorCode};
@@ -33,6 +33,9 @@ pub const ACK_WAIT: Duration = Duration::from_secs(30);
 const MAX_ACK_PENDING: i64 = 16_384;
 /// How long one JetStream request may take.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often the client asks a silent server for a sign of life; at the third time without one it connects again.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Where NATS is.
 pub const NATS_URL: Setting = Setting::new("NATS_URL", "nats://127.0.0.1:4222", "NATS servers, separated by commas");
@@ -127,6 +130,7 @@ impl NatsSettings {
             .name(program)
             .retry_on_initial_connect()
             .max_reconnects(None)
+            .ping_interval(PING_INTERVAL)
             .reconnect_delay_callback(reconnect_delay)
             .event_callback(move |event| {
                 tell(&event, &readiness, &told);
@@ -179,7 +183,7 @@ fn tell(event: &Event, readiness: &Readiness, told: &Mutex<String>) {
             tracing::info!("connected to NATS");
             readiness.set("nats", Ok("connected".into()));
         }
-        Event::Disconnected | Event::Closed => {
+        Event::Disconnected => {
             tracing::warn!("lost the connection to NATS, connecting again");
             readiness.set("nats", Err("not connected".into()));
         }
@@ -194,7 +198,8 @@ fn tell(event: &Event, readiness: &Readiness, told: &Mutex<String>) {
         }
         Event::SlowConsumer(subscription) => tracing::warn!(subscription, "a NATS subscription is read too slowly"),
         Event::LameDuckMode => tracing::info!("this NATS server is about to stop, moving to another"),
-        Event::Draining => {}
+        // We are leaving.
+        Event::Draining | Event::Closed => {}
     }
 }
 
@@ -274,11 +279,15 @@ pub fn tell_differences(found: &stream::Config, nats: &NatsSettings) {
     }
 }
 
-/// Makes the durable consumer where it is missing, checks it where it is there. The stream is the gateway's to make.
+/// Makes the durable consumer where it is missing, checks it where it is there, and mends its position where that is
+/// beyond the stream's end. The stream is the gateway's to make.
 ///
 /// # Errors
 /// [`NotReady`]; asking again later is right for each.
-pub async fn ensure_consumer(context: &jetstream::Context, nats: &NatsSettings) -> Result<PullConsumer, NotReady> {
+pub async fn ensure_consumer(
+    context: &jetstream::Context,
+    nats: &NatsSettings,
+) -> Result<(stream::Stream, PullConsumer), NotReady> {
     let stream = match context.get_stream(&nats.stream).await {
         Ok(stream) => stream,
         Err(error) if is_missing(&error) => return Err(NotReady::Missing(format!("stream {}", nats.stream))),
@@ -292,7 +301,42 @@ pub async fn ensure_consumer(context: &jetstream::Context, nats: &NatsSettings) 
         .await
         .map_err(|error| NotReady::Nats(format!("cannot make or look at consumer {CONSUMER}: {error}")))?;
     settle(compare_consumers(&consumer.cached_info().config, &wanted))?;
-    Ok(consumer)
+    mend_position(&stream, consumer.cached_info()).await?;
+    Ok((stream, consumer))
+}
+
+/// Whether a consumer claims to have been where the stream has not been yet, and would skip what comes there next. So
+/// it is after the stream's files went back in time and the consumer's did not; a single server puts it right when it
+/// reads them, a cluster does not. The stream must have been looked at after the consumer.
+pub fn lies_beyond(consumer: &consumer::Info, last_sequence: u64) -> bool {
+    consumer.delivered.stream_sequence.max(consumer.ack_floor.stream_sequence) > last_sequence
+}
+
+/// Moves a consumer that lies beyond the stream's end back to it, or to what it has not acknowledged yet if that is
+/// earlier: what is delivered twice by this is known to the ledger.
+async fn mend_position(stream: &stream::Stream, consumer: &consumer::Info) -> Result<(), NotReady> {
+    let owner = &stream.cached_info().config.name;
+    let failed = |error: &dyn fmt::Display| NotReady::Nats(format!("cannot look at stream {owner}: {error}"));
+    let last_sequence = stream.get_info().await.map_err(|error| failed(&error))?.state.last_sequence;
+    if !lies_beyond(consumer, last_sequence) {
+        return Ok(());
+    }
+    let next = consumer.ack_floor.stream_sequence.min(last_sequence) + 1;
+    stream.reset_consumer(CONSUMER, Some(next)).await.map_err(|error| {
+        NotReady::Nats(format!(
+            "consumer {CONSUMER} is at {} and stream {owner} ends at {last_sequence}; it cannot be reset ({error}). \
+             Delete it with the nats command: it is made again and reads the whole stream, of which the ledger knows \
+             what is stored",
+            consumer.delivered.stream_sequence
+        ))
+    })?;
+    tracing::warn!(
+        was = consumer.delivered.stream_sequence,
+        stream_ends = last_sequence,
+        next,
+        "the stream has gone back in time (an older copy of its files?); moved the consumer back, so that it skips none"
+    );
+    Ok(())
 }
 
 fn consumer_config() -> pull::Config {
@@ -372,7 +416,7 @@ fn compare_streams(found: &stream::Config, wanted: &stream::Config) -> Vec<Diffe
     comparison.differences
 }
 
-fn compare_consumers(found: &async_nats::jetstream::consumer::Config, wanted: &pull::Config) -> Vec<Difference> {
+fn compare_consumers(found: &consumer::Config, wanted: &pull::Config) -> Vec<Difference> {
     let mut comparison = Comparison::of(format!("consumer {CONSUMER}"));
     let skips = Some("it would skip deliveries");
     comparison.check("deliver_policy", &found.deliver_policy, &wanted.deliver_policy, skips);

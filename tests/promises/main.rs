@@ -2,19 +2,25 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that panics says enough")]
 
+mod broker_changes;
 mod canonical_form;
+mod commands;
 mod contract;
+mod dead_letters;
 mod drills;
 mod existing_stream;
 mod hard_bodies;
+mod history;
 mod identity;
 mod journal;
 mod load;
 mod meaning;
 mod outages;
 mod programs;
+mod replay;
 mod signature_forms;
 mod store;
+mod worker_outages;
 
 use world::{Binaries, Setup};
 

@@ -11,6 +11,7 @@ mod post;
 mod setup;
 
 use std::fmt::Debug;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use local::process::Process;
@@ -20,7 +21,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, NoTls, Row};
 
 pub use post::{Answer, Connection, Post, sign};
-pub use setup::{Binaries, Setup, postgres};
+pub use setup::{Binaries, Setup, postgres, programs};
 
 /// The client secret of every world.
 pub const SECRET: &str = "a-client-secret-of-the-tests";
@@ -39,6 +40,8 @@ pub struct World {
     pub gateway: Program,
     /// The workers.
     pub workers: Vec<Program>,
+    /// The worker's program, for its commands.
+    command: std::process::Command,
     /// A connection to the database, for looking; none while the world has not started one.
     sql: Option<Client>,
     /// Where the database is.
@@ -117,6 +120,24 @@ impl World {
     /// Posts a body, signed as Sentry signs it, as an `issue`.
     pub async fn post(&self, body: impl Into<bytes::Bytes>) -> Answer {
         Post::signed(body).send(self.port()).await
+    }
+
+    /// Runs a command of the worker's, such as `["audit", "--json"]`, to its end.
+    pub async fn worker(&self, arguments: &[&str]) -> Ran {
+        let ran = tokio::time::timeout(PATIENCE, self.worker_command(arguments).output()).await;
+        let ran =
+            ran.unwrap_or_else(|_| panic!("worker {arguments:?} did not end")).expect("the worker's program runs");
+        Ran::of(ran)
+    }
+
+    /// The same, not started yet. Ends when it is dropped.
+    pub fn worker_command(&self, arguments: &[&str]) -> tokio::process::Command {
+        let mut command = std::process::Command::new(self.command.get_program());
+        command.env_clear().args(arguments);
+        command.envs(self.command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        let mut command = tokio::process::Command::from(command);
+        command.kill_on_drop(true).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
     }
 
     /// Starts another gateway, with a journal of its own.
@@ -223,6 +244,16 @@ impl World {
         async_nats::jetstream::new(client.await)
     }
 
+    /// Waits until the stream has had that many messages: the gateway answers before it publishes.
+    pub async fn on_stream(&self, messages: u64) {
+        let jetstream = self.jetstream().await;
+        eventually(&format!("{messages} messages on the stream"), || async {
+            let stream = jetstream.get_stream("SIGNALS").await.ok()?;
+            (stream.cached_info().state.last_sequence >= messages).then_some(())
+        })
+        .await;
+    }
+
     /// Waits until every message of the stream is acknowledged.
     pub async fn all_acknowledged(&self) {
         let jetstream = self.jetstream().await;
@@ -242,6 +273,37 @@ impl Drop for World {
                 eprintln!("{}", program.process.last_words());
             }
         }
+    }
+}
+
+/// A command that has ended.
+#[derive(Debug)]
+pub struct Ran {
+    /// Its exit code; none where a signal killed it.
+    pub code: Option<i32>,
+    /// What it wrote to stdout.
+    pub out: String,
+    /// What it wrote to stderr.
+    pub err: String,
+}
+
+impl Ran {
+    /// What a process left behind.
+    pub fn of(output: std::process::Output) -> Ran {
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("commands write UTF-8");
+        Ran { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) }
+    }
+
+    /// Stdout as JSON.
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error} in {self:?}"))
+    }
+
+    /// The number before `what` on a line of its own; 0 where there is no such line.
+    pub fn number(&self, what: &str) -> u64 {
+        let numbers = self.out.lines().filter_map(|line| line.strip_suffix(what));
+        let mut numbers = numbers.filter_map(|number| number.trim().replace(',', "").parse().ok());
+        numbers.next().unwrap_or(0)
     }
 }
 

@@ -160,9 +160,20 @@ impl Setup {
             )
         };
         let workers = (0..self.workers).map(worker).collect();
+        let command = self.worker_command(&nats_url, &database_url);
         let (gateway, start_gateway) = (gateway(), Box::new(gateway));
-        let mut world =
-            World { nats, other_nats, gateway, workers, sql: None, database_url, postgres, start_gateway, scratch };
+        let mut world = World {
+            nats,
+            other_nats,
+            gateway,
+            workers,
+            command,
+            sql: None,
+            database_url,
+            postgres,
+            start_gateway,
+            scratch,
+        };
         if !self.servers_later {
             world.connect_sql().await;
         }
@@ -224,6 +235,14 @@ impl Setup {
         }
         (own, url)
     }
+
+    /// The worker's program with the settings of this world, for its commands.
+    fn worker_command(&self, nats_url: &str, database_url: &str) -> Command {
+        let mut command = Command::new(self.binaries.worker);
+        command.env_clear().env("NATS_URL", nats_url).env("DATABASE_URL", database_url);
+        command.envs(self.worker.iter().cloned());
+        command
+    }
 }
 
 /// The settings that every program has here, and its own.
@@ -255,7 +274,7 @@ fn start(
 }
 
 /// The servers' programs, found or fetched once.
-fn programs() -> &'static Programs {
+pub fn programs() -> &'static Programs {
     static PROGRAMS: OnceLock<Programs> = OnceLock::new();
     PROGRAMS.get_or_init(|| Programs::find_or_fetch(&mut |line| eprintln!("{line}")).unwrap())
 }

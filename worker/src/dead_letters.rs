@@ -1,6 +1,8 @@
 //! Deliveries that cannot become a row. Nothing of them is lost: `ingest.dead_letters` keeps the message as it came,
 //! with the reason, and the ledger keeps its id, so that a redelivery changes nothing.
 
+pub(crate) mod command;
+
 use async_nats::HeaderMap;
 use deadpool_postgres::Transaction;
 use serde_json::{Map, Value};

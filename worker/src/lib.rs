@@ -2,17 +2,23 @@
 //!
 //! Read [`pull`] first: it is the way of a batch through this process. [`interpret`] says what a delivery means,
 //! [`payload`] how its body becomes jsonb, [`store`] how a batch is written once and only once, [`migrate`] what tables
-//! it is written to.
+//! it is written to. [`history`] makes room in the stream. What an operator runs by hand is in [`commands`].
 
+mod audit;
+pub mod commands;
 pub mod dead_letters;
+pub mod history;
 pub mod interpret;
 pub mod migrate;
 pub mod payload;
 pub mod pull;
 pub mod read;
+pub mod reading;
 pub mod receipt;
+mod replay;
 pub mod settings;
 pub mod severity;
+mod status;
 pub mod store;
 
 use std::time::Duration;
@@ -21,14 +27,14 @@ use anyhow::Context as _;
 use futures_util::future::join_all;
 use prometheus_client::registry::Registry;
 use shared::ops::{self, Readiness};
-use shared::stream::{self, until_ready};
+use shared::stream::{self, NotReady, until_ready};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 pub use crate::settings::Config;
 
 use crate::migrate::{MigrateError, Report};
-use crate::pull::Puller;
+use crate::pull::{Database, Puller, Session, pause};
 use crate::store::Store;
 
 /// Works until `shutdown`; then the batches in hand are stored or handed back, for as long as the grace period lasts.
@@ -36,6 +42,7 @@ use crate::store::Store;
 /// # Errors
 /// Where the worker cannot start: an address is taken, say. While NATS or PostgreSQL is not there it starts and waits.
 pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
+    tell_panics_without_their_words();
     let problem = || format!("cannot listen on {}; WORKER_OPS_LISTEN sets another address", config.ops_listen);
     let ops = TcpListener::bind(config.ops_listen).await.with_context(problem)?;
     tracing::info!(ops = %ops.local_addr()?, "listening");
@@ -44,8 +51,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let ops = tokio::spawn(ops::serve(ops, readiness.clone(), Registry::default(), ops_shutdown.clone()));
 
     let client = config.nats.connect("worker", &readiness, |_| ()).await?;
-    let store = Store::new(&config.database, config.concurrency);
-    let work = work(&config, &client, &store, &readiness, &shutdown);
+    // A connection for each batch, one to ask whether PostgreSQL answers while they wait, one for the lock of history.
+    let store = Store::new(&config.database, config.concurrency + 2);
+    let work = Box::pin(work(&config, &client, &store, &readiness, &shutdown));
     let grace_is_over = async {
         shutdown.cancelled().await;
         tokio::time::sleep(config.grace).await;
@@ -62,7 +70,16 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     Ok(())
 }
 
-/// Waits for the database, then keeps as many pullers going as there are batches to be worked on at once.
+/// A panic is told with its place and nothing more: Rust's own message for a wrong slice of a text quotes the text, and
+/// the texts here are other people's.
+fn tell_panics_without_their_words() {
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map_or_else(|| "an unknown place".to_owned(), ToString::to_string);
+        tracing::error!("this program has a fault: it panicked at {place}");
+    }));
+}
+
+/// Waits for the database, then works through one session with NATS after another.
 async fn work(
     config: &Config,
     client: &async_nats::Client,
@@ -75,19 +92,51 @@ async fn work(
     if prepared.await.is_none() {
         return;
     }
-    let context = stream::jetstream(client.clone());
-    let pulling = (0..config.concurrency).map(|_| async {
-        // A consumer that was deleted ends the pulling: made again, it goes on.
+    let database = Database::new(store.clone(), readiness);
+    let sessions = async {
         while !shutdown.is_cancelled() {
-            let consumer = until_ready("consumer", readiness, || stream::ensure_consumer(&context, &config.nats));
-            let Some(consumer) = shutdown.run_until_cancelled(consumer).await else { return };
-            let puller = Puller { client: client.clone(), consumer, store: store.clone(), batch_max: config.batch_max };
-            if let Err(error) = puller.run(shutdown).await {
-                tracing::warn!("pulling again: {error:#}");
-            }
+            session(config, client, store, &database, readiness, shutdown).await;
+            pause().await;
+        }
+    };
+    tokio::select! {
+        () = sessions => {}
+        () = database.watch() => {}
+    }
+}
+
+/// Makes the consumer, or mends it, and keeps as many pullers going as there are batches to be worked on at once, until
+/// `shutdown` or until the connection or the consumer is lost.
+async fn session(
+    config: &Config,
+    client: &async_nats::Client,
+    store: &Store,
+    database: &Database,
+    readiness: &Readiness,
+    shutdown: &CancellationToken,
+) {
+    let context = stream::jetstream(client.clone());
+    let begin = || async {
+        let session = Session::begin(client);
+        let (stream, consumer) = stream::ensure_consumer(&context, &config.nats).await?;
+        Ok::<_, NotReady>((session, stream, consumer))
+    };
+    let begun = shutdown.run_until_cancelled(until_ready("consumer", readiness, begin));
+    let Some((session, stream, consumer)) = begun.await else { return };
+    let pulling = (0..config.concurrency).map(|_| async {
+        let puller = Puller { consumer: consumer.clone(), session: &session, database, batch_max: config.batch_max };
+        if let Err(error) = puller.run(shutdown).await {
+            tracing::warn!("pulling again: {error:#}");
+            session.end();
         }
     });
-    join_all(pulling).await;
+    let watching = async {
+        tokio::join!(pull::watch(&stream, &session, database, readiness), history::keep_room(&stream, store, database))
+    };
+    tokio::select! {
+        _ = join_all(pulling) => {}
+        _ = watching => {}
+    }
 }
 
 /// Makes or checks the tables, as `WORKER_MIGRATE` says, and tells what was made.

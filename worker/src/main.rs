@@ -2,28 +2,45 @@
 
 use std::process::ExitCode;
 
-use clap::Command;
+use clap::{ArgMatches, Command};
 use shared::settings::{self, EX_USAGE};
 use shared::shutdown;
-use worker::Config;
+use worker::{Config, commands};
 
 fn main() -> ExitCode {
     let about = "Turns Sentry's deliveries from the stream into Loop's signals and issues";
     let migrate =
         Command::new("migrate").about("Make the tables that are missing, check those that are there, and stop");
-    let command =
-        Command::new("worker").bin_name("worker").about(about).version(env!("CARGO_PKG_VERSION")).subcommand(migrate);
+    let command = Command::new("worker").bin_name("worker").about(about).version(env!("CARGO_PKG_VERSION"));
+    let command = command.subcommand(migrate).subcommands(commands::all());
     let arguments = settings::arguments(settings::command(command, &worker::settings::SETTINGS));
-    let (name, matches) = arguments.subcommand().map_or(("run", &arguments), |(name, matches)| (name, matches));
-    let config = match Config::load(&settings::flags_then_environment(matches)) {
+    let innermost = std::iter::successors(Some(&arguments), |matches| Some(matches.subcommand()?.1)).last();
+    let lookup = settings::flags_then_environment(innermost.unwrap_or(&arguments));
+    let mut config = match Config::load(&lookup) {
         Ok(config) => config,
         Err(mistakes) => {
             eprintln!("worker: {mistakes}");
             return ExitCode::from(EX_USAGE);
         }
     };
+    if arguments.subcommand().is_some() && lookup("RUST_LOG").is_none() {
+        // Who runs a command reads its output; only what goes wrong belongs between.
+        config.logs.filter = "warn".into();
+    }
     config.logs.start();
-    match execute(name, config) {
+    execute(&arguments, config)
+}
+
+#[tokio::main]
+async fn execute(arguments: &ArgMatches, config: Config) -> ExitCode {
+    if let Some(exit) = commands::execute(arguments, &config).await {
+        return exit;
+    }
+    let ended = match arguments.subcommand_name() {
+        Some("migrate") => worker::migrate_now(&config).await.map(|report| print!("{report}")).map_err(Into::into),
+        _ => run(config).await,
+    };
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("worker: {error:#}");
@@ -32,13 +49,6 @@ fn main() -> ExitCode {
     }
 }
 
-#[tokio::main]
-async fn execute(command: &str, config: Config) -> anyhow::Result<()> {
-    match command {
-        "migrate" => {
-            print!("{}", worker::migrate_now(&config).await?);
-            Ok(())
-        }
-        _ => worker::run(config, shutdown::on_signal()?).await,
-    }
+async fn run(config: Config) -> anyhow::Result<()> {
+    worker::run(config, shutdown::on_signal()?).await
 }

@@ -1,133 +1,143 @@
 //! START HERE: what happens to a batch.
 //!
-//! pull -> interpret -> store -> ack -> receipt, and never in another order: a message is acknowledged only after the COMMIT that
-//! stores it, so a crash anywhere repeats the batch, and the ledger makes the repeat harmless.
+//! pull -> interpret -> store -> ack -> receipt, and never in another order: a message is acknowledged only after the
+//! COMMIT that stores it, so a crash anywhere repeats the batch, and the ledger makes the repeat harmless.
+//!
+//! What a worker holds is what its pullers have in hand, one batch each, and no more: [`requests`] asks for nothing
+//! ahead. While a batch waits for [`database`], the server is told that it is worked on ([`session`]); when the
+//! worker is asked to stop, it is handed back.
 
+mod database;
+mod requests;
+mod session;
+mod watch;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use async_nats::Client;
 use async_nats::jetstream::consumer::PullConsumer;
-use async_nats::jetstream::consumer::pull::MessagesErrorKind;
-use async_nats::jetstream::{AckKind, Message};
-use backon::{ExponentialBuilder, Retryable as _};
-use futures_util::future::join_all;
-use futures_util::{FutureExt as _, StreamExt as _};
+use async_nats::jetstream::{self, Message};
 use shared::delivery::Delivery;
+use shared::stream::ACK_WAIT;
+use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
 use crate::dead_letters::DeadLetter;
 use crate::read::read;
 use crate::receipt;
-use crate::store::{Batch, Origin, Record, Store, StoreError, Stored};
+use crate::store::{Batch, Origin, Record, Stored};
 
-/// Most bytes of bodies in one batch, so that memory stays bounded when bodies are large. Well above the largest single
-/// message that the servers here take: a pull that asks for less than the next message would stand still.
-const BATCH_BYTES: usize = 64 << 20;
-/// How long the server may take to confirm an ack. One that is not confirmed costs a redelivery, which changes nothing.
-const ACK_WITHIN: Duration = Duration::from_secs(5);
+pub use database::Database;
+use requests::Requests;
+pub use session::{Session, pause};
+pub use watch::watch;
 
 /// Pulls batches, one at a time, and takes each to its end. A worker runs several.
-pub struct Puller {
-    /// The connection, for receipts.
-    pub client: Client,
+pub struct Puller<'a> {
     /// Where batches come from.
     pub consumer: PullConsumer,
+    /// For how long.
+    pub session: &'a Session,
     /// Where they go.
-    pub store: Store,
+    pub database: &'a Database,
     /// `WORKER_BATCH_MAX`
     pub batch_max: usize,
 }
 
-impl Puller {
-    /// Pulls and stores batches until `shutdown`; what was pulled and not stored by then is handed back.
+impl Puller<'_> {
+    /// Pulls and stores batches until `shutdown` or the session's end; at `shutdown`, what was pulled and not stored is
+    /// handed back.
     ///
     /// # Errors
     /// Why the consumer can no longer be pulled from: it or its stream was deleted, say. Making it again is the
     /// caller's.
     pub async fn run(&self, shutdown: &CancellationToken) -> anyhow::Result<()> {
-        let pulls = self.consumer.stream().max_messages_per_batch(self.batch_max).max_bytes_per_batch(BATCH_BYTES);
-        let messages = pulls.messages().await.context("cannot pull")?;
-        // Whatever has arrived, up to a full batch: one message when idle, stored at once; many when behind.
-        let mut batches = messages.ready_chunks(self.batch_max);
-        while let Some(Some(arrived)) = shutdown.run_until_cancelled(batches.next()).await {
-            let mut batch = Vec::with_capacity(arrived.len());
-            let mut ended = None;
-            for message in arrived {
-                match message {
-                    Ok(message) => batch.push(message),
-                    // The connection hiccups; the client asks again by itself.
-                    Err(error) if error.kind() == MessagesErrorKind::MissingHeartbeat => {
-                        tracing::debug!(%error, "pulling again")
-                    }
-                    Err(error) => ended = Some(error),
-                }
-            }
-            self.take(&batch, shutdown).await;
-            if let Some(error) = ended {
-                return Err(error).context("pulling ended");
-            }
+        let context = jetstream::new(self.session.client().clone());
+        let requests = Requests::open(self.session.client(), &context, self.consumer.clone(), self.batch_max);
+        let mut requests = requests.await.context("cannot pull")?;
+        loop {
+            let batch = tokio::select! {
+                () = shutdown.cancelled() => break,
+                () = self.session.over() => return Ok(()),
+                batch = async { self.database.available().await; requests.next().await } => batch,
+            };
+            self.take(batch.context("pulling ended")?, shutdown).await;
         }
-        // Pulled ahead and not begun: another worker can have it at once.
-        while let Some(Some(ahead)) = batches.next().now_or_never() {
-            hand_back(&ahead.into_iter().flatten().collect::<Vec<_>>()).await;
-        }
+        // Delivered in the last moment: another worker can have it at once.
+        self.session.hand_back(&requests.close().await).await;
         Ok(())
     }
 
     /// One batch: read it, store it however long that takes, acknowledge it. Handed back where `shutdown` comes first.
-    async fn take(&self, messages: &[Message], shutdown: &CancellationToken) {
-        if messages.is_empty() {
-            return;
-        }
-        let batch = read_all(messages.to_vec()).await;
-        match shutdown.run_until_cancelled(self.persist(&batch)).await {
-            Some(stored) => {
-                acknowledge(messages).await;
-                receipt::send(&self.client, messages).await;
-                tracing::debug!(fresh = stored.fresh.len(), known = stored.known.len(), "stored a batch");
-                for dead in &stored.dead {
-                    tracing::warn!(
-                        delivery.id = dead.delivery_id,
-                        reason = dead.reason,
-                        "a delivery became a dead letter"
-                    );
-                }
-            }
-            None => hand_back(messages).await,
+    async fn take(&self, messages: Vec<Message>, shutdown: &CancellationToken) {
+        let (messages, batch) = read_all(messages).await;
+        // Tried again for as long as the session lasts; what is not stored by then comes again in the next.
+        let stored = self.database.persist(&batch, || !self.session.is_over());
+        let kept = async {
+            self.session.keep(&messages, self.progress_every()).await;
+            std::future::pending().await // a try that has begun is worth its end, even without an ack
+        };
+        let stored = tokio::select! {
+            stored = stored => stored,
+            () = shutdown.cancelled() => return self.session.hand_back(&messages).await,
+            () = kept => unreachable!("it never ends"),
+        };
+        if let Some(stored) = stored {
+            self.session.acknowledge(&messages).await;
+            // Also where the ack came too late: it is stored, and a receipt names the gateway's place, no sequence.
+            receipt::send(self.session.client(), &messages).await;
+            tell(&stored);
         }
     }
 
-    /// Stores a batch. PostgreSQL's troubles are waited out, for as long as they take; a row that PostgreSQL refuses is a
-    /// dead letter when this returns.
-    async fn persist(&self, batch: &Batch) -> Stored {
-        let backoff = ExponentialBuilder::default()
-            .with_min_delay(Duration::from_millis(50))
-            .with_max_delay(Duration::from_secs(5))
-            .with_jitter()
-            .without_max_times();
-        let note = |error: &StoreError, wait: Duration| {
-            let deliveries = batch.records.len() + batch.dead_letters.len();
-            tracing::warn!(deliveries, ?wait, "a batch is not stored yet, will try again until it is: {error}");
-        };
-        let stored = (|| self.store.persist(batch)).retry(backoff).notify(note).await;
-        stored.unwrap_or_else(|_| unreachable!("a retry without a limit ends only in success"))
+    /// Three times within the consumer's ack wait, which somebody may have set to less than ours.
+    fn progress_every(&self) -> Duration {
+        let ack_wait = self.consumer.cached_info().config.ack_wait;
+        if ack_wait.is_zero() { ACK_WAIT } else { ack_wait }.div_f64(3.0).max(Duration::from_millis(10))
+    }
+}
+
+fn tell(stored: &Stored) {
+    tracing::debug!(fresh = stored.fresh.len(), known = stored.known.len(), "stored a batch");
+    for dead in &stored.dead {
+        tracing::warn!(delivery.id = dead.delivery_id, reason = dead.reason, "a delivery became a dead letter");
     }
 }
 
 /// What the messages say, in their order. Reading megabytes of JSON takes a while, so it happens on a thread that may.
-async fn read_all(messages: Vec<Message>) -> Batch {
+async fn read_all(messages: Vec<Message>) -> (Vec<Message>, Batch) {
     let read = move || {
-        let mut batch = Batch::default();
-        for message in &messages {
-            match read_one(message) {
-                Ok(record) => batch.records.push(record),
-                Err(dead) => batch.dead_letters.push(*dead),
-            }
-        }
-        batch
+        let batch = read_each(&messages, read_one);
+        (messages, batch)
     };
     tokio::task::spawn_blocking(read).await.expect("reading a batch does not panic")
+}
+
+/// A message that makes `read` panic is poison, and no other has to suffer for it: it becomes a dead letter.
+fn read_each(messages: &[Message], read: impl Fn(&Message) -> Result<Record, Box<DeadLetter>>) -> Batch {
+    let mut batch = Batch::default();
+    for message in messages {
+        // Unwind safety: reading is a pure function of the message, so there is no state that it could leave half done.
+        let outcome = catch_unwind(AssertUnwindSafe(|| read(message)));
+        match outcome.unwrap_or_else(|_| Err(Box::new(poison(message)))) {
+            Ok(record) => batch.records.push(record),
+            Err(dead) => batch.dead_letters.push(*dead),
+        }
+    }
+    batch
+}
+
+/// The dead letter of a message that this program cannot read without failing itself.
+fn poison(message: &Message) -> DeadLetter {
+    let info = message.info().expect("as in `read_one`");
+    DeadLetter {
+        delivery_id: Delivery::from_message(message, info.stream_sequence, info.published).id.to_string(),
+        stream_sequence: info.stream_sequence,
+        origin: origin(message, info.delivered),
+        reason: "reading it made this program panic, which is a fault of the program; its log says where".to_owned(),
+        failed_at: OffsetDateTime::now_utc(),
+    }
 }
 
 /// One message as a row to be, or as a dead letter where its body is no JSON.
@@ -135,34 +145,59 @@ fn read_one(message: &Message) -> Result<Record, Box<DeadLetter>> {
     // Every message of a consumer has its place in the reply subject; without one it could not be acknowledged either.
     let info = message.info().expect("a message from a consumer says where it stands");
     let delivery = Delivery::from_message(message, info.stream_sequence, info.published);
-    let origin = Origin {
+    read(&delivery, info.stream_sequence, origin(message, info.delivered))
+}
+
+fn origin(message: &Message, attempts: i64) -> Origin {
+    Origin {
         subject: message.subject.to_string(),
         headers: message.headers.clone().unwrap_or_default(),
         body: message.payload.clone(),
-        attempts: info.delivered,
-    };
-    read(&delivery, info.stream_sequence, origin)
-}
-
-/// Acknowledges, and waits until the server confirms. One that it does not confirm is delivered again.
-async fn acknowledge(messages: &[Message]) {
-    let acks = join_all(messages.iter().map(Message::double_ack));
-    let unconfirmed = match tokio::time::timeout(ACK_WITHIN, acks).await {
-        Ok(acks) => acks.into_iter().filter(Result::is_err).count(),
-        Err(_) => messages.len(),
-    };
-    if unconfirmed > 0 {
-        tracing::warn!(
-            unconfirmed,
-            "stored deliveries whose ack was not confirmed; they may come again, which is harmless"
-        );
+        attempts,
     }
 }
 
-/// Gives messages back to the consumer, for another worker to take.
-async fn hand_back(messages: &[Message]) {
-    for message in messages {
-        // One that cannot be handed back is delivered again after the ack wait.
-        let _ = message.ack_with(AckKind::Nak(None)).await;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Messages as a consumer delivers them, with these bodies.
+    async fn delivered(bodies: &[&'static str]) -> Vec<Message> {
+        // A client that never connects: a message only needs one to be acknowledged.
+        let client = async_nats::ConnectOptions::new().retry_on_initial_connect().connect("127.0.0.1:1").await.unwrap();
+        let context = jetstream::new(client);
+        let message = |(place, body): (usize, &&'static str)| Message {
+            message: async_nats::Message {
+                subject: "signals.sentry.issue".into(),
+                reply: Some(format!("$JS.ACK.SIGNALS.worker.1.{place}.{place}.1700000000000000000.0").into()),
+                payload: bytes::Bytes::from_static(body.as_bytes()),
+                headers: None,
+                status: None,
+                description: None,
+                length: body.len(),
+            },
+            context: context.clone(),
+        };
+        bodies.iter().enumerate().map(message).collect()
+    }
+
+    fn fails_at_one(message: &Message) -> Result<Record, Box<DeadLetter>> {
+        assert!(message.info().unwrap().stream_sequence != 1, "a panic that is meant");
+        read_one(message)
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_the_poison_of_one_delivery() {
+        let messages = delivered(&["{}", r#"{"a":1}"#, "no JSON", "[]"]).await;
+        let batch = read_each(&messages, fails_at_one);
+        let sequences: Vec<u64> = batch.records.iter().map(|record| record.stream_sequence).collect();
+        assert_eq!(sequences, [0, 3]);
+        let [panicked, not_json] = &batch.dead_letters[..] else { panic!("{:?}", batch.dead_letters) };
+        assert_eq!((panicked.stream_sequence, &panicked.origin.body[..]), (1, &br#"{"a":1}"#[..]));
+        assert!(panicked.reason.contains("panic") && !panicked.reason.contains("meant"), "{}", panicked.reason);
+        // Its identity is that which reading it would have given it.
+        let read = read_each(&messages[1..2], read_one);
+        assert_eq!(panicked.delivery_id, read.records[0].delivery_id);
+        assert_eq!(not_json.stream_sequence, 2);
     }
 }

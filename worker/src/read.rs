@@ -9,7 +9,8 @@ use crate::interpret::interpret;
 use crate::payload::payload;
 use crate::store::{Origin, Record};
 
-/// The row that a delivery at `stream_sequence` is to become, by what its body says. `origin` is the message it came in.
+/// The row that a delivery at `stream_sequence` is to become, by what its body says. `origin` is the message it came
+/// in.
 ///
 /// # Errors
 /// The dead letter that it is, where the body is no JSON.

@@ -14,9 +14,13 @@
 //! row's: the batch is run once more with a savepoint a row, and what PostgreSQL refuses becomes a dead letter in that
 //! same transaction, next to the rows of all the others.
 
+mod ledger;
 mod pool;
+mod restore;
+mod retry;
 mod rows;
 mod sqlstate;
+mod trial;
 
 use std::collections::HashSet;
 
@@ -24,13 +28,17 @@ use bytes::Bytes;
 use deadpool_postgres::{Object, Pool, Transaction};
 use futures_util::try_join;
 use time::OffsetDateTime;
+use tokio::time::timeout;
 use tokio_postgres::IsolationLevel;
 
 use crate::dead_letters::{self, DeadLetter};
 use crate::migrate::{self, MigrateError, Report};
 
+pub use ledger::{Fate, Known};
 pub(crate) use pool::ANSWER_WITHIN;
 pub use pool::{BadDatabaseUrl, DatabaseUrl};
+pub use restore::Restored;
+pub use retry::Retried;
 use rows::{Claim, Statements};
 pub(crate) use rows::{JsonText, bigint};
 
@@ -76,9 +84,10 @@ const UNLESS_THERE: &str = " ON CONFLICT (id) DO NOTHING";
 ///
 /// The time limits keep a transaction that lost its worker from holding its claims against the others. The planner is
 /// told to look issues up by their key: a plan made while the table was empty would read the whole of it, and
-/// PostgreSQL keeps a prepared plan until the next ANALYZE, by when there may be a million rows.
+/// PostgreSQL keeps a prepared plan until the next ANALYZE, by when there may be a million rows. A minute a statement:
+/// a slow server may take 20 s for a body of 8 MiB, and one of control characters is twice that as JSON.
 const SETTINGS: &str = "\
-    SET LOCAL statement_timeout = '30s';
+    SET LOCAL statement_timeout = '60s';
     SET LOCAL idle_in_transaction_session_timeout = '30s';
     SET LOCAL enable_seqscan = off;
     SET LOCAL enable_hashjoin = off;
@@ -204,30 +213,32 @@ impl Store {
     /// [`StoreError::Outage`]: nothing was stored, or (when the connection died during COMMIT) everything was; the
     /// same call again settles it.
     pub async fn persist(&self, batch: &Batch) -> Result<Stored, StoreError> {
-        let mut client = self.client().await?;
+        let mut lease = self.lease().await?;
         let batch = Distinct::of(batch);
-        let mut outcome = store_whole(&mut client, &batch).await;
+        let mut outcome = store_whole(lease.client(), &batch).await;
         if let Err(StoreError::Refused(_)) = outcome {
-            outcome = store_row_by_row(&mut client, &batch).await;
+            outcome = store_row_by_row(lease.client(), &batch).await;
         }
-        if outcome.as_ref().is_err_and(StoreError::is_outage) {
-            // A connection that failed us (stuck, or to a server that has become read-only) is not used again.
-            drop(Object::take(client));
+        if !outcome.as_ref().is_err_and(StoreError::is_outage) {
+            lease.give_back();
         }
         outcome
     }
 
-    /// Whether a connection can be had and answers.
+    /// Whether a connection can be had and answers. May be dropped at any time, so that the caller says how long that
+    /// may take.
     ///
     /// # Errors
     /// [`StoreError::Outage`] with the cause.
     pub async fn ping(&self) -> Result<(), StoreError> {
-        let client = self.client().await?;
-        let answer = within(client.batch_execute("SELECT 1")).await;
-        if answer.is_err() {
-            drop(Object::take(client));
-        }
-        answer
+        let mut lease = self.lease().await?;
+        within(lease.client().batch_execute("SELECT 1")).await?;
+        lease.give_back();
+        Ok(())
+    }
+
+    async fn lease(&self) -> Result<Lease, StoreError> {
+        Ok(Lease(Some(self.client().await?)))
     }
 
     /// Creates what is missing and checks what is there. See [`migrate::migrate`].
@@ -252,6 +263,27 @@ impl Store {
     /// [`StoreError::Outage`] with the cause.
     pub async fn client(&self) -> Result<Object, StoreError> {
         self.pool.get().await.map_err(pool::outage)
+    }
+}
+
+/// A connection that goes back to the pool only when it is known to be sound. One that failed us (to a server that has
+/// become read-only) or that we no longer wait for (to a server that hangs) is not used again.
+struct Lease(Option<Object>);
+
+impl Lease {
+    fn client(&mut self) -> &mut Object {
+        self.0.as_mut().expect("only `give_back` takes it, and ends the lease")
+    }
+
+    fn give_back(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // Out of the pool, and closed.
+        drop(self.0.take().map(Object::take));
     }
 }
 
@@ -357,7 +389,7 @@ async fn begin(client: &mut Object) -> Result<Transaction<'_>, StoreError> {
 pub(crate) async fn within<T>(
     exchange: impl Future<Output = Result<T, tokio_postgres::Error>>,
 ) -> Result<T, StoreError> {
-    match tokio::time::timeout(ANSWER_WITHIN, exchange).await {
+    match timeout(ANSWER_WITHIN, exchange).await {
         Ok(answer) => answer.map_err(|err| StoreError::from_sql(&err)),
         Err(_) => Err(StoreError::Outage(format!("no answer within {} s", ANSWER_WITHIN.as_secs()))),
     }

@@ -5,7 +5,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use deadpool_postgres::{Manager, ManagerConfig, Pool, PoolError, RecyclingMethod, Runtime};
-use tokio_postgres::config::{Config, Host, TargetSessionAttrs};
+use tokio_postgres::config::{Config, Host, LoadBalanceHosts, TargetSessionAttrs};
 use tokio_postgres::{NoTls, Socket};
 
 use super::{StoreError, sqlstate};
@@ -13,13 +13,15 @@ use super::{StoreError, sqlstate};
 /// How long one host may take to accept a connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 /// How long a new connection may take, over all hosts, login included; and how long a caller waits for a free one.
-const CLIENT_WITHIN: Duration = Duration::from_secs(15);
-/// How long the server may take to answer one statement. Longer than its own `statement_timeout`, so that it is the
-/// server that gives up first and says why.
-pub(crate) const ANSWER_WITHIN: Duration = Duration::from_secs(40);
-/// TCP finds a dead peer after idle + 3 intervals, some 25 s.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+const CLIENT_WITHIN: Duration = Duration::from_secs(10);
+/// How long the server may take to answer one statement, or two that were sent together. Longer than twice its own
+/// `statement_timeout`, so that it is the server that gives up first and says why.
+pub(crate) const ANSWER_WITHIN: Duration = Duration::from_secs(130);
+/// TCP finds a dead peer after idle + 3 intervals, some 14 s. A slow server is alive to TCP: its kernel answers.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(5);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
+/// The same for what was sent and not received, which keepalives do not watch.
+const RECEIVED_WITHIN: Duration = Duration::from_secs(15);
 
 /// Where the database is and how to log in. Shows itself without the password.
 #[derive(Clone)]
@@ -85,8 +87,10 @@ pub(super) fn pool(url: &DatabaseUrl, connections: usize) -> Pool {
         .keepalives_idle(KEEPALIVE_IDLE)
         .keepalives_interval(KEEPALIVE_INTERVAL)
         .keepalives_retries(3)
-        .tcp_user_timeout(ANSWER_WITHIN) // what was sent and never acknowledged, which keepalives do not watch
-        .target_session_attrs(TargetSessionAttrs::ReadWrite); // of several hosts, the primary: we only ever write
+        .tcp_user_timeout(RECEIVED_WITHIN)
+        .target_session_attrs(TargetSessionAttrs::ReadWrite) // of several hosts, the primary: we only ever write
+        // In any order: a primary that hangs takes connections and says nothing, and may not be the first each time.
+        .load_balance_hosts(LoadBalanceHosts::Random);
     // The one place to hand in a TLS connector.
     build(config, NoTls, connections)
 }

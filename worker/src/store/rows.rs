@@ -14,8 +14,9 @@ use super::{ISSUES, LEDGER, Record, SIGNALS, StoreError, within};
 use crate::dead_letters::DeadLetter;
 
 /// How many bytes of payload one statement carries; a larger record goes alone. PostgreSQL takes messages of up to
-/// 1 GiB (`PQ_LARGE_MESSAGE_LIMIT`), and a batch of the largest bodies would be twice that.
-const STATEMENT_BYTES: usize = 16 << 20;
+/// 1 GiB (`PQ_LARGE_MESSAGE_LIMIT`); the limit here is time: each statement has to end within `statement_timeout`, on a
+/// server that takes 20 s for the largest body.
+const STATEMENT_BYTES: usize = 8 << 20;
 
 /// JSON text as a `jsonb` parameter, unparsed: the binary form of jsonb is a version byte, 1, and the text
 /// (`jsonb_recv` in PostgreSQL's `jsonb.c`).
@@ -57,9 +58,9 @@ impl<'a> Claim<'a> {
 
 /// The statements of this module's parent, prepared once a connection.
 pub(super) struct Statements {
-    ledger: Statement,
-    issues: Statement,
-    signals: Statement,
+    pub(super) ledger: Statement,
+    pub(super) issues: Statement,
+    pub(super) signals: Statement,
 }
 
 impl Statements {
@@ -107,7 +108,8 @@ impl Statements {
         Ok(())
     }
 
-    async fn insert_issues(&self, tx: &Transaction<'_>, records: &[&Record]) -> Result<u64, StoreError> {
+    /// Without their signals.
+    pub(super) async fn insert_issues(&self, tx: &Transaction<'_>, records: &[&Record]) -> Result<u64, StoreError> {
         let ids: Vec<&str> = records.iter().map(|record| record.issue_id.as_str()).collect();
         let titles: Vec<&str> = records.iter().map(|record| record.title.as_str()).collect();
         let priorities: Vec<i32> = records.iter().map(|record| record.priority).collect();
@@ -127,7 +129,7 @@ impl Statements {
 }
 
 /// How many of `records`, from the first, one statement carries: at least one.
-fn statement_len(records: &[&Record]) -> usize {
+pub(super) fn statement_len(records: &[&Record]) -> usize {
     let mut bytes = 0;
     let fits = |record: &&&Record| {
         bytes += record.payload.len();

@@ -1,0 +1,114 @@
+//! The worker's commands tell the state of things, and say clearly what is wrong with how they were called.
+
+use shared::delivery::Delivery;
+use shared::receipt::ReceiptTo;
+
+use crate::{fixture, setup};
+
+#[tokio::test]
+async fn status_tells_what_it_can() {
+    let mut world = setup().own_postgres().start().await;
+    world.post(fixture!("issue_created")).await.accepted();
+    world.post("no JSON").await.accepted();
+    world.on_stream(2).await;
+    world.all_acknowledged().await;
+    let status = world.worker(&["status", "--json"]).await;
+    assert_eq!(status.code, Some(0), "{status:?}");
+    let status = status.json();
+    assert_eq!((&status["nats"]["stream"]["messages"], &status["postgresql"]["dead_letters"]), (&2.into(), &1.into()));
+    assert_eq!(status["nats"]["consumer"]["oldest_pending_at"], serde_json::Value::Null);
+    let hour = status["postgresql"]["stored_in_the_last_hour"].as_object().unwrap();
+    assert_eq!(hour.values().filter_map(serde_json::Value::as_u64).sum::<u64>(), 1);
+
+    world.workers[0].kill().await;
+    world.post(fixture!("issue_created")).await.accepted();
+    world.on_stream(3).await;
+    let status = world.worker(&["status", "--json"]).await.json();
+    assert_eq!(status["nats"]["consumer"]["not_delivered"], 1);
+    assert!(status["nats"]["consumer"]["oldest_pending_seconds"].as_u64().unwrap() < 60);
+
+    world.postgres.as_ref().unwrap().kill().await;
+    let status = world.worker(&["status"]).await;
+    assert_eq!(status.code, Some(1), "{status:?}");
+    assert!(status.out.contains("3 messages") && status.out.contains("PostgreSQL  away"), "{status:?}");
+    world.postgres.as_mut().unwrap().start_again().await.unwrap();
+    world.nats.kill().await;
+    let status = world.worker(&["status", "--json"]).await;
+    assert_eq!(status.code, Some(1), "{status:?}");
+    assert_eq!(status.json()["postgresql"]["dead_letters"], 1);
+    assert!(status.json()["nats"]["error"].as_str().unwrap().contains("NATS_URL"), "{status:?}");
+}
+
+#[tokio::test]
+async fn an_audit_accounts_for_what_waits_for_repeats_and_for_messages_of_others() {
+    let world = setup().start().await;
+    let jetstream = world.jetstream().await;
+    world.post(fixture!("issue_created")).await.accepted();
+    world.on_stream(1).await;
+    // The gateway publishes again what it got no receipt for; somebody else publishes without any of our headers.
+    let twice = Delivery::received(fixture!("error_created").into(), Some(b"r"), Some(b"error"), None);
+    for repeat in 0..2 {
+        let headers = twice.headers(repeat, &ReceiptTo::new("nobody", repeat));
+        let ack = jetstream.publish_with_headers(twice.subject(), headers, twice.body.clone()).await.unwrap();
+        ack.await.unwrap();
+    }
+    jetstream.publish("signals.sentry.issue", "{}".into()).await.unwrap().await.unwrap();
+    world.all_acknowledged().await;
+    world.workers[0].kill().await;
+    world.post(fixture!("issue_created")).await.accepted();
+    world.on_stream(5).await;
+
+    let audit = world.worker(&["audit", "--json"]).await;
+    assert_eq!(audit.code, Some(0), "what waits is not missing: {audit:?}");
+    let counts = audit.json();
+    let number = |what: &str| counts[what].as_u64().unwrap();
+    assert_eq!(["messages", "stored", "repeats", "pending", "missing"].map(number), [5, 3, 1, 1, 0], "{counts}");
+    let dry_run = world.worker(&["replay", "--dry-run"]).await;
+    assert_eq!((dry_run.number("would insert"), dry_run.number("already there")), (1, 4), "{dry_run:?}");
+
+    world.execute("TRUNCATE ingest.deliveries, signals, issues").await;
+    let audit = world.worker(&["audit", "--json"]).await;
+    assert_eq!(audit.code, Some(1), "{audit:?}");
+    let counts = audit.json();
+    let number = |what: &str| counts[what].as_u64().unwrap();
+    assert_eq!(["stored", "repeats", "pending", "missing"].map(number), [0, 1, 1, 3], "{counts}");
+    let dry_run = world.worker(&["replay", "--dry-run"]).await;
+    assert_eq!((dry_run.number("would insert"), dry_run.number("already there")), (4, 1), "{dry_run:?}");
+    let replay = world.worker(&["replay"]).await;
+    assert_eq!((replay.number("inserted"), replay.number("already there")), (4, 1), "{replay:?}");
+    assert_eq!(world.worker(&["audit"]).await.code, Some(0));
+
+    let since = world.worker(&["audit", "--since", "1h", "--json"]).await;
+    assert_eq!(since.json()["messages"], 5);
+    let none = world.worker(&["audit", "--since", "2999-01-01T00:00:00Z", "--json"]).await;
+    assert_eq!((none.code, &none.json()["messages"]), (Some(0), &0.into()));
+    let until = world.worker(&["replay", "--until", "2"]).await;
+    assert_eq!(until.number("already there"), 2, "{until:?}");
+    let resource = world.worker(&["replay", "--resource", "error", "--until", "2999-01-01T00:00:00Z"]).await;
+    assert_eq!(resource.number("already there"), 2, "{resource:?}");
+    let before = world.worker(&["replay", "--until", "1h"]).await;
+    assert_eq!((before.code, before.number("already there")), (Some(0), 0), "{before:?}");
+}
+
+#[tokio::test]
+async fn a_wrong_call_is_64_and_a_server_that_is_away_is_2() {
+    let world = setup().servers_later().workers(0).launch().await;
+    for wrong in [
+        &["replay", "--since", "yesterday"][..],
+        &["replay", "--since", "2h", "--from-seq", "1"],
+        &["dead-letters", "retry"],
+        &["dead-letters"],
+        &["audit", "--no-such"],
+        &["status", "--nats-stream", "a b"],
+        &["no-such-command"],
+    ] {
+        let ran = world.worker(wrong).await;
+        assert_eq!(ran.code, Some(64), "{wrong:?}: {ran:?}");
+        assert!(!ran.err.is_empty(), "{wrong:?}: {ran:?}");
+    }
+    for away in [&["replay"][..], &["audit"], &["status"], &["dead-letters", "list"]] {
+        let ran = world.worker(away).await;
+        assert_eq!(ran.code, Some(2), "{away:?}: {ran:?}");
+        assert!(ran.err.contains(&format!("worker {}: ", away[0])), "{away:?}: {ran:?}");
+    }
+}

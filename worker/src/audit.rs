@@ -1,0 +1,252 @@
+//! `worker audit`: accounts for every message that the stream has. Changes nothing.
+//!
+//! A delivery counts once, by the message that it was stored from; another message with the same id (published again
+//! for want of a receipt, say) is a repeat. So the lines of the result add up to the messages read.
+//!
+//! The consumer's position is read first and the ledger afterwards: a worker acknowledges only what it has committed,
+//! so what was acknowledged then and is not in the ledger now is missing, and cannot have been on its way. Above the
+//! position up to which everything is acknowledged, a message without a ledger row is pending.
+//!
+//! Only headers are read, and only counts are kept, besides the ids that are named and 16 bytes for each delivery that
+//! is not in the ledger (so that its repeats do not count again).
+
+use std::collections::HashSet;
+use std::pin::pin;
+
+use anyhow::Context as _;
+use async_nats::jetstream::context::ConsumerInfoErrorKind;
+use async_nats::jetstream::stream::Stream;
+use clap::{ArgMatches, Command};
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use serde_json::{Value, json};
+use shared::stream::CONSUMER;
+use time::OffsetDateTime;
+
+use crate::Config;
+use crate::commands::{self, Ending, Progress, count, flag, patiently, print, show_time, time_option};
+use crate::reading::{Entry, From, Reading, Span, Until};
+use crate::replay::fingerprint;
+use crate::store::{Fate, Known, Store};
+
+/// How many ids one look-up has.
+const LOOK_UP: usize = 1_000;
+/// How many batches are looked up at once.
+const AT_ONCE: usize = 3;
+/// How many ids of a kind are named without `--verbose`.
+const NAMED: usize = 20;
+
+const AFTER_HELP: &str = "\
+stored      both rows are there (also where Loop has marked the issue as deleted)
+pending     not acknowledged by the consumer yet; a worker will store it
+missing     acknowledged, and not in the ledger: `worker replay` brings it back
+repeats     further messages of a delivery that is counted above
+Exit codes: 0 nothing is missing; 1 something is; 2 it could not be found out; 64 wrong arguments; 130 interrupted.";
+
+pub(crate) fn command() -> Command {
+    Command::new("audit")
+        .about("Account for every delivery on the stream: stored, pending, dead, discarded, deleted or missing")
+        .after_help(AFTER_HELP)
+        .arg(time_option("since", "Only what the stream stored at this time or later (RFC 3339, or how long ago: 2h)"))
+        .arg(flag("verbose", "Name all that are missing or deleted, not only the first 20 of each"))
+        .arg(flag("json", "JSON, for programs"))
+}
+
+pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result<Ending> {
+    let interruption = commands::interruption()?;
+    let context = commands::jetstream(config).await?;
+    let store = commands::store(config).await?;
+    let since = matches.get_one::<OffsetDateTime>("since").map_or(From::Oldest, |since| From::Time(*since));
+    let span = Span { from: since, until: Until::Newest, resource: None };
+    let name = &config.nats.stream;
+    let stream = context.get_stream(name).await.with_context(|| format!("cannot look at stream {name}"))?;
+    let floor = acknowledged(&stream).await?;
+    let reading = Reading::open(&context, name, &span, true).await?;
+    let named = if matches.get_flag("verbose") { usize::MAX } else { NAMED };
+    let mut audit = Audit { floor, named, ..Audit::default() };
+    let mut progress = Progress::new(reading.total);
+    let Some(done) = interruption.run_until_cancelled(Box::pin(audit.all(&store, reading, &mut progress))).await else {
+        eprintln!("interrupted");
+        return Ok(Ending::Interrupted);
+    };
+    done?;
+    let pace = progress.pace();
+    drop(progress);
+    let report = match matches.get_flag("json") {
+        true => format!("{:#}\n", audit.json()),
+        false => format!("read {} messages of stream {name} in {pace}\n{}", count(audit.messages), audit.text()),
+    };
+    print(&report)?;
+    Ok(if audit.missing.count == 0 { Ending::Well } else { Ending::LookAtIt })
+}
+
+/// Up to which sequence the consumer has acknowledged everything: 0 where there is no consumer.
+async fn acknowledged(stream: &Stream) -> anyhow::Result<u64> {
+    match stream.consumer_info(CONSUMER).await {
+        Ok(info) => Ok(info.ack_floor.stream_sequence),
+        Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => Ok(0),
+        Err(error) => Err(error).with_context(|| format!("cannot look at consumer {CONSUMER}")),
+    }
+}
+
+/// The deliveries of a kind that somebody should look at.
+#[derive(Debug, Default)]
+struct Noted {
+    count: u64,
+    /// The first of them: sequence, id, when the gateway received it.
+    first: Vec<(u64, String, OffsetDateTime)>,
+}
+
+/// What was counted so far.
+#[derive(Debug, Default)]
+struct Audit {
+    floor: u64,
+    /// How many ids of a kind are kept.
+    named: usize,
+    messages: u64,
+    stored: u64,
+    pending: u64,
+    dead: u64,
+    discarded: u64,
+    repeats: u64,
+    deleted: Noted,
+    missing: Noted,
+    /// What is not in the ledger.
+    unknown: HashSet<u128>,
+}
+
+impl Audit {
+    async fn all(&mut self, store: &Store, reading: Reading, progress: &mut Progress) -> anyhow::Result<()> {
+        let stream = &reading.stream();
+        let batches = stream::try_unfold(reading, |mut reading| async move {
+            Ok(reading.batch(LOOK_UP).await?.map(|batch| (batch, reading)))
+        });
+        let look_up = |batch: Vec<Entry>| async move {
+            let mut ids = Vec::with_capacity(batch.len());
+            for entry in &batch {
+                ids.push(Reading::id(stream, entry).await?.to_string());
+            }
+            let known = patiently(|| store.look_up(&ids)).await?;
+            anyhow::Ok((batch, ids, known))
+        };
+        let mut found = pin!(batches.map_ok(look_up).try_buffered(AT_ONCE));
+        while let Some(batch) = found.next().await {
+            let (entries, ids, known) = batch?;
+            progress.add(entries.len() as u64);
+            for (entry, id) in entries.iter().zip(ids) {
+                let known = known.get(&id);
+                self.count(entry.sequence, id, || entry.delivery().received_at, known);
+            }
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, sequence: u64, id: String, received: impl FnOnce() -> OffsetDateTime, known: Option<&Known>) {
+        self.messages += 1;
+        let Some(known) = known else {
+            match self.unknown.insert(fingerprint(&id)) {
+                false => self.repeats += 1,
+                true if sequence > self.floor => self.pending += 1,
+                true => self.missing.note(self.named, (sequence, id, received())),
+            }
+            return;
+        };
+        if known.stream_sequence != sequence {
+            self.repeats += 1;
+            return;
+        }
+        match known.fate {
+            Fate::Stored { .. } => self.stored += 1,
+            Fate::Dead => self.dead += 1,
+            Fate::Discarded => self.discarded += 1,
+            Fate::Deleted => self.deleted.note(self.named, (sequence, id, received())),
+        }
+    }
+
+    /// What is counted, in the order in which it is told.
+    fn lines(&self) -> [(&'static str, u64); 7] {
+        [
+            ("stored", self.stored),
+            ("pending", self.pending),
+            ("dead letters", self.dead),
+            ("discarded", self.discarded),
+            ("deleted by a user", self.deleted.count),
+            ("missing", self.missing.count),
+            ("repeats", self.repeats),
+        ]
+    }
+
+    fn text(&self) -> String {
+        let mut text: String =
+            self.lines().iter().map(|(name, number)| format!("{:>12}  {name}\n", count(*number))).collect();
+        for (name, noted) in [("deleted by a user", &self.deleted), ("missing", &self.missing)] {
+            if noted.count > 0 {
+                text += &format!("\n{name} (sequence, delivery, received at):\n");
+            }
+            for (sequence, id, received_at) in &noted.first {
+                text += &format!("{sequence:>12}  {id}  {}\n", show_time(*received_at));
+            }
+            let more = noted.count.saturating_sub(noted.first.len() as u64);
+            if more > 0 {
+                text += &format!("              and {} more; --verbose names them all\n", count(more));
+            }
+        }
+        if self.missing.count > 0 {
+            let first = self.missing.first.first().map_or(1, |(sequence, ..)| *sequence);
+            text += &format!("\n`worker replay --from-seq {first}` stores what is missing.\n");
+        }
+        text
+    }
+
+    fn json(&self) -> Value {
+        let mut object: serde_json::Map<String, Value> =
+            self.lines().iter().map(|(name, number)| (name.replace(' ', "_"), json!(number))).collect();
+        object.insert("messages".into(), json!(self.messages));
+        for (name, noted) in [("deleted_first", &self.deleted), ("missing_first", &self.missing)] {
+            let list = noted.first.iter().map(|(sequence, id, received_at)| {
+                json!({ "stream_sequence": sequence, "delivery_id": id, "received_at": show_time(*received_at) })
+            });
+            object.insert(name.into(), list.collect());
+        }
+        Value::Object(object)
+    }
+}
+
+impl Noted {
+    fn note(&mut self, most: usize, one: (u64, String, OffsetDateTime)) {
+        self.count += 1;
+        if self.first.len() < most {
+            self.first.push(one);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_message_counts_once_and_the_lines_add_up() {
+        let known = |fate, stream_sequence| Known { fate, stream_sequence };
+        let stored = || Fate::Stored { severity: "low".into(), title: "T".into() };
+        let ledger = [
+            (1, "a", Some(known(stored(), 1))),
+            (2, "b", None), // acknowledged and not in the ledger
+            (3, "a", Some(known(stored(), 1))),
+            (4, "b", None),
+            (5, "c", Some(known(Fate::Dead, 5))),
+            (6, "d", Some(known(Fate::Discarded, 6))),
+            (7, "e", Some(known(Fate::Deleted, 7))),
+            (8, "f", None), // above the floor
+            (9, "f", None),
+        ];
+        let mut audit = Audit { floor: 7, named: 1, ..Audit::default() };
+        for (sequence, id, known) in &ledger {
+            audit.count(*sequence, (*id).to_owned(), || OffsetDateTime::UNIX_EPOCH, known.as_ref());
+        }
+        let counts = audit.lines().map(|(_, number)| number);
+        assert_eq!(counts, [1, 1, 1, 1, 1, 1, 3]);
+        assert_eq!(counts.iter().sum::<u64>(), audit.messages);
+        assert!(audit.text().contains("worker replay --from-seq 2"), "{}", audit.text());
+        assert_eq!(audit.json()["missing_first"][0]["delivery_id"], "b");
+    }
+}

@@ -1,0 +1,277 @@
+//! The operator's commands: what they have in common.
+//!
+//! They read the same settings as the worker and can run beside any number of them. What they find goes to stdout, how
+//! far they are to stderr.
+//!
+//! | exit code | means |
+//! |---|---|
+//! | 0 | done, and all is well |
+//! | 1 | done, and somebody should look: a delivery is missing, a letter still dead, a server away |
+//! | 2 | could not be done, or not to the end |
+//! | 64 | called or set up wrongly (sysexits.h, `EX_USAGE`) |
+//! | 130 | interrupted by SIGINT or SIGTERM; what was done stays done |
+
+use std::io::Write as _;
+use std::process::ExitCode;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use async_nats::jetstream;
+use backon::{ExponentialBuilder, Retryable as _};
+use clap::{Arg, ArgAction, ArgMatches, Command};
+use shared::ops::Readiness;
+use shared::settings::duration;
+use shared::{shutdown, stream};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use crate::store::{Store, StoreError};
+use crate::{Config, audit, dead_letters, replay, status};
+
+/// How long NATS may take to be there when a command starts.
+const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+/// How long a command waits, all in all, for a database that went away under it.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Connections to the database that a command uses at once.
+const CONNECTIONS: usize = 4;
+
+/// How a command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// All is well.
+    Well,
+    /// It did what it should, and found what somebody should look at.
+    LookAtIt,
+    /// It was asked to stop.
+    Interrupted,
+}
+
+/// Every command, for the parser.
+pub fn all() -> [Command; 4] {
+    [dead_letters::command::command(), replay::command(), audit::command(), status::command()].map(own_first)
+}
+
+/// In `--help`, what a command has of its own comes before the settings.
+fn own_first(command: Command) -> Command {
+    command.mut_args(|arg| arg.display_order(0)).mut_subcommands(own_first)
+}
+
+/// Runs the command that `arguments`, the whole program's, name. None where they name none of these.
+pub async fn execute(arguments: &ArgMatches, config: &Config) -> Option<ExitCode> {
+    let (name, matches) = arguments.subcommand()?;
+    let ended = match name {
+        "dead-letters" => dead_letters::command::run(config, matches).await,
+        "replay" => replay::run(config, matches).await,
+        "audit" => audit::run(config, matches).await,
+        "status" => status::run(config, matches).await,
+        _ => return None,
+    };
+    Some(match ended {
+        Ok(Ending::Well) => ExitCode::SUCCESS,
+        Ok(Ending::LookAtIt) => ExitCode::from(1),
+        Ok(Ending::Interrupted) => ExitCode::from(130),
+        // Whoever read our output has read enough, as `head` does.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nothing is left to be told when even stderr is gone.
+            let _ = writeln!(std::io::stderr(), "worker {name}: {error:#}");
+            ExitCode::from(2)
+        }
+    })
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
+    io.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// JetStream, once NATS answers.
+///
+/// # Errors
+/// Where it does not.
+pub(crate) async fn jetstream(config: &Config) -> anyhow::Result<jetstream::Context> {
+    let client = config.nats.connect("worker", &Readiness::default(), |_| ()).await?;
+    match tokio::time::timeout(CONNECT_WITHIN, client.flush()).await {
+        Ok(flushed) => flushed.context("NATS does not answer; NATS_URL says where it is")?,
+        Err(_) => bail!("NATS does not answer within {CONNECT_WITHIN:?}; NATS_URL says where it is"),
+    }
+    // A client that is dropped reports the connection as lost. This one lasts as long as the process.
+    static CLIENT: OnceLock<async_nats::Client> = OnceLock::new();
+    Ok(stream::jetstream(CLIENT.get_or_init(|| client).clone()))
+}
+
+/// The database, once its tables are what the worker writes to.
+///
+/// # Errors
+/// Where it cannot be reached or does not fit.
+pub(crate) async fn store(config: &Config) -> anyhow::Result<Store> {
+    let store = Store::new(&config.database, CONNECTIONS);
+    store.check().await.with_context(|| format!("the database {}", config.database))?;
+    Ok(store)
+}
+
+/// Attempts something of the database's. A short outage is waited for.
+///
+/// # Errors
+/// The last error, after a minute of waiting.
+pub(crate) async fn patiently<T, F>(attempt: impl FnMut() -> F) -> Result<T, StoreError>
+where
+    F: Future<Output = Result<T, StoreError>>,
+{
+    let backoff = ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(100))
+        .with_max_delay(Duration::from_secs(5))
+        .with_jitter()
+        .without_max_times()
+        .with_total_delay(Some(PATIENCE));
+    let note = |error: &StoreError, _: Duration| tracing::warn!("will try again: {error}");
+    attempt.retry(backoff).when(StoreError::is_outage).notify(note).await
+}
+
+/// A flag of a command.
+pub(crate) fn flag(name: &'static str, help: &'static str) -> Arg {
+    Arg::new(name).long(name).action(ArgAction::SetTrue).help(help)
+}
+
+/// An option of a command that takes a time.
+pub(crate) fn time_option(name: &'static str, help: &'static str) -> Arg {
+    Arg::new(name).long(name).value_name("TIME").value_parser(time).help(help)
+}
+
+/// A time as people write it: RFC 3339, or how long ago.
+pub(crate) fn time(text: &str) -> Result<OffsetDateTime, String> {
+    let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+    let ago = duration(text).ok().filter(|_| !is_number);
+    let ago = ago.and_then(|ago| OffsetDateTime::now_utc().checked_sub(ago.try_into().ok()?));
+    OffsetDateTime::parse(text, &Rfc3339)
+        .ok()
+        .or(ago)
+        .ok_or_else(|| "a time such as 2026-01-31T08:00:00Z, or how long ago, such as 2h or 30d".into())
+}
+
+/// RFC 3339, in UTC, to the second.
+pub(crate) fn show_time(at: OffsetDateTime) -> String {
+    let at = at.to_offset(time::UtcOffset::UTC).replace_nanosecond(0).unwrap_or(at);
+    at.format(&Rfc3339).unwrap_or_else(|_| at.to_string())
+}
+
+/// 1234567 as `1,234,567`.
+pub(crate) fn count(number: u64) -> String {
+    indicatif::HumanCount(number).to_string()
+}
+
+/// Cancelled by the first SIGINT or SIGTERM.
+pub(crate) fn interruption() -> anyhow::Result<tokio_util::sync::CancellationToken> {
+    shutdown::on_signal().context("cannot listen for signals")
+}
+
+/// How far a command is, on stderr: a bar on a terminal, a line now and then anywhere else.
+pub(crate) struct Progress {
+    bar: Option<indicatif::ProgressBar>,
+    total: u64,
+    done: u64,
+    begun: Instant,
+    told: Instant,
+}
+
+impl Progress {
+    /// How often a line is written where there is no terminal.
+    const EVERY: Duration = Duration::from_secs(5);
+
+    pub(crate) fn new(total: u64) -> Progress {
+        use std::io::IsTerminal as _;
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = "{wide_bar} {human_pos} of {human_len}, {per_sec}, {eta} left";
+            let style = indicatif::ProgressStyle::with_template(style);
+            let bar = indicatif::ProgressBar::new(total);
+            bar.set_style(style.unwrap_or_else(|_| indicatif::ProgressStyle::default_bar())); // it is known to be good
+            bar
+        });
+        let now = Instant::now();
+        Progress { bar, total, done: 0, begun: now, told: now }
+    }
+
+    /// So many more are done.
+    pub(crate) fn add(&mut self, more: u64) {
+        self.done += more;
+        match &self.bar {
+            Some(bar) => bar.set_position(self.done),
+            None if self.told.elapsed() >= Self::EVERY => {
+                self.told = Instant::now();
+                let _ = writeln!(std::io::stderr(), "{}", self.line());
+            }
+            None => {}
+        }
+    }
+
+    fn line(&self) -> String {
+        let rate = self.rate();
+        let left = Duration::from_secs_f64((self.total.saturating_sub(self.done)) as f64 / rate.max(1.0));
+        format!(
+            "{} of {}, {}/s, {} left",
+            count(self.done),
+            count(self.total),
+            count(rate as u64),
+            indicatif::HumanDuration(left)
+        )
+    }
+
+    /// A second, since the beginning.
+    fn rate(&self) -> f64 {
+        self.done as f64 / self.begun.elapsed().as_secs_f64().max(0.001)
+    }
+
+    /// `1.2 s, 34,567/s`, for the last line.
+    pub(crate) fn pace(&self) -> String {
+        format!("{:.1} s, {}/s", self.begun.elapsed().as_secs_f64(), count(self.rate() as u64))
+    }
+
+    /// Writes to stdout, beside the bar.
+    ///
+    /// # Errors
+    /// Where nobody reads it.
+    pub(crate) fn print(&self, text: &str) -> std::io::Result<()> {
+        let print = || print(text);
+        self.bar.as_ref().map_or_else(print, |bar| bar.suspend(print))
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Writes to stdout.
+///
+/// # Errors
+/// Where nobody reads it.
+pub(crate) fn print(text: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_read_as_people_write_them() {
+        assert_eq!(time("2026-01-31T08:00:00Z").unwrap().unix_timestamp(), 1_769_846_400);
+        assert_eq!(time("2026-01-31T09:00:00+01:00").unwrap().unix_timestamp(), 1_769_846_400);
+        let ago = OffsetDateTime::now_utc() - time("2h").unwrap();
+        assert!((7_199..=7_201).contains(&ago.whole_seconds()), "{ago}");
+        for bad in ["", "7", "yesterday", "2026-01-31", "99999999999y", "-2h"] {
+            assert!(time(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn commands_are_well_formed() {
+        Command::new("worker").subcommands(all()).debug_assert();
+    }
+}

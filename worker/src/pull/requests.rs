@@ -1,0 +1,163 @@
+//! Asking the consumer for batches: as many messages as there is room for, and only when there is room.
+//!
+//! The client library's own stream asks ahead, and holds messages that nobody works on yet. Here nothing is prefetched:
+//! what was delivered is one batch in the hands of its puller, which can keep it alive, hand it back and bound its
+//! memory. A request is one-shot (`no_wait` with `expires`): the server answers it as soon as there is anything, with
+//! all there is up to the limits. So an idle worker gets one message at once, and one that is behind gets full batches.
+//! (<https://docs.nats.io/reference/reference-protocols/nats_api_reference>, "Fetch From a Consumer")
+
+use std::time::{Duration, Instant};
+
+use async_nats::jetstream::consumer::PullConsumer;
+use async_nats::jetstream::consumer::pull::BatchConfig;
+use async_nats::jetstream::{Context, Message};
+use async_nats::{Client, StatusCode, Subject, Subscriber};
+use futures_util::StreamExt as _;
+use tokio::time::{sleep, timeout};
+
+/// Most bytes of messages in one batch, so that memory stays bounded when bodies are large.
+const BATCH_BYTES: usize = 16 << 20;
+/// How long the server keeps a request when there is nothing to answer it with.
+const EXPIRES: Duration = Duration::from_secs(5);
+/// How much later than that its word may come. A request that got none (its server died, say) is made again.
+const LATE: Duration = Duration::from_secs(2);
+/// A request that was answered with nothing sooner than this was refused for now: others are waiting for the same
+/// few messages, or too many are un-acked.
+const REFUSED: Duration = Duration::from_secs(1);
+/// How long to leave the server alone then.
+const REFUSED_PAUSE: Duration = Duration::from_millis(50);
+
+/// Why a consumer can no longer be asked. Looking at it again, and making it where it is gone, is right for each.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Lost {
+    /// Nobody hears requests: the consumer or its stream is not there, or JetStream is not.
+    #[error("the consumer does not answer")]
+    NoAnswer,
+    /// The server says that it ended.
+    #[error("the server ended it: {0}")]
+    Ended(String),
+    /// The client has gone.
+    #[error("cannot ask for messages: {0}")]
+    Client(String),
+}
+
+/// A puller's requests, one at a time.
+pub(super) struct Requests {
+    consumer: PullConsumer,
+    context: Context,
+    /// Everything that is answered comes here; each request has a subject of its own in it, so that a word on an older
+    /// one is not taken for the present one's.
+    inbox: Subscriber,
+    prefix: String,
+    asked: u64,
+    batch_max: usize,
+    /// What has been delivered and not been returned yet. Here, so that a call of `next` that is dropped loses nothing.
+    arrived: Vec<Message>,
+    /// The next message alone is larger than a batch may be.
+    oversized: bool,
+}
+
+impl Requests {
+    pub(super) async fn open(
+        client: &Client,
+        context: &Context,
+        consumer: PullConsumer,
+        batch_max: usize,
+    ) -> Result<Requests, Lost> {
+        let prefix = client.new_inbox();
+        let inbox = client.subscribe(format!("{prefix}.*")).await.map_err(|error| Lost::Client(error.to_string()))?;
+        let context = context.clone();
+        Ok(Requests { consumer, context, inbox, prefix, asked: 0, batch_max, arrived: vec![], oversized: false })
+    }
+
+    /// Waits for messages, and gives all there are, up to a batch: never none. May be dropped at any time.
+    pub(super) async fn next(&mut self) -> Result<Vec<Message>, Lost> {
+        loop {
+            let asked_at = Instant::now();
+            self.ask().await?;
+            let answered = timeout(EXPIRES + LATE, self.gather()).await;
+            // What came before a loss is worth storing; the loss will be there again.
+            if !self.arrived.is_empty() {
+                return Ok(std::mem::take(&mut self.arrived));
+            }
+            if let Ok(Err(lost)) = answered {
+                return Err(lost);
+            }
+            if asked_at.elapsed() < REFUSED && !self.oversized {
+                sleep(REFUSED_PAUSE).await;
+            }
+        }
+    }
+
+    /// Asks no more; gives what was delivered in the meantime.
+    pub(super) async fn close(mut self) -> Vec<Message> {
+        if self.inbox.drain().await.is_ok() {
+            // The inbox ends when the server has confirmed that nothing more comes.
+            let rest = async {
+                while let Some(message) = self.inbox.next().await {
+                    if message.status.is_none() {
+                        self.arrived.push(Message { message, context: self.context.clone() });
+                    }
+                }
+            };
+            let _ = timeout(Duration::from_secs(1), rest).await;
+        }
+        self.arrived
+    }
+
+    async fn ask(&mut self) -> Result<(), Lost> {
+        self.asked += 1;
+        let oversized = std::mem::take(&mut self.oversized);
+        let request = BatchConfig {
+            batch: if oversized { 1 } else { self.batch_max },
+            max_bytes: if oversized { 0 } else { BATCH_BYTES }, // 0: whatever it has
+            expires: Some(EXPIRES),
+            no_wait: true,
+            ..BatchConfig::default()
+        };
+        let answers = Subject::from(self.subject());
+        self.consumer.request_batch(request, answers).await.map_err(|error| Lost::Client(error.to_string()))
+    }
+
+    fn subject(&self) -> String {
+        format!("{}.{}", self.prefix, self.asked)
+    }
+
+    /// Collects until the present request is answered in full.
+    async fn gather(&mut self) -> Result<(), Lost> {
+        let present = self.subject();
+        while self.arrived.len() < self.batch_max {
+            let message = self.inbox.next().await.ok_or_else(|| Lost::Client("it has stopped".into()))?;
+            let Some(status) = message.status else {
+                self.arrived.push(Message { message, context: self.context.clone() });
+                continue;
+            };
+            if message.subject.as_str() != present {
+                continue;
+            }
+            let words = message.description.as_deref().unwrap_or_default();
+            match status {
+                StatusCode::IDLE_HEARTBEAT => {}
+                // No more messages now, or none for as long as the request may wait.
+                StatusCode::NOT_FOUND | StatusCode::TIMEOUT => return Ok(()),
+                StatusCode::NO_RESPONDERS => return Err(Lost::NoAnswer),
+                StatusCode::REQUEST_TERMINATED => return self.terminated(words),
+                other => return Err(Lost::Ended(format!("{other} {words}"))),
+            }
+        }
+        Ok(())
+    }
+
+    /// 409: what it means stands only in its words (nats-server `consumer.go`).
+    fn terminated(&mut self, words: &str) -> Result<(), Lost> {
+        let said = |what: &str| words.to_ascii_lowercase().contains(what);
+        if said("message size exceeds") {
+            self.oversized = self.arrived.is_empty();
+            Ok(())
+        } else if said("batch completed") || said("maxackpending") || said("maxwaiting") {
+            Ok(())
+        } else {
+            Err(Lost::Ended(words.to_owned()))
+        }
+    }
+}

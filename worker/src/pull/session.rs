@@ -1,0 +1,117 @@
+//! One connection to NATS, from its beginning to its end, and what may be said to the server in it.
+//!
+//! Acks name a message by its sequence. A broker that came back with older files gives sequences out again, so an ack
+//! that was meant for a message of before a reconnect could acknowledge another one, unread. Hence this rule: what was
+//! delivered in a session is acknowledged in it or not at all. What is not acknowledged comes again after the ack
+//! wait; if it was stored, the ledger knows it.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use async_nats::Client;
+use async_nats::connection::State;
+use async_nats::jetstream::{AckKind, Message};
+use futures_util::future::join_all;
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+/// How long the server may take to confirm an ack. One that is not confirmed costs a redelivery, which changes nothing.
+const ACK_WITHIN: Duration = Duration::from_secs(5);
+/// How often a session looks whether its connection is still there.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// The time of one connection, shared by all pullers of a worker.
+pub struct Session {
+    client: Client,
+    /// Which of the client's connections this is, counted from 1.
+    connection: u64,
+    ended: CancellationToken,
+}
+
+impl Session {
+    /// Begins one with the connection that the client has now. Begun before the consumer is looked at, it also covers
+    /// what was found there.
+    pub fn begin(client: &Client) -> Session {
+        Session { client: client.clone(), connection: connections(client), ended: CancellationToken::new() }
+    }
+
+    /// Ends it for everybody.
+    pub fn end(&self) {
+        self.ended.cancel();
+    }
+
+    /// Whether it was ended or its connection is gone.
+    pub fn is_over(&self) -> bool {
+        self.ended.is_cancelled()
+            || self.connection != connections(&self.client)
+            || self.client.connection_state() != State::Connected
+    }
+
+    /// Returns once it is over. It looks, and does not rely on the client's events: those may be dropped when there
+    /// are many, and the count of connections cannot lie.
+    pub async fn over(&self) {
+        while !self.is_over() {
+            let _ = timeout(LOOK_EVERY, self.ended.cancelled()).await;
+        }
+    }
+
+    /// The connection.
+    pub(super) fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Acknowledges messages that are stored, and waits until the server confirms.
+    pub(super) async fn acknowledge(&self, messages: &[Message]) {
+        let unconfirmed = match self.is_over() {
+            true => messages.len(),
+            false => match timeout(ACK_WITHIN, join_all(messages.iter().map(Message::double_ack))).await {
+                Ok(acks) => acks.into_iter().filter(Result::is_err).count(),
+                Err(_) => messages.len(),
+            },
+        };
+        if unconfirmed > 0 {
+            tracing::warn!(
+                unconfirmed,
+                "stored deliveries whose ack was not confirmed; they may come again, which is harmless"
+            );
+        }
+    }
+
+    /// Keeps telling the server that these messages are worked on, so that nobody else gets them. Returns when
+    /// the session is over, and nothing can be told any more.
+    pub(super) async fn keep(&self, messages: &[Message], every: Duration) {
+        let mut ticks = interval(every);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        ticks.tick().await; // the first is at once, and the server has only just delivered them
+        loop {
+            ticks.tick().await;
+            for message in messages {
+                if self.is_over() {
+                    return;
+                }
+                // One that is not told is delivered again after the ack wait.
+                let _ = message.ack_with(AckKind::Progress).await;
+            }
+        }
+    }
+
+    /// Gives messages back to the consumer, for another worker to take at once.
+    pub(super) async fn hand_back(&self, messages: &[Message]) {
+        for message in messages {
+            if self.is_over() {
+                return;
+            }
+            // One that cannot be handed back is delivered again after the ack wait.
+            let _ = message.ack_with(AckKind::Nak(None)).await;
+        }
+    }
+}
+
+/// A moment in which whatever ended a session may pass, so that two sessions never follow in a spin.
+pub async fn pause() {
+    sleep(LOOK_EVERY).await;
+}
+
+fn connections(client: &Client) -> u64 {
+    client.statistics().connects.load(Ordering::Relaxed)
+}

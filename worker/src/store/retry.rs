@@ -1,0 +1,199 @@
+//! `worker dead-letters retry` and `discard`: what becomes of a dead letter, each in one transaction with the ledger.
+
+use async_nats::HeaderMap;
+use async_nats::header::{HeaderName, HeaderValue};
+use bytes::Bytes;
+use deadpool_postgres::Transaction;
+use serde_json::Value;
+use shared::delivery::{Delivery, DeliveryId};
+
+use super::rows::{Claim, Statements};
+use super::{LEDGER, Origin, SETTINGS, Store, StoreError, UNLESS_THERE, begin, within};
+use crate::dead_letters::{self, DeadLetter};
+use crate::read::read;
+
+/// Takes a letter out; two who want the same one take turns, and the second finds none.
+const TAKE: &str = "\
+    DELETE FROM ingest.dead_letters WHERE delivery_id = $1
+    RETURNING stream_sequence, subject, headers::text, body, reason, attempts, failed_at";
+
+/// What [`LEDGER`] does with a delivery that it has as dead.
+const IF_DEAD: &str = "DO UPDATE SET state = EXCLUDED.state, signal_id = EXCLUDED.signal_id,
+        issue_id = EXCLUDED.issue_id, resource = EXCLUDED.resource, severity = EXCLUDED.severity,
+        type = EXCLUDED.type, source_id = EXCLUDED.source_id, received_at = EXCLUDED.received_at, stored_at = now()
+    WHERE deliveries.state = 'dead'";
+
+/// Leaves the tombstone of a discarded letter. An insert, should the ledger have been lost.
+const DISCARD: &str = "\
+    INSERT INTO ingest.deliveries (delivery_id, state, stream_sequence) VALUES ($1, 'discarded', $2)
+    ON CONFLICT (delivery_id) DO UPDATE SET state = 'discarded' WHERE deliveries.state = 'dead'";
+
+/// What became of a dead letter that was tried again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Retried {
+    /// It is stored; the letter is gone.
+    Stored,
+    /// It still cannot be stored, for this reason. The letter has it, one attempt more and the time of it.
+    StillDead(String),
+    /// The ledger has it as stored or discarded: the letter was left over, and is gone now.
+    Settled,
+    /// There is no such letter.
+    NotThere,
+}
+
+impl Store {
+    /// Tries a dead letter again, with today's reading of it.
+    ///
+    /// # Errors
+    /// [`StoreError::Outage`]; nothing was changed then.
+    pub async fn retry(&self, delivery_id: &str) -> Result<Retried, StoreError> {
+        let mut client = self.client().await?;
+        let if_dead = LEDGER.replace("DO NOTHING", IF_DEAD);
+        let statements = Statements {
+            ledger: within(client.prepare_cached(&if_dead)).await?,
+            ..Statements::prepare(&client, UNLESS_THERE).await?
+        };
+        let mut tx = begin(&mut client).await?;
+        within(tx.batch_execute(SETTINGS)).await?;
+        // What would be refused at COMMIT has to be refused while its savepoint is open.
+        within(tx.batch_execute("SET CONSTRAINTS ALL IMMEDIATE")).await?;
+        let Some(letter) = take(&tx, delivery_id).await? else { return Ok(Retried::NotThere) };
+        let attempts = letter.origin.attempts + 1;
+        let read = tokio::task::spawn_blocking(move || read_again(letter)).await.expect("reading does not panic");
+        let mut dead = match read {
+            Ok(record) => {
+                let savepoint = within(tx.savepoint("delivery")).await?;
+                let stored = async {
+                    let claimed = statements.claim(&savepoint, vec![Claim::stored(&record)]).await?;
+                    if !claimed.is_empty() {
+                        statements.insert(&savepoint, &[&record]).await?;
+                    }
+                    Ok(!claimed.is_empty())
+                };
+                match stored.await {
+                    Ok(claimed) => {
+                        within(savepoint.commit()).await?;
+                        within(tx.commit()).await?;
+                        return Ok(if claimed { Retried::Stored } else { Retried::Settled });
+                    }
+                    Err(StoreError::Refused(reason)) => {
+                        within(savepoint.rollback()).await?;
+                        DeadLetter::of(&record, reason)
+                    }
+                    Err(outage @ StoreError::Outage(_)) => return Err(outage),
+                }
+            }
+            Err(dead) => *dead,
+        };
+        dead.origin.attempts = attempts;
+        dead_letters::bury(&tx, &[&dead]).await?;
+        within(tx.commit()).await?;
+        Ok(Retried::StillDead(dead.reason))
+    }
+
+    /// Gives a dead letter up: the letter goes, the ledger keeps the id as `discarded`, so that neither a redelivery
+    /// nor a replay brings it back. False where there is no such letter.
+    ///
+    /// # Errors
+    /// [`StoreError::Outage`]; nothing was changed then.
+    pub async fn discard(&self, delivery_id: &str) -> Result<bool, StoreError> {
+        let mut client = self.client().await?;
+        let tx = begin(&mut client).await?;
+        within(tx.batch_execute(SETTINGS)).await?;
+        let sql = "DELETE FROM ingest.dead_letters WHERE delivery_id = $1 RETURNING stream_sequence";
+        let Some(row) = within(tx.query_opt(sql, &[&delivery_id])).await? else { return Ok(false) };
+        let sequence: i64 = row.try_get(0).map_err(|err| StoreError::from_sql(&err))?;
+        within(tx.execute(DISCARD, &[&delivery_id, &sequence])).await?;
+        within(tx.commit()).await?;
+        Ok(true)
+    }
+}
+
+async fn take(tx: &Transaction<'_>, delivery_id: &str) -> Result<Option<DeadLetter>, StoreError> {
+    let Some(row) = within(tx.query_opt(TAKE, &[&delivery_id])).await? else { return Ok(None) };
+    let letter = || {
+        let sequence: i64 = row.try_get(0)?;
+        let attempts: i32 = row.try_get(5)?;
+        Ok(DeadLetter {
+            delivery_id: delivery_id.to_owned(),
+            stream_sequence: sequence.unsigned_abs(),
+            origin: Origin {
+                subject: row.try_get(1)?,
+                headers: headers(row.try_get(2)?),
+                body: Bytes::from(row.try_get::<_, Vec<u8>>(3)?),
+                attempts: i64::from(attempts),
+            },
+            reason: row.try_get(4)?,
+            failed_at: row.try_get(6)?,
+        })
+    };
+    letter().map(Some).map_err(|err: tokio_postgres::Error| StoreError::from_sql(&err))
+}
+
+/// The letter's message, read as if it came now. What a foreign message lacks, the time, is that of its failure.
+fn read_again(letter: DeadLetter) -> Result<super::Record, Box<DeadLetter>> {
+    let Origin { subject, headers, body, .. } = &letter.origin;
+    let message = async_nats::Message {
+        subject: subject.as_str().into(),
+        reply: None,
+        payload: body.clone(),
+        headers: Some(headers.clone()),
+        status: None,
+        description: None,
+        length: body.len(),
+    };
+    let mut delivery = Delivery::from_message(&message, letter.stream_sequence, letter.failed_at);
+    if let Some(id) = DeliveryId::parse(&letter.delivery_id) {
+        delivery.id = id; // the ledger's, whatever the headers say
+    }
+    read(&delivery, letter.stream_sequence, letter.origin)
+}
+
+/// Back from what [`dead_letters`] made of them. What can be no header any more is left out.
+fn headers(json: &str) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    let Ok(Value::Object(members)) = serde_json::from_str(json) else { return headers };
+    for (name, values) in &members {
+        let values = values.as_array().into_iter().flatten().filter_map(Value::as_str);
+        for value in values.filter_map(|value| value.parse::<HeaderValue>().ok()) {
+            if let Ok(name) = name.parse::<HeaderName>() {
+                headers.append(name, value);
+            }
+        }
+    }
+    headers
+}
+
+#[cfg(test)]
+mod tests {
+    use time::OffsetDateTime;
+
+    use super::*;
+
+    #[test]
+    fn headers_come_back_as_they_went() {
+        let read = headers(r#"{"Delivery-Id":["a","b"],"X":["\"c\""],"bad name\n":["x"],"Y":["a\r\nb"],"Z":1}"#);
+        let values = |name: &str| read.get_all(name).map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!((values("Delivery-Id"), values("X")), (vec!["a".into(), "b".into()], vec!["\"c\"".to_owned()]));
+        assert_eq!(read.len(), 2);
+        assert!(headers("[]").is_empty());
+    }
+
+    #[test]
+    fn a_letter_is_read_under_the_id_that_the_ledger_has() {
+        let origin = Origin { subject: "signals.sentry.error".into(), body: "{}".into(), ..Origin::default() };
+        let letter = DeadLetter {
+            delivery_id: "abc".into(),
+            stream_sequence: 7,
+            origin,
+            reason: String::new(),
+            failed_at: OffsetDateTime::UNIX_EPOCH,
+        };
+        let record = read_again(letter).unwrap();
+        assert_eq!(
+            (record.delivery_id.as_str(), record.stream_sequence, record.resource.as_str()),
+            ("abc", 7, "error")
+        );
+        assert_eq!(record.received_at, OffsetDateTime::UNIX_EPOCH);
+    }
+}

@@ -1,0 +1,79 @@
+//! `worker replay --dry-run`: would PostgreSQL take these rows?
+//!
+//! They are written to temporary tables of this session, by the statements that would write them to Loop's, in a
+//! transaction that is rolled back. Types, enum labels, NOT NULL, CHECK constraints and generated columns are those of
+//! Loop's tables. No default is evaluated, so no number is drawn. Workers never wait for it: it holds nothing of
+//! Loop's tables but ACCESS SHARE, which a SELECT takes as well, and that no longer than one batch.
+//!
+//! Not tried, because only the real tables could tell: triggers, foreign keys and unique indexes that somebody added.
+
+use super::rows::Statements;
+use super::{Dead, ISSUES, LEDGER, Record, SETTINGS, SIGNALS, Store, StoreError, begin, within};
+
+/// Columns that these statements do not write get NULL here, whatever their default would be.
+const TABLES: &str = "\
+    CREATE TEMPORARY TABLE issues (LIKE public.issues INCLUDING CONSTRAINTS INCLUDING GENERATED) ON COMMIT DROP;
+    CREATE TEMPORARY TABLE signals (LIKE public.signals INCLUDING CONSTRAINTS INCLUDING GENERATED) ON COMMIT DROP;
+    CREATE INDEX ON pg_temp.issues (id);
+    DO $$
+    DECLARE
+        unwritten record;
+    BEGIN
+        FOR unwritten IN
+            SELECT attrelid::regclass AS its_table, attname FROM pg_catalog.pg_attribute
+            WHERE attrelid IN ('pg_temp.issues'::regclass, 'pg_temp.signals'::regclass)
+              AND attnum > 0 AND attnotnull AND NOT attisdropped AND attgenerated = ''
+              AND attname NOT IN ('id', 'title', 'type', 'status', 'priority', 'created_at', 'updated_at',
+                                  'source', 'severity', 'payload', 'issue_id')
+        LOOP
+            EXECUTE format('ALTER TABLE %s ALTER COLUMN %I DROP NOT NULL', unwritten.its_table, unwritten.attname);
+        END LOOP;
+    END $$";
+
+impl Store {
+    /// Which of these rows PostgreSQL would refuse, and why. Changes nothing.
+    ///
+    /// # Errors
+    /// [`StoreError::Outage`]; also where the role may make no temporary tables.
+    pub async fn try_out(&self, records: &[&Record]) -> Result<Vec<Dead>, StoreError> {
+        if records.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut client = self.client().await?;
+        let mut tx = begin(&mut client).await?;
+        within(tx.batch_execute(SETTINGS)).await?;
+        within(tx.batch_execute(TABLES)).await?;
+        let statements = Statements {
+            ledger: within(tx.prepare(LEDGER)).await?,
+            issues: within(tx.prepare(&ISSUES.replace("public.issues", "pg_temp.issues"))).await?,
+            signals: within(tx.prepare(
+                &SIGNALS.replace("public.signals", "pg_temp.signals").replace("public.issues", "pg_temp.issues"),
+            ))
+            .await?,
+        };
+        let mut refused = Vec::new();
+        let savepoint = within(tx.savepoint("together")).await?;
+        let together = statements.insert(&savepoint, records).await;
+        within(savepoint.rollback()).await?;
+        match together {
+            Ok(()) => {}
+            Err(StoreError::Refused(_)) => {
+                for record in records {
+                    let savepoint = within(tx.savepoint("delivery")).await?;
+                    let alone = statements.insert(&savepoint, &[record]).await;
+                    within(savepoint.rollback()).await?;
+                    match alone {
+                        Ok(()) => {}
+                        Err(StoreError::Refused(reason)) => {
+                            refused.push(Dead { delivery_id: record.delivery_id.clone(), reason });
+                        }
+                        Err(outage @ StoreError::Outage(_)) => return Err(outage),
+                    }
+                }
+            }
+            Err(outage @ StoreError::Outage(_)) => return Err(outage),
+        }
+        within(tx.rollback()).await?;
+        Ok(refused)
+    }
+}
