@@ -3,141 +3,14 @@
 //! Each drill has a short form, run by the suite. `DRILLS=long` makes each the size that its promise speaks of:
 //! `DRILLS=long cargo test --release -p tests --test promises journal:: -- --test-threads 1`.
 
-use std::collections::HashSet;
-use std::path::Path;
-use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull};
 use futures_util::StreamExt as _;
-use tokio::task::JoinHandle;
-use world::{Connection, Post, Setup, World, eventually};
+use world::{Connection, Post, eventually};
 
+use crate::load::{Load, copy, exactly_once, percentile, post, repeats, size, watchful};
 use crate::{fixture, setup};
-
-/// The short form's number, or the long one's.
-fn size(short: usize, long: usize) -> usize {
-    if std::env::var("DRILLS").is_ok_and(|form| form == "long") { long } else { short }
-}
-
-/// A world in which what has no receipt is looked after soon.
-fn watchful() -> Setup {
-    setup().gateway("GATEWAY_CONFIRM_AFTER", "1s")
-}
-
-/// Senders that post one delivery after the other, until they are told to stop, and remember every 202.
-struct Load {
-    stop: Arc<AtomicBool>,
-    senders: Vec<JoinHandle<Sent>>,
-}
-
-/// What senders saw.
-#[derive(Default)]
-struct Sent {
-    accepted: Vec<String>,
-    refused: usize,
-    /// Connections that broke, or could not be made.
-    broken: usize,
-    took: Vec<Duration>,
-}
-
-impl Load {
-    fn start(world: &World, senders: usize) -> Self {
-        let stop = Arc::<AtomicBool>::default();
-        let sender = |_| tokio::spawn(send_until(world.port(), stop.clone()));
-        Load { senders: (0..senders).map(sender).collect(), stop }
-    }
-
-    async fn stop(self) -> Sent {
-        self.stop.store(true, Ordering::Relaxed);
-        let mut all = Sent::default();
-        for sender in self.senders {
-            let sent = sender.await.unwrap();
-            all.accepted.extend(sent.accepted);
-            all.took.extend(sent.took);
-            all.refused += sent.refused;
-            all.broken += sent.broken;
-        }
-        all
-    }
-}
-
-async fn send_until(port: u16, stop: Arc<AtomicBool>) -> Sent {
-    let mut sent = Sent::default();
-    let mut connection = None;
-    while !stop.load(Ordering::Relaxed) {
-        let mut open = match connection.take() {
-            Some(open) => open,
-            None => match Connection::open(port).await {
-                Ok(open) => open,
-                Err(_) => {
-                    sent.broken += 1;
-                    tokio::time::sleep(Duration::from_millis(5)).await; // the gateway is being started
-                    continue;
-                }
-            },
-        };
-        let begin = Instant::now();
-        match open.send(&Post::signed(fixture!("issue_created"))).await {
-            Ok(answer) if answer.status == 202 => {
-                sent.took.push(begin.elapsed());
-                sent.accepted.push(answer.accepted());
-                connection = Some(open);
-            }
-            Ok(_) => {
-                sent.refused += 1;
-                connection = Some(open);
-            }
-            Err(_) => sent.broken += 1,
-        }
-    }
-    sent
-}
-
-/// Posts that many deliveries; each must be taken.
-async fn post(world: &World, count: usize) -> Vec<String> {
-    let mut connection = Connection::open(world.port()).await.unwrap();
-    let mut ids = Vec::new();
-    for _ in 0..count {
-        ids.push(connection.send(&Post::signed(fixture!("issue_created"))).await.unwrap().accepted());
-    }
-    ids
-}
-
-/// Waits until each of these is one signal and one issue, the gateway knows of it, and nothing is stored that nobody sent
-/// (what was on disk and not answered when the gateway was killed may be there, too: `unanswered` at most).
-async fn exactly_once(world: &World, accepted: &[String], unanswered: usize) {
-    world.until_confirmed().await;
-    let rows = world.query("SELECT l.delivery_id FROM ingest.deliveries l WHERE l.state = 'stored'", &[]).await;
-    let stored: HashSet<String> = rows.iter().map(|row| row.get(0)).collect();
-    let missing: Vec<_> = accepted.iter().filter(|id| !stored.contains(*id)).collect();
-    assert!(missing.is_empty(), "{} of {} are missing: {missing:?}", missing.len(), accepted.len());
-    let extra = stored.len() - accepted.iter().collect::<HashSet<_>>().len();
-    assert!(extra <= unanswered, "{extra} deliveries are stored that nobody was answered");
-    let sql = "SELECT (SELECT count(*) FROM signals), (SELECT count(*) FROM issues), (SELECT count(*) FROM ingest.deliveries)";
-    let row = &world.query(sql, &[]).await[0];
-    let all = i64::try_from(stored.len()).unwrap();
-    assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1), row.get::<_, i64>(2)), (all, all, all), "each once");
-}
-
-fn percentile(took: &mut [Duration], percent: usize) -> Duration {
-    took.sort();
-    took[(took.len() - 1) * percent / 100]
-}
-
-/// How often the gateway published again, by cause.
-async fn repeats(world: &World) -> f64 {
-    let text = String::from_utf8(world.gateway.ops("/metrics").await.body.to_vec()).unwrap();
-    let lines = text.lines().filter(|line| line.starts_with("gateway_repeats_total{"));
-    lines.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
-}
-
-fn copy(from: &Path, to: &Path) {
-    let _ = std::fs::remove_dir_all(to);
-    assert!(Command::new("cp").arg("-a").args([from, to]).status().unwrap().success());
-}
 
 #[tokio::test]
 async fn nats_killed_under_load_and_away_changes_nothing_for_the_sender() {
@@ -161,21 +34,27 @@ async fn nats_killed_under_load_and_away_changes_nothing_for_the_sender() {
 
 #[tokio::test]
 async fn a_gateway_killed_again_and_again_loses_and_doubles_nothing() {
-    let mut world = watchful().start().await;
+    // Small segments: a start after a crash reads the last one to its end, which takes a debug build seconds.
+    let mut world = watchful().gateway("GATEWAY_JOURNAL_MAX_BYTES", "128MiB").start().await;
     for nats in [true, false] {
         if !nats {
             world.nats.kill().await;
         }
         let load = Load::start(&world, 8);
         let mut random = 1_u64;
-        for _ in 0..size(5, 50) {
+        for round in 0..size(6, 50) {
             // At a moment of no meaning: somewhere in the next tenth of a second or two.
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             tokio::time::sleep(Duration::from_millis((random >> 33) % 200)).await;
             world.gateway.kill().await;
             world.gateway.start_again();
+            // Every other time it may die before it has read its journal.
             let listens = || async { Connection::open(world.port()).await.ok().map(|_| ()) };
             eventually("the gateway to listen again", listens).await;
+            if round % 2 == 0 {
+                let answers = || async { Post::get("/").try_send(world.port()).await.ok() };
+                eventually("the gateway to answer again", answers).await;
+            }
         }
         let sent = load.stop().await;
         if !nats {

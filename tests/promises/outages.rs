@@ -1,7 +1,8 @@
 //! What starts before what it needs waits for it; what loses it waits again.
 
-use world::{Post, Setup, World, eventually};
+use world::{Post, World, eventually};
 
+use crate::load::watchful;
 use crate::{fixture, setup};
 
 async fn state(world: &World, program: usize, check: &str) -> Option<bool> {
@@ -33,13 +34,9 @@ async fn both_programs_start_without_nats_and_postgresql_and_wait() {
     }
 }
 
-/// A receipt that is sent before the gateway hears again is lost; here nobody waits five minutes for what follows.
-fn watchful() -> Setup {
-    setup().gateway("GATEWAY_CONFIRM_AFTER", "1s")
-}
-
 #[tokio::test]
 async fn nats_away_changes_nothing_for_the_sender() {
+    // Watchful: a receipt that is sent before the gateway hears again is lost, and nobody here waits for five minutes.
     let mut world = watchful().start().await;
     let mut ids = vec![world.post(fixture!("issue_created")).await.accepted()];
     world.nats.kill().await;

@@ -34,6 +34,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub struct World {
     /// The broker.
     pub nats: NatsServer,
+    /// The other servers of the broker, where it is a cluster.
+    pub other_nats: Vec<NatsServer>,
     /// The gateway.
     pub gateway: Program,
     /// The workers.

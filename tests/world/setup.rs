@@ -31,6 +31,8 @@ pub struct Setup {
     servers_later: bool,
     sql: String,
     nats: NatsOptions,
+    cluster: bool,
+    gateway_under: &'static [&'static str],
 }
 
 impl Setup {
@@ -46,6 +48,8 @@ impl Setup {
             servers_later: false,
             sql: String::new(),
             nats: NatsOptions::new(PathBuf::new()),
+            cluster: false,
+            gateway_under: &[],
         }
     }
 
@@ -99,6 +103,20 @@ impl Setup {
         self
     }
 
+    /// With a broker of three servers, which the gateway and the workers know all, and three replicas of the stream.
+    #[must_use]
+    pub fn cluster(mut self) -> Self {
+        self.cluster = true;
+        self.gateway("NATS_REPLICAS", "3").worker("NATS_REPLICAS", "3")
+    }
+
+    /// With the gateway started by this command, which gets the program as its last argument and must become it (exec).
+    #[must_use]
+    pub fn gateway_under(mut self, command: &'static [&'static str]) -> Self {
+        self.gateway_under = command;
+        self
+    }
+
     /// Starts everything, and waits until gateway and workers are ready.
     pub async fn start(self) -> World {
         let world = self.launch().await;
@@ -114,13 +132,16 @@ impl Setup {
         let programs = programs();
         let scratch = Scratch::new("world").unwrap();
         self.nats.dir = scratch.path().join("nats");
-        let nats = NatsServer::start(programs, self.nats.clone()).await.unwrap();
+        let (nats, other_nats) = match self.cluster {
+            true => self.start_cluster(programs, scratch.path()).await,
+            false => (NatsServer::start(programs, self.nats.clone()).await.unwrap(), vec![]),
+        };
         let (postgres, database_url) = self.database(programs, scratch.path()).await;
         if self.servers_later {
             nats.stop().await.unwrap();
             postgres.as_ref().expect("asked for above").stop().await.unwrap();
         }
-        let nats_url = nats.url();
+        let nats_url = std::iter::once(&nats).chain(&other_nats).map(NatsServer::url).collect::<Vec<_>>().join(",");
         let gateway = self.gateway_maker(scratch.path().to_owned(), nats_url.clone());
         let worker = |number: usize| {
             let ops_port = ports::free().unwrap();
@@ -133,7 +154,7 @@ impl Setup {
             start(
                 scratch.path(),
                 &name,
-                self.binaries.worker,
+                &[self.binaries.worker],
                 [environment(own), self.worker.clone()].concat(),
                 (0, ops_port),
             )
@@ -141,8 +162,18 @@ impl Setup {
         let workers = (0..self.workers).map(worker).collect();
         let command = self.worker_command(&nats_url, &database_url);
         let (gateway, start_gateway) = (gateway(), Box::new(gateway));
-        let mut world =
-            World { nats, gateway, workers, command, sql: None, database_url, postgres, start_gateway, scratch };
+        let mut world = World {
+            nats,
+            other_nats,
+            gateway,
+            workers,
+            command,
+            sql: None,
+            database_url,
+            postgres,
+            start_gateway,
+            scratch,
+        };
         if !self.servers_later {
             world.connect_sql().await;
         }
@@ -151,7 +182,7 @@ impl Setup {
 
     /// Starts gateways, each with ports and a journal of its own.
     fn gateway_maker(&self, folder: PathBuf, nats_url: String) -> impl Fn() -> Program + Send + Sync + use<> {
-        let (binary, settings) = (self.binaries.gateway, self.gateway.clone());
+        let (command, settings) = ([self.gateway_under, &[self.binaries.gateway]].concat(), self.gateway.clone());
         let count = AtomicUsize::new(0);
         move || {
             let name = format!("gateway-{}", count.fetch_add(1, Ordering::Relaxed));
@@ -163,8 +194,27 @@ impl Setup {
                 ("GATEWAY_OPS_LISTEN", format!("127.0.0.1:{}", ports.1)),
                 ("GATEWAY_JOURNAL_DIR", folder.join(&name).display().to_string()),
             ];
-            start(&folder, &name, binary, [environment(own), settings.clone()].concat(), ports)
+            start(&folder, &name, &command, [environment(own), settings.clone()].concat(), ports)
         }
+    }
+
+    /// Three servers that know each other. <https://docs.nats.io/running-a-nats-service/configuration/clustering>
+    async fn start_cluster(&self, programs: &Programs, folder: &Path) -> (NatsServer, Vec<NatsServer>) {
+        let ports = [(); 3].map(|()| ports::free().unwrap());
+        let routes = ports.map(|port| format!("\"nats://127.0.0.1:{port}\"")).join(", ");
+        let member = |port: u16| {
+            let mut options = self.nats.clone();
+            options.dir = folder.join(format!("nats-{port}"));
+            options.extra.push_str(&format!(
+                "\nserver_name: n{port}\ncluster {{ name: world, listen: \"127.0.0.1:{port}\", routes: [{routes}] }}"
+            ));
+            NatsServer::launch(programs, options).unwrap()
+        };
+        let [first, second, third] = ports.map(member); // none is ready before the others are there
+        for server in [&first, &second, &third] {
+            server.ready().await.unwrap();
+        }
+        (first, vec![second, third])
     }
 
     async fn database(&self, programs: &Programs, folder: &Path) -> (Option<Postgres>, String) {
@@ -205,12 +255,14 @@ fn environment<const N: usize>(own: [(&str, String); N]) -> Vec<(String, String)
 fn start(
     folder: &Path,
     name: &str,
-    binary: &'static str,
+    command: &[&'static str],
     settings: Vec<(String, String)>,
     ports: (u16, u16),
 ) -> Program {
+    let words = command.to_vec();
     let command = move || {
-        let mut command = Command::new(binary);
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]);
         // Nothing of the machine's own environment decides what a test finds.
         command.env_clear().envs(settings.iter().map(|(variable, value)| (variable, value)));
         command

@@ -47,6 +47,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let ops = TcpListener::bind(config.ops_listen).await.with_context(problem)?;
     tracing::info!(ops = %ops.local_addr()?, "listening");
     let readiness = Readiness::default();
+    for check in ["database", "consumer"] {
+        readiness.set(check, Err("not looked at yet".into()));
+    }
     let ops_shutdown = CancellationToken::new();
     let ops = tokio::spawn(ops::serve(ops, readiness.clone(), Registry::default(), ops_shutdown.clone()));
 
@@ -87,7 +90,6 @@ async fn work(
     readiness: &Readiness,
     shutdown: &CancellationToken,
 ) {
-    readiness.set("consumer", Err("waits for the database".into()));
     let prepared = shutdown.run_until_cancelled(until_ready("database", readiness, || prepare(config, store)));
     if prepared.await.is_none() {
         return;

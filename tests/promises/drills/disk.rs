@@ -1,0 +1,139 @@
+//! Disks that are slow, that fail, that are full.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use world::{Answer, Setup, World, eventually};
+
+use super::faults::Faults;
+use super::skipped;
+use crate::load::{Load, exactly_once, percentile, size, watchful};
+
+#[tokio::test]
+async fn a_slow_disk_delays_and_refuses_nothing() {
+    let world = watchful().start().await;
+    let mut accepted = Vec::new();
+    for delay in [0, 10, 500].map(Duration::from_millis) {
+        let fault = format!("fdatasync:delay_enter={}", delay.as_micros());
+        let Some(faults) = Faults::begin("a_slow_disk_delays_and_refuses_nothing", &world, &fault).await else {
+            return;
+        };
+        let load = Load::start(&world, 32);
+        tokio::time::sleep(Duration::from_millis(size(2000, 20_000) as u64)).await; // how long the load lasts
+        let mut sent = load.stop().await;
+        faults.end().await;
+        assert_eq!((sent.refused, sent.broken), (0, 0), "every request is a 202");
+        let (median, p99) = (percentile(&mut sent.took, 50), percentile(&mut sent.took, 99));
+        println!("each sync {delay:?} slower: {} answered, median {median:?}, p99 {p99:?}", sent.accepted.len());
+        assert!(sent.took[0] >= delay, "an answer was there before the sync was over: {:?}", sent.took[0]);
+        accepted.extend(sent.accepted);
+    }
+    exactly_once(&world, &accepted, 0).await;
+}
+
+#[tokio::test]
+async fn a_disk_that_fails_refuses_what_is_not_on_it_and_takes_deliveries_again_by_itself() {
+    const DRILL: &str = "a_disk_that_fails_refuses_what_is_not_on_it_and_takes_deliveries_again_by_itself";
+    let mut world = watchful().start().await;
+    let (mut accepted, mut refused) = (Vec::new(), 0);
+    let now_and_then = ["fdatasync:error=EIO:when=3+4", "writev:error=EIO:when=3+4"];
+    let for_a_while = ["fdatasync:error=EIO", "writev:error=EIO", "fdatasync,fsync,writev,fallocate:error=ENOSPC"];
+    for fault in now_and_then.into_iter().chain(for_a_while) {
+        let load = Load::start(&world, 8);
+        let Some(faults) = Faults::begin(DRILL, &world, fault).await else { return };
+        if for_a_while.contains(&fault) {
+            until_not_ready(&world).await;
+        }
+        tokio::time::sleep(Duration::from_millis(size(1000, 5000) as u64)).await; // how long it lasts
+        let failures = faults.end().await;
+        world.gateway.ready().await;
+        let well = Instant::now();
+        world.post(body(1000)).await.accepted();
+        let sent = load.stop().await;
+        println!(
+            "{fault}: {failures} faults, {} accepted, {} refused, well again {:?} after",
+            sent.accepted.len(),
+            sent.refused,
+            well.elapsed()
+        );
+        assert!(failures > 0 && sent.refused > 0, "the drill was one");
+        assert_eq!(sent.broken, 0);
+        accepted.extend(sent.accepted);
+        refused += sent.refused;
+    }
+    exactly_once(&world, &accepted, 5).await; // and the five posts above
+    // What failed may be on the disk all the same; a start that finds it delivers it, and nothing twice.
+    world.gateway.kill().await;
+    world.gateway.start_again();
+    world.gateway.ready().await;
+    exactly_once(&world, &accepted, 5 + refused).await;
+    assert_eq!(world.metric("gateway_journal_damaged_files").await, 0.0);
+    assert_eq!(world.metric("gateway_journal_damaged_records_total").await, 0.0);
+}
+
+#[tokio::test]
+async fn a_disk_of_64_mb_that_fills_up_refuses_loses_nothing_and_heals() {
+    let Some(setup) = on_a_disk_of_64_mb(watchful()) else {
+        skipped("a_disk_of_64_mb_that_fills_up_refuses_loses_nothing_and_heals", "this process may not mount a tmpfs");
+        return;
+    };
+    let mut world = setup.start().await;
+    world.nats.kill().await;
+    // Somebody else's file takes most of what the first segment leaves, and goes.
+    let ballast = world.folder().join("gateway-0/ballast");
+    let ballast = format!("/proc/{}/root{}", world.gateway.process().pid(), ballast.display());
+    std::fs::write(&ballast, vec![1; 24 << 20]).unwrap();
+    let mut accepted = fill(&world).await;
+    let half = accepted.len();
+    std::fs::remove_file(&ballast).unwrap();
+    world.gateway.ready().await;
+    accepted.extend(fill(&world).await);
+    println!("{half} deliveries of 100 kB beside the other file, {} without", accepted.len());
+    assert!(half > 200 && accepted.len() > half + half / 3, "the disk is used: {half}, then {}", accepted.len());
+    world.nats.start_again().await.unwrap();
+    // Room is made by what is in the stream, before anything is confirmed.
+    let room = || async { Some(world.post(body(100)).await).filter(|answer| answer.status == 202) };
+    accepted.push(eventually("room on the disk", room).await.accepted());
+    world.gateway.ready().await;
+    exactly_once(&world, &accepted, 0).await;
+}
+
+/// Posts until the disk is full. Gives what was accepted.
+async fn fill(world: &World) -> Vec<String> {
+    let mut accepted = Vec::new();
+    let refused: Answer = loop {
+        let answer = world.post(body(100_000)).await;
+        if answer.status != 202 {
+            break answer;
+        }
+        accepted.push(answer.accepted());
+        assert!(accepted.len() < 1000, "64 MB are full sooner");
+    };
+    assert_eq!(refused.status, 503);
+    assert!(refused.headers.contains_key("retry-after"));
+    refused.error();
+    until_not_ready(world).await;
+    accepted
+}
+
+fn body(bytes: usize) -> String {
+    format!(r#"{{"data":{{"issue":{{"id":"1","title":"{}"}}}}}}"#, "x".repeat(bytes))
+}
+
+async fn until_not_ready(world: &World) {
+    let not_ready = || async { (world.gateway.ops("/readyz").await.status == 503).then_some(()) };
+    eventually("the gateway to say that it is not ready", not_ready).await;
+}
+
+/// A world whose gateway has its journal on a disk of 64 MB in memory, which nobody else sees and which is gone when it
+/// ends, however it ends: a mount in a namespace of its own (unshare(1)). `None` where that is not allowed.
+fn on_a_disk_of_64_mb(setup: Setup) -> Option<Setup> {
+    const DISK: &str = "mkdir -p \"$GATEWAY_JOURNAL_DIR\" && \
+        mount -t tmpfs -o size=64m drill \"$GATEWAY_JOURNAL_DIR\" && exec \"$0\"";
+    const AS_ROOT: &[&str] = &["unshare", "--mount", "/bin/sh", "-c", DISK];
+    const AS_OTHERS: &[&str] = &["unshare", "--map-root-user", "--mount", "/bin/sh", "-c", DISK];
+    let under = if nix::unistd::geteuid().is_root() { AS_ROOT } else { AS_OTHERS };
+    let mut attempt = Command::new(under[0]);
+    let attempt = attempt.args(&under[1..]).arg("/bin/true").env("GATEWAY_JOURNAL_DIR", "/tmp").output();
+    attempt.is_ok_and(|done| done.status.success()).then(|| setup.gateway_under(under))
+}

@@ -1,0 +1,96 @@
+//! A disk that is slow or fails: strace puts faults into the system calls of the thread that writes the journal, for a
+//! while.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use local::process::Process;
+use nix::sys::signal::Signal;
+use world::{World, eventually};
+
+/// The thread's name (<https://man7.org/linux/man-pages/man5/proc_pid_comm.5.html>).
+const THREAD: &str = "journal-writer";
+
+/// What can be done to a file that changes it or makes a change last.
+const CALLS: &str = "fdatasync,fsync,write,writev,pwrite64,pwritev,ftruncate,fallocate";
+
+/// Faults in the system calls of a gateway's journal until [`Faults::end`].
+///
+/// strace is attached to the gateway as it runs, and to that thread alone: the rest of it is neither slowed nor touched. If
+/// strace is killed, the kernel lets go of the thread.
+pub(super) struct Faults {
+    strace: Process,
+    /// Where it writes what it saw.
+    seen: PathBuf,
+}
+
+impl Faults {
+    /// Begins. `fault` is what strace(1) calls an injection, such as `fdatasync:error=EIO`. `None` where this machine does
+    /// not allow it.
+    pub(super) async fn begin(drill: &str, world: &World, fault: &str) -> Option<Self> {
+        if Command::new("strace").arg("-V").output().is_err() {
+            super::skipped(drill, "there is no `strace` on PATH");
+            return None;
+        }
+        let tag = uuid::Uuid::new_v4().simple().to_string();
+        let (seen, log) =
+            (world.folder().join(format!("seen-{tag}")), world.folder().join(format!("strace-{tag}.log")));
+        let mut command = Command::new("strace");
+        command.args(["-y", "-s", "0", "-o"]).arg(&seen); // paths beside descriptors, and no data
+        command.args(["-e", &format!("trace={CALLS}"), "-e", &format!("inject={fault}")]);
+        command.args(["-p", &thread(world.gateway.process().pid())]);
+        let strace = Process::spawn("strace", command, &log, Signal::SIGTERM).unwrap();
+        let attached = || async {
+            let ended = !strace.is_alive();
+            let said = fs::read_to_string(&log).unwrap();
+            if ended {
+                assert!(said.contains("not permitted") || said.contains("denied"), "{said}");
+                return Some(false);
+            }
+            said.contains(" attached").then_some(true)
+        };
+        if eventually("strace to be attached", attached).await {
+            return Some(Faults { strace, seen });
+        }
+        super::skipped(drill, "this process may not trace another");
+        None
+    }
+
+    /// Ends the faults. Gives how many there were, and has seen to it that no file was written or synced after its first.
+    pub(super) async fn end(self) -> usize {
+        self.strace.end(Signal::SIGTERM, Duration::from_secs(10)).await.unwrap();
+        never_again(&fs::read_to_string(self.seen).unwrap())
+    }
+}
+
+/// How many calls on segments failed in a trace. After a failed sync the kernel may call the next one a success
+/// although the pages are gone, so there must be none.
+fn never_again(trace: &str) -> usize {
+    let mut failed = HashSet::new();
+    let mut failures = 0;
+    for line in trace.lines() {
+        // `fdatasync(12</tmp/x/000000000003.journal>) = -1 EIO (Input/output error) (INJECTED)`
+        let Some((_, rest)) = line.split_once('<') else { continue };
+        let Some((path, _)) = rest.split_once('>') else { continue };
+        if !path.contains(".journal") {
+            continue;
+        }
+        assert!(!failed.contains(path), "a segment that had failed was used again: {line}");
+        if line.contains(" = -1 ") && line.ends_with("(INJECTED)") {
+            failed.insert(path.to_owned());
+            failures += 1;
+        }
+    }
+    failures
+}
+
+/// The thread's number in this process.
+fn thread(pid: u32) -> String {
+    let mut threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|thread| thread.unwrap());
+    let named =
+        |thread: &fs::DirEntry| fs::read_to_string(thread.path().join("comm")).is_ok_and(|name| name.trim() == THREAD);
+    threads.find(named).unwrap().file_name().into_string().unwrap()
+}
