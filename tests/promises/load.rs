@@ -111,6 +111,7 @@ pub(crate) async fn post(world: &World, count: usize) -> Vec<String> {
 /// (what was on disk and not answered when the gateway was killed may be there, too: `unanswered` at most).
 pub(crate) async fn exactly_once(world: &World, accepted: &[String], unanswered: usize) {
     world.until_confirmed().await;
+    world.all_acknowledged().await; // what a full journal let go of is in the stream, and nobody else waits for it
     let rows = world.query("SELECT l.delivery_id FROM ingest.deliveries l WHERE l.state = 'stored'", &[]).await;
     let stored: HashSet<String> = rows.iter().map(|row| row.get(0)).collect();
     let missing: Vec<_> = accepted.iter().filter(|id| !stored.contains(*id)).collect();
