@@ -108,7 +108,11 @@ impl<'f> Window<'f> {
         let mut at = from;
         loop {
             let bytes = self.bytes(at, CHUNK);
-            let Some(found) = bytes.windows(marker.0.len()).position(|window| window == marker.0) else {
+            let found = match is_zero(bytes) {
+                true => None,
+                false => bytes.windows(marker.0.len()).position(|window| window == marker.0),
+            };
+            let Some(found) = found else {
                 let seen = bytes.len() as u64;
                 if at + seen >= self.length {
                     return None;
@@ -130,13 +134,22 @@ impl<'f> Window<'f> {
         let mut at = end;
         while at < self.length {
             let bytes = self.bytes(at, CHUNK);
-            if let Some(index) = bytes.iter().rposition(|&byte| byte != 0) {
+            if !is_zero(bytes)
+                && let Some(index) = bytes.iter().rposition(|&byte| byte != 0)
+            {
                 last = at + index as u64 + 1;
             }
             at += bytes.len() as u64;
         }
         last - end
     }
+}
+
+/// Whether a chunk holds nothing but zeros. Most of a segment that was not sealed is such, and comparing memory is by far
+/// the quickest look at it.
+fn is_zero(bytes: &[u8]) -> bool {
+    static ZEROS: [u8; CHUNK] = [0; CHUNK];
+    ZEROS.get(..bytes.len()).is_some_and(|zeros| zeros == bytes)
 }
 
 /// Finds every intact record. `payloads` says whether header blocks and bodies are checked, too, or only the records'
