@@ -32,8 +32,9 @@ const ROOM_WITHIN: Duration = Duration::from_millis(500);
 pub struct Bodies {
     limit: usize,
     timeout: Duration,
-    /// Bytes of memory that bodies may still take.
+    /// Bytes of memory that bodies may still take, of `memory` in all.
     budget: Semaphore,
+    memory: usize,
     /// How many of them only bodies up to [`SMALL`] may take.
     reserve: usize,
     /// Bodies being read, the oldest first.
@@ -68,16 +69,23 @@ impl Drop for Reading<'_> {
 impl Bodies {
     /// With these limits.
     pub fn new(limits: &Limits) -> Self {
+        let memory = limits.bytes_in_flight.min(Semaphore::MAX_PERMITS);
         Bodies {
             limit: limits.body_bytes,
             timeout: limits.body_timeout,
-            budget: Semaphore::new(limits.bytes_in_flight.min(Semaphore::MAX_PERMITS)),
+            budget: Semaphore::new(memory),
+            memory,
             // Not so much that the largest body could never be taken, nor more than the semaphore hands out at once beside it.
             reserve: (limits.bytes_in_flight / 4).min(limits.bytes_in_flight - limits.body_bytes).min(1 << 30),
             unfinished: Mutex::default(),
             begun: AtomicU64::new(0),
             left: Notify::new(),
         }
+    }
+
+    /// How many bytes of memory bodies take now.
+    pub fn bytes_in_flight(&self) -> usize {
+        self.memory - self.budget.available_permits()
     }
 
     /// Reads a body, within its limits of size, of time, and of what all bodies together may hold in memory (given back

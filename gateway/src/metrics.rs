@@ -16,6 +16,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::journal::{Journal, SYNC_BUCKETS, State};
+use crate::receive::Gateway;
 use crate::reject::Reject;
 
 /// Why an entry was published again though JetStream had acknowledged it.
@@ -107,6 +108,33 @@ impl Metrics {
     /// An entry is to be published again.
     pub fn repeated(&self, cause: Repeat) {
         self.repeats.get_or_create(&RepeatLabels { cause }).inc();
+    }
+}
+
+/// Has the memory that `gateway`'s bodies take shown.
+pub fn watch_bodies(registry: &mut Registry, gateway: Arc<Gateway>) {
+    registry.register_collector(Box::new(OfBodies(gateway)));
+}
+
+/// What the bodies in flight take at the moment somebody asks.
+struct OfBodies(Arc<Gateway>);
+
+impl std::fmt::Debug for OfBodies {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OfBodies")
+    }
+}
+
+impl Collector for OfBodies {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
+        let gauge = ConstGauge::new(self.0.bytes_in_flight() as f64);
+        let help = "Memory that bodies being received take (at most GATEWAY_MAX_BYTES_IN_FLIGHT)";
+        gauge.encode(encoder.encode_descriptor(
+            "gateway_bodies_in_flight",
+            help,
+            Some(&Unit::Bytes),
+            gauge.metric_type(),
+        )?)
     }
 }
 

@@ -72,6 +72,11 @@ impl Gateway {
         response
     }
 
+    /// How many bytes of memory the bodies of all requests take now.
+    pub fn bytes_in_flight(&self) -> usize {
+        self.bodies.bytes_in_flight()
+    }
+
     /// Counts an answer that was given outside of [`Gateway::handle`].
     pub fn refused(&self, reject: &Reject) {
         self.metrics.answered(Some(reject));
