@@ -10,9 +10,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use tracing::field::{DisplayValue, display};
 use uuid::Uuid;
 
 use crate::receipt::{RECEIPT_TO, ReceiptTo};
+use crate::trace::{TRACEPARENT, TRACESTATE, TraceContext, TraceId};
 
 /// Message header: the [`DeliveryId`].
 pub const DELIVERY_ID: &str = "Delivery-Id";
@@ -134,6 +136,8 @@ pub struct Delivery {
     pub request_id: Option<String>,
     /// Sentry's `Sentry-Hook-Timestamp`, likewise.
     pub hook_timestamp: Option<String>,
+    /// The trace that it belongs to. None where an older gateway took it, or somebody else published it.
+    pub trace: Option<TraceContext>,
     /// The raw request body, byte for byte.
     pub body: Bytes,
 }
@@ -153,8 +157,20 @@ impl Delivery {
             resource: Resource::of(hook_resource.and_then(travelling).as_deref()),
             request_id: request_id.and_then(travelling),
             hook_timestamp: hook_timestamp.and_then(travelling),
+            trace: None,
             body,
         }
+    }
+
+    /// As part of this trace.
+    #[must_use]
+    pub fn in_trace(self, trace: TraceContext) -> Self {
+        Delivery { trace: Some(trace), ..self }
+    }
+
+    /// For the field `trace.id`, which every log line about this delivery has.
+    pub fn trace_id(&self) -> Option<DisplayValue<TraceId>> {
+        self.trace.as_ref().map(|trace| display(trace.trace_id()))
     }
 
     /// The subject it is published on: `signals.sentry.<resource>`.
@@ -175,10 +191,16 @@ impl Delivery {
         headers.insert(RECEIVED_AT, rfc3339(self.received_at));
         headers.insert(HOOK_RESOURCE, self.resource.as_str());
         headers.insert(RECEIPT_TO, receipt_to.to_string());
-        let optional = [(REQUEST_ID, &self.request_id), (HOOK_TIMESTAMP, &self.hook_timestamp)];
+        let traceparent = self.trace.as_ref().map(TraceContext::to_string);
+        let optional = [
+            (REQUEST_ID, self.request_id.as_deref()),
+            (HOOK_TIMESTAMP, self.hook_timestamp.as_deref()),
+            (TRACEPARENT, traceparent.as_deref()),
+            (TRACESTATE, self.trace.as_ref().and_then(TraceContext::state)),
+        ];
         for (name, value) in optional {
             if let Some(value) = value {
-                headers.insert(name, value.as_str());
+                headers.insert(name, value);
             }
         }
         headers
@@ -192,6 +214,8 @@ impl Delivery {
             resource: self.resource.as_str().into(),
             request_id: self.request_id.as_deref().map(Into::into),
             hook_timestamp: self.hook_timestamp.as_deref().map(Into::into),
+            traceparent: self.trace.as_ref().map(|trace| trace.to_string().into()),
+            tracestate: self.trace.as_ref().and_then(TraceContext::state).map(Into::into),
         };
         serde_json::to_vec(&kept).expect("strings and a date are JSON").into()
     }
@@ -208,6 +232,7 @@ impl Delivery {
             resource: Resource::of(Some(&kept.resource)),
             request_id: kept.request_id.map(Cow::into_owned),
             hook_timestamp: kept.hook_timestamp.map(Cow::into_owned),
+            trace: trace(kept.traceparent.as_deref(), kept.tracestate.as_deref()),
             body,
         })
     }
@@ -224,12 +249,24 @@ impl Delivery {
             resource: Resource::of(message.subject.as_str().rsplit('.').next()),
             request_id: header(REQUEST_ID).map(str::to_owned),
             hook_timestamp: header(HOOK_TIMESTAMP).map(str::to_owned),
+            trace: trace_of_message(message.headers.as_ref()),
             body: message.payload.clone(),
         }
     }
 }
 
-/// What the journal keeps of a delivery beside its body.
+/// The trace that a message's headers name.
+pub fn trace_of_message(headers: Option<&HeaderMap>) -> Option<TraceContext> {
+    let header = |name: &str| Some(headers?.get(name)?.as_str());
+    trace(header(TRACEPARENT), header(TRACESTATE))
+}
+
+fn trace(parent: Option<&str>, state: Option<&str>) -> Option<TraceContext> {
+    Some(TraceContext::parse(parent?)?.with_state(state))
+}
+
+/// What the journal keeps of a delivery beside its body. What versions before did not write is optional, and what later
+/// ones add is passed over.
 #[derive(Serialize, Deserialize)]
 struct Kept<'a> {
     #[serde(borrow)]
@@ -242,6 +279,10 @@ struct Kept<'a> {
     request_id: Option<Cow<'a, str>>,
     #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
     hook_timestamp: Option<Cow<'a, str>>,
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    traceparent: Option<Cow<'a, str>>,
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    tracestate: Option<Cow<'a, str>>,
 }
 
 /// A header block of the journal that no version known here wrote.
@@ -322,7 +363,8 @@ mod tests {
 
     #[test]
     fn a_delivery_comes_back_from_its_message() {
-        let sent = Delivery::received(Bytes::from_static(b"{}"), Some(b"abc"), Some(b"issue"), Some(b"1700000000"));
+        let sent = Delivery::received(Bytes::from_static(b"{}"), Some(b"abc"), Some(b"issue"), Some(b"1700000000"))
+            .in_trace(a_trace());
         let message = async_nats::Message {
             subject: sent.subject().into(),
             reply: None,
@@ -336,6 +378,7 @@ mod tests {
         assert_eq!((&back.id, back.received_at), (&sent.id, sent.received_at));
         assert_eq!((&back.resource, &back.request_id), (&sent.resource, &sent.request_id));
         assert_eq!((&back.hook_timestamp, &back.body), (&sent.hook_timestamp, &sent.body));
+        assert_eq!(back.trace, sent.trace);
     }
 
     #[test]
@@ -351,14 +394,35 @@ mod tests {
     #[test]
     fn a_delivery_comes_back_from_the_journal() {
         for request_id in [Some(&b"a \"quoted\" one"[..]), None] {
-            let sent = Delivery::received(Bytes::from_static(b"{}"), request_id, Some(b"issue"), Some(b"1700000000"));
+            let sent = Delivery::received(Bytes::from_static(b"{}"), request_id, Some(b"issue"), Some(b"1700000000"))
+                .in_trace(a_trace());
             let back = Delivery::from_journal(&sent.to_journal(), sent.body.clone()).unwrap();
             assert_eq!((&back.id, back.received_at), (&sent.id, sent.received_at));
             assert_eq!((&back.resource, &back.request_id), (&sent.resource, &sent.request_id));
             assert_eq!((&back.hook_timestamp, &back.body), (&sent.hook_timestamp, &sent.body));
+            assert_eq!(back.trace, sent.trace);
         }
         for bad in [&b""[..], b"{}", b"\xff", br#"{"id":"a b","received_at":"2026-01-01T00:00:00Z","resource":"x"}"#] {
             assert_eq!(Delivery::from_journal(bad, Bytes::new()).unwrap_err(), NotADelivery);
+        }
+    }
+
+    fn a_trace() -> TraceContext {
+        let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        TraceContext::parse(parent).unwrap().with_state(Some("vendor=\"quoted\""))
+    }
+
+    #[test]
+    fn entries_of_other_versions_are_read() {
+        // What the version before traces wrote, and what a later one might write.
+        let before = br#"{"id":"a","received_at":"2026-01-01T00:00:00Z","resource":"issue","request_id":"r"}"#;
+        let later =
+            br#"{"id":"a","received_at":"2026-01-01T00:00:00Z","resource":"issue","traceparent":"no","new":[1]}"#;
+        for kept in [&before[..], later] {
+            let delivery = Delivery::from_journal(kept, Bytes::new()).unwrap();
+            assert_eq!((delivery.id.as_str(), &delivery.trace), ("a", &None));
+            let headers = delivery.headers(0, &ReceiptTo::new("gw", 1));
+            assert!(headers.get(TRACEPARENT).is_none() && headers.get(TRACESTATE).is_none());
         }
     }
 

@@ -23,6 +23,7 @@ mod replay;
 mod rotation;
 mod signature_forms;
 mod store;
+mod trace;
 mod worker_outages;
 
 use world::{Binaries, Setup};

@@ -20,6 +20,7 @@ mod restore;
 mod retry;
 mod rows;
 mod sqlstate;
+mod told;
 mod trial;
 
 use std::collections::HashSet;
@@ -41,6 +42,7 @@ pub use restore::Restored;
 pub use retry::Retried;
 use rows::{Claim, Statements};
 pub(crate) use rows::{JsonText, bigint};
+pub(crate) use told::tell;
 
 /// Claims deliveries: `$1` to `$10` are columns, one array each. Returns the ids that nobody had claimed before. Where
 /// another worker is claiming the same id right now, this waits for its COMMIT or ROLLBACK, and so never answers
