@@ -2,7 +2,7 @@
 //!
 //! Read [`receive`] first: it is the way of one delivery up to its 202. [`signature`] and [`canonical`] say what a genuine
 //! delivery is, [`journal`] what a 202 rests on, [`reject`] what everybody else is told, [`server`] keeps the connections, [`body`]
-//! and [`pace`] what they may cost, [`secrets`] the client secrets, which may change.
+//! and [`pace`] what they may cost, [`said`] that every word of theirs is ours, [`secrets`] the client secrets, which may change.
 //! Behind the answer, [`publish`] takes entries from the journal to JetStream, and [`confirm`] looks after each until a
 //! worker has stored it. [`commands`] is for operators.
 
@@ -16,6 +16,7 @@ pub mod pace;
 pub mod publish;
 pub mod receive;
 pub mod reject;
+pub mod said;
 pub mod secrets;
 pub mod server;
 pub mod settings;
@@ -39,8 +40,9 @@ use crate::publish::Publisher;
 use crate::receive::Gateway;
 use crate::settings::JournalSettings;
 
-/// Serves until `shutdown`. Then the listener closes, what is in flight is answered, and for what is left of the grace
-/// period the journal is published; the rest stays on disk.
+/// Serves until `shutdown`. Then `/readyz` says 503 while deliveries are still taken, so that load balancers turn to others;
+/// after `GATEWAY_SHUTDOWN_DELAY` the listener closes, what is in flight is answered, and for what is left of the grace period
+/// the journal is published; the rest stays on disk.
 ///
 /// # Errors
 /// Where the gateway cannot start: an address is taken, say, or the journal. While NATS is not there it starts, and takes
@@ -66,9 +68,20 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let ops = tokio::spawn(ops::serve(ops, readiness.clone(), registry, after.clone()));
     let publisher = Publisher::connect(&config.nats, journal.clone(), &readiness, metrics.clone()).await?;
     let settling = Settling { journal: &journal, publisher: &publisher, metrics: &metrics };
+    let ending = server::Ending::default();
+    let leave = async {
+        shutdown.cancelled().await;
+        readiness.stopping();
+        ending.leaving.cancel();
+        if !config.shutdown_delay.is_zero() {
+            tracing::info!(delay = ?config.shutdown_delay, "taking deliveries a while longer, until load balancers know");
+        }
+        tokio::time::sleep(config.shutdown_delay).await;
+        ending.closing.cancel();
+    };
     let serving = async {
         let orderly = async {
-            server::run(public, gateway, &config.limits, shutdown.clone()).await;
+            tokio::join!(leave, server::run(public, gateway, &config.limits, ending.clone()));
             publisher.drained().await;
         };
         let grace_is_over = async {

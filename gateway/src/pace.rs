@@ -16,9 +16,13 @@ use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
+use crate::said::Said;
+
 /// Where a connection is, and until when it may be there.
 #[derive(Debug, Clone, Copy)]
 enum Phase {
+    /// Nothing has come yet.
+    Fresh { until: Instant },
     /// Nothing of the next request has come.
     Waiting { until: Instant },
     /// A request has begun, and its headers are not whole.
@@ -45,7 +49,7 @@ impl Pace {
     /// A connection that was just made. Who has sent nothing yet has no claim to the idle time-out: the headers of a first
     /// request have to come at once.
     pub fn new(header_timeout: Duration, idle_timeout: Duration) -> Arc<Self> {
-        let phase = Mutex::new(Phase::Waiting { until: Instant::now() + header_timeout });
+        let phase = Mutex::new(Phase::Fresh { until: Instant::now() + header_timeout });
         Arc::new(Pace { phase, begun: Notify::new(), header_timeout, idle_timeout })
     }
 
@@ -60,12 +64,14 @@ impl Pace {
         loop {
             let phase = *self.phase();
             let until = match phase {
-                Phase::Waiting { until } | Phase::Headers { until } if until <= Instant::now() => return,
-                Phase::Waiting { until } | Phase::Headers { until } => until,
+                Phase::Fresh { until } | Phase::Waiting { until } | Phase::Headers { until } => until,
                 // Looked at again rather than told when it ends: a request then costs no wake-up, and what follows it has
                 // no earlier deadline.
                 Phase::Request => Instant::now() + self.header_timeout.min(self.idle_timeout),
             };
+            if until <= Instant::now() {
+                return;
+            }
             tokio::select! {
                 () = self.begun.notified() => {}
                 () = sleep_until(until) => {}
@@ -73,9 +79,19 @@ impl Pace {
         }
     }
 
+    /// Whether it had a request, and nothing of the next one has come.
+    pub fn is_between_requests(&self) -> bool {
+        matches!(*self.phase(), Phase::Waiting { .. })
+    }
+
+    /// Whether a request is handled.
+    pub fn is_in_request(&self) -> bool {
+        matches!(*self.phase(), Phase::Request)
+    }
+
     fn bytes_came(&self) {
         let mut phase = self.phase();
-        if let Phase::Waiting { .. } = *phase {
+        if let Phase::Fresh { .. } | Phase::Waiting { .. } = *phase {
             *phase = Phase::Headers { until: Instant::now() + self.header_timeout };
             self.begun.notify_one();
         }
@@ -93,13 +109,15 @@ impl Drop for InRequest {
     }
 }
 
-/// A socket that tells its [`Pace`] when bytes come.
+/// A socket that tells its [`Pace`] when bytes come, and keeps back what is none of our words (see [`crate::said`]).
 #[derive(Debug)]
 pub struct Paced {
     /// The socket.
     pub socket: TcpStream,
     /// Its pace.
     pub pace: Arc<Pace>,
+    /// What is on its way out.
+    pub said: Arc<Said>,
 }
 
 impl AsyncRead for Paced {
@@ -115,11 +133,16 @@ impl AsyncRead for Paced {
 
 impl AsyncWrite for Paced {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if self.said.is_all() {
+            return Poll::Ready(Ok(bytes.len()));
+        }
         Pin::new(&mut self.socket).poll_write(cx, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_flush(cx)
+        ready!(Pin::new(&mut self.socket).poll_flush(cx))?;
+        self.said.flushed();
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -131,6 +154,9 @@ impl AsyncWrite for Paced {
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        if self.said.is_all() {
+            return Poll::Ready(Ok(slices.iter().map(|slice| slice.len()).sum()));
+        }
         Pin::new(&mut self.socket).poll_write_vectored(cx, slices)
     }
 

@@ -148,7 +148,7 @@ impl fmt::Display for Reject {
                 f.write_str("the signature does not match: is the client secret here the one of this integration?")
             }
             Reject::TooLarge(limit) => write!(f, "the body is larger than the {limit} bytes that are taken here"),
-            Reject::BrokenHeaders => f.write_str("the request line or a header is malformed"),
+            Reject::BrokenHeaders => f.write_str("the request line or a header is malformed, or there is not one Host"),
             Reject::LargeHeaders => {
                 f.write_str("the request line and the headers are larger, or more, than is taken here")
             }

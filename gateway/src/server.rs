@@ -5,6 +5,7 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hyper::header::{CONNECTION, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -17,6 +18,7 @@ use tokio_util::task::TaskTracker;
 use crate::pace::{Pace, Paced};
 use crate::receive::Gateway;
 use crate::reject::Reject;
+use crate::said::Said;
 use crate::settings::Limits;
 
 /// What hyper may hold of each connection at once, in bytes read and in bytes written, where headers may not be larger: more
@@ -27,52 +29,69 @@ const MAX_TURNED_AWAY: usize = 256;
 /// How long a connection that gets an answer outside of HTTP's usual course may take to read it.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// Serves `listener` until `shutdown`; then no connection is taken any more, each ends after the request it is in, and
-/// this returns when all have.
-pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, limits: &Limits, shutdown: CancellationToken) {
+/// How a listener ends: not at once, because whoever sends the deliveries on has to hear of it first.
+#[derive(Debug, Clone, Default)]
+pub struct Ending {
+    /// Everything is still taken; each answer says that its connection is not to be used again.
+    pub leaving: CancellationToken,
+    /// No connection is taken any more, and those between two requests are closed.
+    pub closing: CancellationToken,
+}
+
+/// Serves `listener` until it is `closing`; then no connection is taken any more, each ends after the request it is in, and
+/// this returns when all have. What had connected by then is answered.
+pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, limits: &Limits, ending: Ending) {
     let connections = Arc::new(Semaphore::new(limits.connections));
     let turned_away = Arc::new(Semaphore::new(MAX_TURNED_AWAY));
     let tasks = TaskTracker::new();
-    loop {
-        let socket = tokio::select! {
-            connection = listener.accept() => match connection {
-                Ok((socket, _)) => socket,
-                Err(error) => {
-                    // Out of file descriptors, most likely: trying at once again would only burn CPU.
-                    tracing::error!(%error, "cannot accept a connection");
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                    continue;
-                }
-            },
-            () = shutdown.cancelled() => break,
-        };
+    let take = |socket: TcpStream| {
         if let Ok(slot) = connections.clone().try_acquire_owned() {
-            tasks.spawn(serve(socket, gateway.clone(), limits.clone(), shutdown.clone(), slot));
+            tasks.spawn(serve(socket, gateway.clone(), limits.clone(), ending.clone(), slot));
         } else if let Ok(slot) = turned_away.clone().try_acquire_owned() {
             gateway.refused(&Reject::TooManyConnections);
             tasks.spawn(turn_away(socket, slot));
         }
+    };
+    loop {
+        tokio::select! {
+            connection = listener.accept() => match connection {
+                Ok((socket, _)) => take(socket),
+                Err(error) => {
+                    // Out of file descriptors, most likely: trying at once again would only burn CPU.
+                    tracing::error!(%error, "cannot accept a connection");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            },
+            () = ending.closing.cancelled() => break,
+        }
     }
-    drop(listener);
+    // To its sender a connection is there before we take it; closed with the listener, it would be reset.
+    if let Ok(listener) = listener.into_std() {
+        while let Ok((socket, _)) = listener.accept() {
+            let socket = socket.set_nonblocking(true).and_then(|()| TcpStream::from_std(socket));
+            socket.into_iter().for_each(&take);
+        }
+    }
     tasks.close();
     tasks.wait().await;
 }
 
 /// One connection, request by request.
-async fn serve(
-    socket: TcpStream,
-    gateway: Arc<Gateway>,
-    limits: Limits,
-    shutdown: CancellationToken,
-    slot: OwnedSemaphorePermit,
-) {
+async fn serve(socket: TcpStream, gateway: Arc<Gateway>, limits: Limits, ending: Ending, slot: OwnedSemaphorePermit) {
     // Answers are one small write each; waiting to fill a packet would only delay them. A failure costs just that.
     let _ = socket.set_nodelay(true);
-    let pace = Pace::new(limits.header_timeout, limits.idle_timeout);
+    let (pace, said) = (Pace::new(limits.header_timeout, limits.idle_timeout), Arc::<Said>::default());
     // Boxed, because only a connection that may be moved gives its socket back after a time-out.
     let service = service_fn(|request| {
+        let (due, leaving) = (said.due(), ending.leaving.clone());
         let answer = gateway.clone().handle(request, pace.request());
-        Box::pin(async move { Ok::<_, Infallible>(answer.await) })
+        Box::pin(async move {
+            let mut answer = answer.await;
+            if leaving.is_cancelled() {
+                answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, Infallible>(due.answer(answer))
+        })
     });
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -80,33 +99,42 @@ async fn serve(
         .max_header_size(limits.header_bytes)
         .max_headers(limits.headers)
         .max_buf_size(BUFFER_BYTES.max(limits.header_bytes))
-        .serve_connection(TokioIo::new(Paced { socket, pace: pace.clone() }), service);
-    let mut stopping = false;
+        .serve_connection(TokioIo::new(Paced { socket, pace: pace.clone(), said: said.clone() }), service);
+    let mut closing = false;
     let ended = loop {
         tokio::select! {
             biased; // what has come in the meantime is read before the connection is found too slow
             ended = poll_fn(|cx| connection.poll_without_shutdown(cx)) => break Some(ended),
             () = pace.overdue() => break None,
-            () = shutdown.cancelled(), if !stopping => {
-                stopping = true;
-                std::pin::Pin::new(&mut connection).graceful_shutdown();
+            () = ending.closing.cancelled(), if !closing => closing = true,
+        }
+        if closing && !pace.is_in_request() && said.is_all() {
+            if pace.is_between_requests() {
+                break None;
             }
+            // A request is on its way here: its headers have begun, or it is what a new connection was made for. Its
+            // answer ends the connection.
+        } else if closing {
+            std::pin::Pin::new(&mut connection).graceful_shutdown(); // once the answer is out
         }
     };
     let parts = connection.into_parts();
     let mut socket = parts.io.into_inner().socket;
-    match ended {
-        Some(Ok(())) => {}
-        // hyper has answered already.
-        Some(Err(error)) if error.is_parse_too_large() => gateway.refused(&Reject::LargeHeaders),
-        Some(Err(error)) if error.is_parse() => gateway.refused(&Reject::BrokenHeaders),
+    let answer = match ended {
+        Some(Ok(())) => None,
+        Some(Err(error)) if error.is_parse_too_large() => Some(Reject::LargeHeaders),
+        Some(Err(error)) if error.is_parse() => Some(Reject::BrokenHeaders),
         // The sender is gone.
-        Some(Err(_)) => {}
+        Some(Err(_)) => None,
         // A connection that idles between requests is closed without a word.
-        None if parts.read_buf.is_empty() => {}
-        None => {
-            gateway.refused(&Reject::SlowHeaders);
-            let _ = tokio::time::timeout(LINGER, socket.write_all(&Reject::SlowHeaders.to_wire())).await;
+        None if parts.read_buf.is_empty() => None,
+        None => Some(Reject::SlowHeaders),
+    };
+    if let Some(reject) = answer {
+        gateway.refused(&reject);
+        // Else the sender reads none of its answers, and another behind them would be cut into them.
+        if said.is_all() {
+            let _ = tokio::time::timeout(LINGER, socket.write_all(&reject.to_wire())).await;
         }
     }
     close(socket).await;

@@ -76,6 +76,11 @@ const GATEWAY_MAX_CANONICAL: Setting = Setting::bare(
     "GATEWAY_MAX_CANONICAL",
     "Bodies whose canonical form is made at once, default half of the CPU's cores; deliveries signed raw never wait for them",
 );
+const GATEWAY_SHUTDOWN_DELAY: Setting = Setting::new(
+    "GATEWAY_SHUTDOWN_DELAY",
+    "5s",
+    "How long a stopping gateway takes deliveries while /readyz says 503 already; part of SHUTDOWN_GRACE, 0 for not at all",
+);
 
 /// Every setting of the gateway, in the order of `--help`.
 pub const SETTINGS: [&[Setting]; 3] = [
@@ -98,6 +103,7 @@ pub const SETTINGS: [&[Setting]; 3] = [
         GATEWAY_MAX_CONNECTIONS,
         GATEWAY_MAX_BYTES_IN_FLIGHT,
         GATEWAY_MAX_CANONICAL,
+        GATEWAY_SHUTDOWN_DELAY,
     ],
     &stream::SETTINGS,
     &settings::PROCESS,
@@ -120,6 +126,8 @@ pub struct Config {
     pub limits: Limits,
     /// Where NATS is, and the stream.
     pub nats: NatsSettings,
+    /// `GATEWAY_SHUTDOWN_DELAY`
+    pub shutdown_delay: Duration,
     /// `SHUTDOWN_GRACE`
     pub grace: Duration,
     /// `RUST_LOG`, `LOG_FORMAT`
@@ -175,7 +183,12 @@ impl Config {
         let journal = journal(&mut reader);
         let limits = limits(&mut reader);
         let nats = NatsSettings::read(&mut reader);
+        let shutdown_delay = reader.parse(&GATEWAY_SHUTDOWN_DELAY, duration_or_0);
         let grace = reader.parse(&SHUTDOWN_GRACE, settings::duration);
+        if shutdown_delay.zip(grace).is_some_and(|(delay, grace)| delay >= grace) {
+            let (delay, grace) = (GATEWAY_SHUTDOWN_DELAY.variable, SHUTDOWN_GRACE.variable);
+            reader.mistake(format!("{delay} must be shorter than {grace}, of which it is a part"));
+        }
         let logs = settings::logs(&mut reader);
         let config = || {
             Some(Config {
@@ -186,6 +199,7 @@ impl Config {
                 journal: journal?,
                 limits: limits?,
                 nats: nats?,
+                shutdown_delay: shutdown_delay?,
                 grace: grace?,
                 logs: logs?,
             })
@@ -221,16 +235,21 @@ impl JournalConfig {
     }
 }
 
+fn duration_or_0(text: &str) -> Result<Duration, String> {
+    if text == "0" {
+        Ok(Duration::ZERO)
+    } else {
+        settings::duration(text).map_err(|expected| format!("0, or {expected}"))
+    }
+}
+
 fn journal(reader: &mut settings::Reader<'_>) -> Option<JournalSettings> {
     let dir = reader.parse(&GATEWAY_JOURNAL_DIR, |text| Ok(PathBuf::from(text)));
     let max_bytes = reader.parse(&GATEWAY_JOURNAL_MAX_BYTES, |text| {
         Some(settings::size(text)?).filter(|size| *size >= 1 << 20).ok_or_else(|| "a size of at least 1MiB".into())
     });
     let confirm_after = reader.parse(&GATEWAY_CONFIRM_AFTER, settings::duration);
-    let retain = reader.parse(&GATEWAY_JOURNAL_RETAIN, |text| match text {
-        "0" => Ok(Duration::ZERO),
-        text => settings::duration(text),
-    });
+    let retain = reader.parse(&GATEWAY_JOURNAL_RETAIN, duration_or_0);
     let limits = journal::Limits { retain: retain?, ..journal::Limits::of(max_bytes?) };
     Some(JournalSettings { dir: dir?, limits, confirm_after: confirm_after? })
 }

@@ -58,6 +58,11 @@ impl Readiness {
         self.lock().insert(name, Check::Set(state));
     }
 
+    /// The process was asked to stop: from now on nothing new is to be sent to it, whatever else is well.
+    pub fn stopping(&self) {
+        self.set("shutdown", Err("asked to stop: what is in hand is finished, new work belongs elsewhere".into()));
+    }
+
     /// Has a check asked each time somebody looks.
     pub fn probe(&self, name: &'static str, probe: impl Fn() -> State + Send + 'static) {
         self.lock().insert(name, Check::Probe(Box::new(probe)));
@@ -141,4 +146,20 @@ fn answer(request: &Request<Incoming>, readiness: &Readiness, metrics: &Registry
         response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
     }
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_stops_is_not_ready_whatever_else_is_well() {
+        let readiness = Readiness::tolerating(&["nats"]);
+        readiness.set("nats", Err("away".into()));
+        readiness.probe("journal", || Ok("takes deliveries".into()));
+        assert!(readiness.look().0, "degraded, and ready");
+        readiness.stopping();
+        let (ready, checks) = readiness.look();
+        assert!(!ready && checks.iter().any(|check| check.name == "shutdown" && !check.ok && !check.degraded));
+    }
 }

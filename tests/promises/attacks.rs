@@ -169,7 +169,7 @@ async fn large_bodies_with_wrong_signatures_cost_bounded_memory() {
 }
 
 /// Sends bytes, reads until the gateway closes the connection, and gives the statuses of all answers. Each must be whole:
-/// a status line, headers, and as much of a body as these announce.
+/// a status line, headers, as much of a body as these announce; and each error says what is wrong, as JSON.
 async fn exchange(port: u16, request: &[u8], bodies: bool) -> Vec<u16> {
     let mut socket = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
     // Where the gateway has heard enough, it is the answer that counts.
@@ -190,11 +190,19 @@ async fn exchange(port: u16, request: &[u8], bodies: bool) -> Vec<u16> {
         }
         let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
         let length: usize = length.filter(|_| bodies).map_or(0, |length| length.parse().unwrap());
+        if status >= 400 && bodies {
+            let said: serde_json::Value = serde_json::from_slice(&rest[..length]).expect("every error is JSON");
+            assert!(said["error"].is_string() && said.as_object().is_some_and(|said| said.len() == 1), "{said}");
+            assert!(head.contains("content-type: application/json\r\n"), "{head}");
+        }
         rest = &rest[length..];
         statuses.push(status);
     }
     statuses
 }
+
+/// What HTTP/1.1 wants of every request is not in this one (RFC 9112 section 3.2).
+const BODY_WITHOUT_HOST: &[u8] = b"POST /api/signals/sentry HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}";
 
 /// A genuine delivery with this request line and these headers besides.
 fn genuine(line: &str, headers: &str) -> Vec<u8> {
@@ -248,16 +256,24 @@ fn shapes() -> Vec<(String, Vec<u8>, Vec<u16>)> {
         ("carriage return in a value", "X-A: b\rc\r\n"),
         ("no colon", "X-A\r\n"),
         ("no name", ": b\r\n"),
+        ("a second host", "Host: elsewhere\r\n"),
     ] {
         add(name, genuine(POST, header), &[400]);
     }
+    add("folded at once", genuine(&format!("{POST}\r\n X-A: b"), ""), &[400]);
+    add("no host", BODY_WITHOUT_HOST.to_vec(), &[400]);
+    add("signed twice", genuine(POST, &format!("Sentry-Hook-Signature: {WRONG}\r\n")), &[401]);
     add("100 KB of one header", genuine(POST, &format!("X-A: {}\r\n", "b".repeat(100_000))), &[431]);
     add("1,000 headers", genuine(POST, &"X-A: b\r\n".repeat(1_000)), &[431]);
     add("100 KB of target", genuine(&format!("POST /{} HTTP/1.1", "x".repeat(100_000)), ""), &[431]);
 
+    add("100 KB of a name", genuine(POST, &format!("{}: b\r\n", "X".repeat(100_000))), &[431]);
+
     // Other versions, other methods, other forms of a target.
     add("HTTP/1.0", genuine("POST /api/signals/sentry HTTP/1.0", ""), &[202]);
     let old = b"POST /api/signals/sentry HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".to_vec();
+    let kept = [genuine("POST /api/signals/sentry HTTP/1.0", "Connection: keep-alive\r\n"), smuggled.clone()].concat();
+    add("HTTP/1.0, kept alive", kept, &[202, 202]);
     add("HTTP/1.0, chunked", old, &[400]);
     add("HTTP/0.9", b"GET /\r\n\r\n".to_vec(), &[400]);
     add("HTTP/3.7", genuine("POST /api/signals/sentry HTTP/3.7", ""), &[400]);
@@ -270,6 +286,13 @@ fn shapes() -> Vec<(String, Vec<u8>, Vec<u16>)> {
     add("CONNECT", b"CONNECT x:443 HTTP/1.1\r\nHost: x:443\r\n\r\n".to_vec(), &[404]);
     add("upgrade", genuine(POST, "Connection: upgrade\r\nUpgrade: h2c\r\n"), &[202]);
     add("absolute form", genuine("POST http://elsewhere/api/signals/sentry HTTP/1.1", ""), &[202]);
+    add("absolute form, encrypted", genuine("POST https://elsewhere:1/api/signals/sentry HTTP/1.1", ""), &[202]);
+    add("absolute form, elsewhere", genuine("POST http://x/api/signals/sentry/.. HTTP/1.1", ""), &[404]);
+    add("absolute form without a path", genuine("POST http://x HTTP/1.1", ""), &[404]);
+    add("no slash first", genuine("POST api/signals/sentry HTTP/1.1", ""), &[400]);
+    add("two spaces", genuine("POST  /api/signals/sentry HTTP/1.1", ""), &[400]);
+    add("NUL in the target", genuine("POST /api/signals/sentry\0 HTTP/1.1", ""), &[400]);
+    add("an empty query", genuine("POST /api/signals/sentry? HTTP/1.1", ""), &[202]);
     add("a query", genuine("POST /api/signals/sentry?/../x=%00&y HTTP/1.1", ""), &[202]);
     for path in [
         "//api/signals/sentry",
@@ -278,6 +301,11 @@ fn shapes() -> Vec<(String, Vec<u8>, Vec<u16>)> {
         "/api/signals/%73entry",
         "/api/signals/sentry%2f",
         "/%2e/api/signals/sentry",
+        "/api/%2e%2e/api/signals/sentry",
+        "/api/signals/sentry%00",
+        "/api/signals/sentry%3f",
+        "/api/signals/sentry/%2e",
+        "/api\\signals\\sentry",
         "/api/./signals/sentry",
         "/x/../api/signals/sentry",
         "/api/signals/sentry;x",
@@ -286,13 +314,23 @@ fn shapes() -> Vec<(String, Vec<u8>, Vec<u16>)> {
         add(path, genuine(&format!("POST {path} HTTP/1.1"), ""), &[404]);
     }
 
+    // A whole body in chunks, with what must not become headers of it, or of the next.
+    let (signature, size) = (sign(SECRET, BODY.as_bytes()), BODY.len());
+    let trailers =
+        format!("{size:x};x=\"\r\n{BODY}\r\n0\r\nContent-Length: 7\r\nSentry-Hook-Signature: {WRONG}\r\n\r\n");
+    let chunked_whole = [head(&signature, "Transfer-Encoding: chunked\r\n"), trailers.into_bytes()].concat();
+    add("chunks and trailers, and a request behind", [chunked_whole, smuggled.clone()].concat(), &[202]);
+
     add("continue, body sent at once", genuine(POST, "Expect: 100-continue\r\n"), &[202]);
     add("an expectation unheard of", genuine(POST, "Expect: the-unexpected\r\n"), &[202]);
     let refused = [head(WRONG, "Content-Length: 3\r\n"), b"[1]".to_vec()].concat();
     let pipelined =
         [smuggled.clone(), refused, smuggled.clone(), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_vec()].concat();
     add("pipelined", pipelined, &[202, 401, 202, 404]);
-    add("pipelined, the second broken", [smuggled, b"POST\0".to_vec()].concat(), &[202, 400]);
+    add("pipelined, the second broken", [smuggled.clone(), b"POST\0".to_vec()].concat(), &[202, 400]);
+    let large = genuine(POST, &format!("X-A: {}\r\n", "b".repeat(100_000)));
+    add("pipelined, the second too large", [smuggled.clone(), smuggled.clone(), large].concat(), &[202, 202, 431]);
+    add("HTTP/2 as clients begin it", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), &[400]);
     shapes
 }
 
@@ -322,4 +360,55 @@ async fn odd_requests_get_a_clean_answer_and_nothing_of_one_becomes_another() {
     let log = world.gateway.log();
     assert!(!log.contains("panicked"), "{log}");
     println!("{count} odd requests, each answered as it should be; {accepted} deliveries among them");
+}
+
+/// hyper answers a broken request itself, without a word; it must be our words that go out, and whole answers before them.
+#[tokio::test]
+async fn an_error_is_json_also_where_no_request_could_be_read() {
+    let world = setup().workers(0).start().await;
+    let whole = |text: &str| {
+        let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{text:?}"));
+        let length = format!("content-length: {}", body.len());
+        assert!(
+            head.lines().any(|line| line == length) && head.lines().any(|line| line == "connection: close"),
+            "{text}"
+        );
+        let said: serde_json::Value = serde_json::from_str(body).unwrap();
+        assert!(said["error"].is_string(), "{said}");
+        head[9..12].to_owned()
+    };
+    let large = genuine("POST /api/signals/sentry HTTP/1.1", &format!("X-A: {}\r\n", "b".repeat(100_000)));
+    for (broken, status) in [(b"BROKEN\0\r\n\r\n".to_vec(), "400"), (large, "431")] {
+        // Alone; behind an answer that was read; behind many that nobody has read yet, at once and byte by byte.
+        let good = genuine("POST /api/signals/sentry HTTP/1.1", "");
+        let head_only = b"HEAD /nowhere HTTP/1.1\r\nHost: x\r\n\r\n".to_vec();
+        let waiting = genuine("POST /api/signals/sentry HTTP/1.1", "Expect: 100-continue\r\n");
+        for before in [vec![], vec![&good], vec![&good; 40], vec![&head_only], vec![&waiting, &head_only, &good]] {
+            for pieces in [usize::MAX, 700] {
+                let mut request = before.iter().flat_map(|one| one.iter().copied()).collect::<Vec<u8>>();
+                request.extend_from_slice(&broken);
+                let mut socket = TcpStream::connect(("127.0.0.1", world.port())).await.unwrap();
+                socket.set_nodelay(true).unwrap();
+                for piece in request.chunks(pieces) {
+                    if socket.write_all(piece).await.is_err() {
+                        break; // it has heard enough
+                    }
+                    tokio::task::yield_now().await;
+                }
+                let mut answers = String::new();
+                let read = tokio::time::timeout(Duration::from_secs(30), socket.read_to_string(&mut answers)).await;
+                read.expect("the gateway closes it").expect("an end, not a reset");
+                let accepted = before.iter().filter(|one| one.starts_with(b"POST")).count();
+                assert_eq!(answers.matches("HTTP/1.1 202 ").count(), accepted, "{answers}");
+                assert_eq!(answers.matches("\"status\":\"accepted\"}}").count(), accepted, "{answers}");
+                let last = answers.rfind("HTTP/1.1 ").expect("an answer");
+                assert_eq!(whole(&answers[last..]), status, "{answers}");
+                assert_eq!(
+                    answers.matches("HTTP/1.1 4").count() - answers.matches("HTTP/1.1 404").count(),
+                    1,
+                    "{answers}"
+                );
+            }
+        }
+    }
 }

@@ -14,6 +14,7 @@ mod hard_bodies;
 mod history;
 mod identity;
 mod journal;
+mod leaving;
 mod limits;
 mod load;
 mod meaning;

@@ -59,6 +59,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let work = Box::pin(work(&config, &client, &store, &readiness, &shutdown));
     let grace_is_over = async {
         shutdown.cancelled().await;
+        readiness.stopping();
         tokio::time::sleep(config.grace).await;
     };
     tokio::select! {
