@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use shared::nats;
 use shared::settings::{self, BadSettings, SHUTDOWN_GRACE, Setting};
 use shared::stream::{self, NatsSettings};
 use shared::telemetry::LogSettings;
@@ -78,7 +79,7 @@ const GATEWAY_MAX_CANONICAL: Setting = Setting::bare(
 );
 
 /// Every setting of the gateway, in the order of `--help`.
-pub const SETTINGS: [&[Setting]; 3] = [
+pub const SETTINGS: [&[Setting]; 4] = [
     &[
         SENTRY_CLIENT_SECRET,
         SENTRY_CLIENT_SECRET_FILE,
@@ -99,6 +100,7 @@ pub const SETTINGS: [&[Setting]; 3] = [
         GATEWAY_MAX_BYTES_IN_FLIGHT,
         GATEWAY_MAX_CANONICAL,
     ],
+    &nats::SETTINGS,
     &stream::SETTINGS,
     &settings::PROCESS,
 ];

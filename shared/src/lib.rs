@@ -21,9 +21,11 @@
 
 pub mod delivery;
 pub mod json;
+pub mod nats;
 pub mod ops;
 pub mod receipt;
 pub mod settings;
 pub mod shutdown;
 pub mod stream;
 pub mod telemetry;
+pub mod tls;
