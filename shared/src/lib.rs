@@ -23,10 +23,12 @@
 
 pub mod delivery;
 pub mod json;
+pub mod nats;
 pub mod ops;
 pub mod receipt;
 pub mod settings;
 pub mod shutdown;
 pub mod stream;
 pub mod telemetry;
+pub mod tls;
 pub mod trace;

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use shared::nats;
 use shared::settings::{self, BadSettings, SHUTDOWN_GRACE, Setting};
 use shared::stream::{self, NatsSettings};
 use shared::telemetry::LogSettings;
@@ -24,8 +25,9 @@ const WORKER_MIGRATE: Setting = Setting::new(
 );
 
 /// Every setting of the worker, in the order of `--help`.
-pub const SETTINGS: [&[Setting]; 3] = [
+pub const SETTINGS: [&[Setting]; 4] = [
     &[DATABASE_URL, WORKER_OPS_LISTEN, WORKER_BATCH_MAX, WORKER_CONCURRENCY, WORKER_MIGRATE],
+    &nats::SETTINGS,
     &stream::SETTINGS,
     &settings::PROCESS,
 ];
