@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 use crate::said::Said;
@@ -35,8 +34,6 @@ enum Phase {
 #[derive(Debug)]
 pub struct Pace {
     phase: Mutex<Phase>,
-    /// A request has begun: there is an earlier deadline than before.
-    begun: Notify,
     header_timeout: Duration,
     idle_timeout: Duration,
 }
@@ -50,7 +47,7 @@ impl Pace {
     /// request have to come at once.
     pub fn new(header_timeout: Duration, idle_timeout: Duration) -> Arc<Self> {
         let phase = Mutex::new(Phase::Fresh { until: Instant::now() + header_timeout });
-        Arc::new(Pace { phase, begun: Notify::new(), header_timeout, idle_timeout })
+        Arc::new(Pace { phase, header_timeout, idle_timeout })
     }
 
     /// Headers are whole, and the request is handled from here on.
@@ -62,20 +59,19 @@ impl Pace {
     /// Returns when the connection is somewhere for longer than it may be.
     pub async fn overdue(&self) {
         loop {
-            let phase = *self.phase();
-            let until = match phase {
-                Phase::Fresh { until } | Phase::Waiting { until } | Phase::Headers { until } => until,
-                // Looked at again rather than told when it ends: a request then costs no wake-up, and what follows it has
-                // no earlier deadline.
-                Phase::Request => Instant::now() + self.header_timeout.min(self.idle_timeout),
+            let (phase, now) = (*self.phase(), Instant::now());
+            // Looked at again, rather than told, when the next phase begins: so a request costs no timer and no wake-up. No
+            // phase that begins later has an earlier deadline than that.
+            let next_phase = now + self.header_timeout.min(self.idle_timeout);
+            let (deadline, look_at) = match phase {
+                Phase::Fresh { until } | Phase::Headers { until } => (Some(until), until),
+                Phase::Waiting { until } => (Some(until), until.min(next_phase)),
+                Phase::Request => (None, next_phase),
             };
-            if until <= Instant::now() {
+            if deadline.is_some_and(|deadline| deadline <= now) {
                 return;
             }
-            tokio::select! {
-                () = self.begun.notified() => {}
-                () = sleep_until(until) => {}
-            }
+            sleep_until(look_at).await;
         }
     }
 
@@ -93,7 +89,6 @@ impl Pace {
         let mut phase = self.phase();
         if let Phase::Fresh { .. } | Phase::Waiting { .. } = *phase {
             *phase = Phase::Headers { until: Instant::now() + self.header_timeout };
-            self.begun.notify_one();
         }
     }
 

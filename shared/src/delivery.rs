@@ -83,7 +83,7 @@ impl DeliveryId {
         let first = 26 * 36_u128.pow(11);
         let half = |part: u128| u64::try_from(part % 36_u128.pow(12)).expect("less than 2^63");
         let (mut low, mut high) = (half(digest % first), half(digest / first));
-        let mut take = |left: &mut u64, base: u8| {
+        let take = |left: &mut u64, base: u8| {
             let digit = u8::try_from(*left % u64::from(base)).expect("a remainder below 36");
             *left /= u64::from(base);
             char::from(if digit < 26 { b'a' + digit } else { b'0' + digit - 26 })
