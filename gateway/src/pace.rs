@@ -7,6 +7,7 @@
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -22,36 +23,42 @@ enum Phase {
     Waiting { until: Instant },
     /// A request has begun, and its headers are not whole.
     Headers { until: Instant },
-    /// A request is handled.
-    Request,
+    /// A request is handled: the so-manieth of this connection.
+    Request(u64),
 }
 
 /// The pace of one connection.
 #[derive(Debug)]
 pub struct Pace {
     phase: Mutex<Phase>,
+    requests: AtomicU64,
     /// A request has begun: there is an earlier deadline than before.
     begun: Notify,
     header_timeout: Duration,
     idle_timeout: Duration,
 }
 
-/// While this lives, a request is handled: its answer is not ready, or the rest of its body is still being read.
+/// While this lives, a request is handled: its answer is not ready, or the rest of its body is still being read. The next
+/// request may begin a moment before this ends, and is then not touched by its end.
 #[derive(Debug)]
-pub struct InRequest(Arc<Pace>);
+pub struct InRequest {
+    pace: Arc<Pace>,
+    number: u64,
+}
 
 impl Pace {
     /// A connection that was just made. Who has sent nothing yet has no claim to the idle time-out: the headers of a first
     /// request have to come at once.
     pub fn new(header_timeout: Duration, idle_timeout: Duration) -> Arc<Self> {
         let phase = Mutex::new(Phase::Waiting { until: Instant::now() + header_timeout });
-        Arc::new(Pace { phase, begun: Notify::new(), header_timeout, idle_timeout })
+        Arc::new(Pace { phase, requests: AtomicU64::new(0), begun: Notify::new(), header_timeout, idle_timeout })
     }
 
     /// Headers are whole, and the request is handled from here on.
     pub fn request(self: &Arc<Self>) -> InRequest {
-        *self.phase() = Phase::Request;
-        InRequest(self.clone())
+        let number = self.requests.fetch_add(1, Ordering::Relaxed);
+        *self.phase() = Phase::Request(number);
+        InRequest { pace: self.clone(), number }
     }
 
     /// Returns when the connection is somewhere for longer than it may be.
@@ -63,7 +70,7 @@ impl Pace {
                 Phase::Waiting { until } | Phase::Headers { until } => until,
                 // Looked at again rather than told when it ends: a request then costs no wake-up, and what follows it has
                 // no earlier deadline.
-                Phase::Request => Instant::now() + self.header_timeout.min(self.idle_timeout),
+                Phase::Request(_) => Instant::now() + self.header_timeout.min(self.idle_timeout),
             };
             tokio::select! {
                 () = self.begun.notified() => {}
@@ -88,7 +95,10 @@ impl Pace {
 
 impl Drop for InRequest {
     fn drop(&mut self) {
-        *self.0.phase() = Phase::Waiting { until: Instant::now() + self.0.idle_timeout };
+        let mut phase = self.pace.phase();
+        if matches!(*phase, Phase::Request(number) if number == self.number) {
+            *phase = Phase::Waiting { until: Instant::now() + self.pace.idle_timeout };
+        }
     }
 }
 
@@ -135,5 +145,23 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Paced<S> {
 
     fn is_write_vectored(&self) -> bool {
         self.socket.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is left of a refused body may still be read when the next request is whole already.
+    #[test]
+    fn the_end_of_one_request_is_not_that_of_the_next() {
+        let second = Duration::from_secs(1);
+        let pace = Pace::new(second, second);
+        let (first, next) = (pace.request(), pace.request());
+        drop(first);
+        pace.bytes_came(); // of the next one's body
+        assert!(matches!(*pace.phase(), Phase::Request(_)), "{pace:?}");
+        drop(next);
+        assert!(matches!(*pace.phase(), Phase::Waiting { .. }), "{pace:?}");
     }
 }
