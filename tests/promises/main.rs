@@ -10,6 +10,7 @@ mod contract;
 mod dead_letters;
 mod drills;
 mod existing_stream;
+mod fuzzed;
 mod hard_bodies;
 mod history;
 mod identity;
