@@ -5,6 +5,7 @@ mod certificates;
 mod door;
 mod nats;
 mod postgres;
+mod proxy;
 mod servers;
 
 use serde_json::Value;

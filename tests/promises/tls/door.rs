@@ -106,8 +106,9 @@ async fn a_nats_that_shows_or_wants_the_wrong_thing_is_told_and_waited_for() {
     assert_eq!(world.gateway.ops("/readyz").await.status, 200, "the gateway takes deliveries all the while");
     assert_eq!(world.workers[0].ops("/readyz").await.status, 503);
     for log in [world.gateway.log(), world.workers[0].log()] {
-        let told = log.lines().filter(|line| line.contains("no CA that is trusted here")).count();
-        assert_eq!(told, 1, "each thing is told once, though every attempt meets it: {log}");
+        let told = log.lines().filter_map(|line| line.split_once("cannot connect to NATS")).map(|(_, why)| why);
+        let told: Vec<_> = told.collect();
+        assert!(told.windows(2).all(|two| two[0] != two[1]), "what every attempt meets is told once: {log}");
     }
 
     // The right credentials in the same file: no restart.
