@@ -28,15 +28,22 @@ fn tls(folder: &Path, pair: &Pair, clients: Option<&Authority>) -> String {
 
 /// Connects once, with these settings: whether it worked, or what is told.
 async fn connects(url: &str, files: &[(&str, &Path)]) -> Result<(), String> {
+    once(&settings(url, files)?).await
+}
+
+async fn once(settings: &NatsSettings) -> Result<(), String> {
+    let client = settings.try_connect("a test").await.map_err(|error| error.to_string())?;
+    client.flush().await.map_err(|error| error.to_string())
+}
+
+fn settings(url: &str, files: &[(&str, &Path)]) -> Result<NatsSettings, String> {
     let lookup = |variable: &str| match variable {
         "NATS_URL" => Some(url.to_owned()),
         _ => files.iter().find(|(name, _)| *name == variable).map(|(_, file)| file.display().to_string()),
     };
     let mut reader = Reader::new(&lookup);
     let settings = NatsSettings::read(&mut reader);
-    let settings = reader.finish(settings).map_err(|mistakes| format!("settings: {mistakes}"))?;
-    let client = settings.try_connect("a test").await.map_err(|error| error.to_string())?;
-    client.flush().await.map_err(|error| error.to_string())
+    reader.finish(settings).map_err(|mistakes| format!("settings: {mistakes}"))
 }
 
 fn says(outcome: Result<(), String>, words: &[&str]) {
@@ -89,6 +96,29 @@ async fn a_client_certificate_is_shown_where_the_server_wants_one() {
     says(connects(&nats.url(), &[("NATS_CA_FILE", &ca)]).await, &["client certificate", "NATS_CLIENT_CERT"]);
     let mixed = Pair { certificate: ours.client("door").certificate, key: ours.client("door").key };
     says(with(&mixed, "mixed").await, &["settings", "NATS_CLIENT_KEY", "another's"]);
+}
+
+#[tokio::test]
+async fn files_that_change_are_read_at_the_next_connection() {
+    let (folder, ours, theirs) = (Scratch::new("nats-rotation").unwrap(), Authority::new(), Authority::new());
+    let nats = server(&folder, &tls(folder.path(), &ours.server(&HERE), Some(&ours))).await;
+    let ca = theirs.file(folder.path(), "ca.crt");
+    let (certificate, key) = theirs.client("door").files(folder.path(), "door");
+    let files: [(&str, &Path); 3] =
+        [("NATS_CA_FILE", &ca), ("NATS_CLIENT_CERT", &certificate), ("NATS_CLIENT_KEY", &key)];
+    let settings = settings(&nats.url(), &files).unwrap();
+    says(once(&settings).await, &["no CA that is trusted here"]);
+    ours.file(folder.path(), "ca.crt");
+    says(once(&settings).await, &["does not accept our client certificate"]);
+    ours.client("door").files(folder.path(), "door");
+    once(&settings).await.unwrap();
+    // One that is spoilt later on is told by its name.
+    std::fs::write(&key, "hunter2").unwrap();
+    let told = once(&settings).await.unwrap_err();
+    says(Err(told.clone()), &["NATS_CLIENT_KEY must be a private key"]);
+    assert!(!told.contains("hunter2"), "{told}");
+    std::fs::remove_file(&ca).unwrap();
+    says(once(&settings).await, &["NATS_CA_FILE must be a file that can be read"]);
 }
 
 #[tokio::test]

@@ -154,6 +154,29 @@ async fn a_client_certificate_is_shown_where_the_server_wants_one() {
 }
 
 #[tokio::test]
+async fn files_that_change_are_read_at_the_next_connection() {
+    let (ours, theirs) = (Authority::new(), Authority::new());
+    let Some(postgres) = TlsPostgres::start("files_that_change", &ours, &ours.server(&HERE)).await else { return };
+    let folder = postgres.folder.path();
+    let ca = theirs.file(folder, "rotated.crt");
+    let (certificate, key) = theirs.client("certified").files(folder, "door");
+    let client = format!("&sslcert={}&sslkey={}", certificate.display(), key.display());
+    let url = postgres.url("certified", "localhost", &format!("sslmode=verify-full{}{client}", root(&ca)));
+    let store = Store::new(&url.parse().unwrap(), 1);
+    let ping = async || store.ping().await.map_err(|error| error.to_string());
+    says(ping().await, &["no CA that is trusted here"]);
+    ours.file(folder, "rotated.crt");
+    says(ping().await, &["does not accept our client certificate"]);
+    ours.client("certified").files(folder, "door");
+    ping().await.unwrap();
+    // One that is spoilt later on is told by its name, and open connections go on.
+    std::fs::write(&key, "hunter2").unwrap();
+    ping().await.unwrap();
+    let told = Store::new(&url.replace(&client, "").parse().unwrap(), 1).ping().await.unwrap_err().to_string();
+    assert!(told.contains("client certificate"), "{told}");
+}
+
+#[tokio::test]
 async fn a_server_that_does_no_tls_is_for_those_who_allow_it() {
     let server = world::postgres().await; // the pinned build has no OpenSSL
     let url = |mode: &str| format!("{}?sslmode={mode}", server.url());

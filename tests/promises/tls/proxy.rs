@@ -70,9 +70,10 @@ async fn the_nginx_of_the_readme_brings_deliveries_to_the_gateway() {
     let place = folder.path().display();
     let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"];
     let temporary = temporary.map(|what| format!("{what}_temp_path {place}/{what};\n")).concat();
+    // One process, so that none is left behind when it is killed.
     let main = format!(
-        "daemon off; pid {place}/nginx.pid; error_log stderr; {}\nevents {{}}\nhttp {{\naccess_log off;\n{temporary}{block}}}\n",
-        if nix::unistd::Uid::effective().is_root() { "user root;" } else { "" }
+        "daemon off; master_process off; pid {place}/nginx.pid; error_log stderr;\nevents {{}}\n\
+         http {{\naccess_log off;\n{temporary}{block}}}\n"
     );
     let file = folder.path().join("nginx.conf");
     std::fs::write(&file, main).unwrap();
