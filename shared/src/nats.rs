@@ -196,11 +196,27 @@ impl Connection {
         let advice = if error.contains("authorization violation") {
             Some(self.login.refused())
         } else {
-            tls::explain(error, TLS)
+            // "TLS error" is the client's word for what it finds wrong with our own files.
+            self.spoilt_file().filter(|_| error.starts_with("TLS error")).or_else(|| tls::explain(error, TLS))
         };
         match advice {
             Some(advice) => format!("{host}:{port}: {advice} ({error})"),
             None => format!("{host}:{port}: {error}"),
+        }
+    }
+}
+
+impl Connection {
+    /// Which of the files of TLS is no longer what it was at the start.
+    fn spoilt_file(&self) -> Option<String> {
+        let must_be = |setting: Setting, wanted| Some(format!("{} must be {wanted}", setting.variable));
+        if let Some(Err(wanted)) = self.ca.as_deref().map(tls::roots) {
+            return must_be(NATS_CA_FILE, wanted);
+        }
+        let (certificate, key) = self.client.as_ref()?;
+        match tls::certificates(certificate) {
+            Ok(chain) => tls::private_key(key, &chain).err().and_then(|wanted| must_be(NATS_CLIENT_KEY, wanted)),
+            Err(wanted) => must_be(NATS_CLIENT_CERT, wanted),
         }
     }
 }

@@ -25,6 +25,7 @@ mod replay;
 mod rotation;
 mod signature_forms;
 mod store;
+mod tls;
 mod trace;
 mod worker_outages;
 
@@ -41,7 +42,7 @@ fn setup() -> Setup {
 /// A fixture: a payload of Sentry's shape, as it stands on the wire.
 macro_rules! fixture {
     ($name:literal) => {
-        include_str!(concat!("../fixtures/", $name, ".json"))
+        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/", $name, ".json"))
     };
 }
 use fixture;

@@ -71,7 +71,8 @@ fn an_address_that_is_taken_is_told_with_its_setting() {
 #[test]
 fn the_readme_lists_every_setting_as_it_is() {
     let mut rows: Vec<String> = Vec::new();
-    for setting in [gateway::settings::SETTINGS, worker::settings::SETTINGS].into_iter().flatten().flatten() {
+    let groups = gateway::settings::SETTINGS.into_iter().chain(worker::settings::SETTINGS);
+    for setting in groups.flatten() {
         let default = setting.default.map(|default| format!("`{default}`")).unwrap_or_default();
         let row = format!("| `{}` | {default} | {} |", setting.variable, setting.help);
         if !rows.contains(&row) {
