@@ -19,6 +19,7 @@
 //! the repeat harmless. And 7 closes the circle: whatever goes wrong between 3 and 6, in a broker that forgets what it
 //! acknowledged, say, an entry without a receipt is looked after until it has one (gateway `confirm`).
 
+pub mod check;
 pub mod delivery;
 pub mod json;
 pub mod ops;

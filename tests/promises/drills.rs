@@ -14,6 +14,6 @@ mod memory;
 use std::io::Write as _;
 
 /// Says that a drill was skipped, past the test runner, which shows nothing of a test that passes.
-fn skipped(drill: &str, because: &str) {
+pub(crate) fn skipped(drill: &str, because: &str) {
     let _ = writeln!(std::io::stderr(), "SKIPPED {drill}: {because}");
 }

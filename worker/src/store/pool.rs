@@ -54,6 +54,13 @@ impl FromStr for DatabaseUrl {
     }
 }
 
+impl DatabaseUrl {
+    /// The role that logs in, where it is named.
+    pub fn user(&self) -> Option<&str> {
+        self.0.get_user()
+    }
+}
+
 impl fmt::Display for DatabaseUrl {
     /// `host:port/database`, hosts separated by commas.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
