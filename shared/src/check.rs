@@ -146,9 +146,10 @@ pub fn address(setting: &str, address: SocketAddr, holder: Option<&str>) -> Find
             }
         },
         Err(error) => {
-            let advice = match error.kind() {
-                io::ErrorKind::PermissionDenied => "ports below 1024 are for root: take another, or grant the right",
-                _ => "it has to be an address of this machine; 0.0.0.0 is all of them",
+            let advice = if error.kind() == io::ErrorKind::PermissionDenied {
+                "ports below 1024 are for root: take another, or grant the right"
+            } else {
+                "it has to be an address of this machine; 0.0.0.0 is all of them"
             };
             Finding::problem(what, format!("cannot be listened on: {error}"), format!("{advice} ({setting})"))
         }

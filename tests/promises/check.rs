@@ -257,6 +257,9 @@ async fn a_login_that_may_too_little_is_named_with_what_it_lacks() {
     servers.gateway(&[("NATS_URL", &all)]).await.fails_for(&["NATS account, storage", "lower NATS_MAX_BYTES"]);
     let fits = [("NATS_URL", all.as_str()), ("NATS_MAX_BYTES", "100MB")];
     servers.gateway(&fits).await.well();
+    let (mute, deaf) = (as_user("mute"), as_user("deaf"));
+    let mute_first = [("NATS_URL", mute.as_str()), ("NATS_MAX_BYTES", "100MB")];
+    servers.gateway(&mute_first).await.fails_for(&["NATS permissions", "Publish", "signals.sentry.check"]);
     let client = async_nats::ConnectOptions::with_user_and_password("all".into(), SECRET.into());
     let client = client.connect(servers.nats.url()).await.unwrap();
     let config = Config {
@@ -270,7 +273,6 @@ async fn a_login_that_may_too_little_is_named_with_what_it_lacks() {
     servers.gateway(&fits).await.well();
     let other = [("NATS_URL", all.as_str()), ("NATS_STREAM", "OTHER"), ("NATS_MAX_BYTES", "1MB")];
     servers.gateway(&other).await.fails_for(&["NATS account, streams"]);
-    let (mute, deaf) = (as_user("mute"), as_user("deaf"));
     servers.gateway(&[("NATS_URL", &mute)]).await.fails_for(&["NATS permissions", "Publish", "signals.sentry.check"]);
     servers.worker(&[("NATS_URL", &mute)]).await.fails_for(&["NATS permissions", "Publish", "receipts.check"]);
     servers.gateway(&[("NATS_URL", &deaf)]).await.fails_for(&["NATS permissions", "Subscription", "receipts.check"]);

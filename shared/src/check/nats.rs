@@ -179,7 +179,10 @@ async fn jetstream(nats: &NatsSettings, side: Side<'_>, link: &Link) -> Vec<Find
             findings.push(tell_consumer(stream.consumer_info(CONSUMER).await, stream.cached_info(), side));
             findings.extend(may_publish(&link.client, side).await);
         }
-        Err(error) if is_missing(&error) => findings.extend(would_make(&what, nats, side, link, &account)),
+        Err(error) if is_missing(&error) => {
+            findings.extend(would_make(&what, nats, side, link, &account));
+            may_publish(&link.client, side).await; // that nobody hears it yet is no finding; a refusal is, below
+        }
         Err(error) => {
             findings.push(Finding::problem(&what, format!("cannot be looked at: {error}"), "see the other findings"));
         }
