@@ -4,12 +4,14 @@
 //! delivery is, [`journal`] what a 202 rests on, [`reject`] what everybody else is told, [`server`] keeps the connections, [`body`]
 //! and [`pace`] what they may cost, [`said`] that every word of theirs is ours, [`secrets`] the client secrets, which may change.
 //! Behind the answer, [`publish`] takes entries from the journal to JetStream, and [`confirm`] looks after each until a
-//! worker has stored it. [`commands`] is for operators.
+//! worker has stored it. [`commands`] and [`check`] are for operators.
 
 pub mod body;
 pub mod canonical;
+pub mod check;
 pub mod commands;
 pub mod confirm;
+pub mod descriptors;
 pub mod journal;
 pub mod metrics;
 pub mod pace;
@@ -48,6 +50,7 @@ use crate::settings::JournalSettings;
 /// Where the gateway cannot start: an address is taken, say, or the journal. While NATS is not there it starts, and takes
 /// deliveries.
 pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
+    descriptors::raise(config.limits.connections);
     let public = bind(config.listen, "GATEWAY_LISTEN").await?;
     let ops = bind(config.ops_listen, "GATEWAY_OPS_LISTEN").await?;
     // NATS away costs nothing but time: deliveries are taken, and wait on disk.

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{ArgMatches, Command};
 use gateway::settings::{Config, JournalConfig};
-use gateway::{commands, settings as own};
+use gateway::{check, commands, settings as own};
 use shared::settings::{self, BadSettings, EX_USAGE};
 use shared::shutdown;
 use tokio::runtime::Runtime;
@@ -13,13 +13,21 @@ fn main() -> ExitCode {
     let about = "Takes Sentry's webhooks, verifies them, makes them durable, and answers";
     let command = Command::new("gateway").bin_name("gateway").about(about).version(env!("CARGO_PKG_VERSION"));
     let command = settings::command(command, &own::SETTINGS).subcommand(commands::command());
+    let command = command.subcommand(check::command());
     let arguments = settings::arguments(command);
     let ended = match arguments.subcommand() {
+        Some(("check", check)) => look(check),
         Some((_, journal)) => operate(journal),
         None => serve(&arguments),
     };
     match ended {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(well) => {
+            if well {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
+        }
         Err(error) => {
             eprintln!("gateway: {error:#}");
             if error.is::<BadSettings>() { ExitCode::from(EX_USAGE) } else { ExitCode::FAILURE }
@@ -27,16 +35,24 @@ fn main() -> ExitCode {
     }
 }
 
-fn serve(arguments: &ArgMatches) -> anyhow::Result<()> {
+/// Whether all is well; so the next two.
+fn serve(arguments: &ArgMatches) -> anyhow::Result<bool> {
     let config = Config::load(&settings::flags_then_environment(arguments))?;
     config.logs.start();
-    Runtime::new()?.block_on(async { gateway::run(config, shutdown::on_signal()?).await })
+    Runtime::new()?.block_on(async { gateway::run(config, shutdown::on_signal()?).await })?;
+    Ok(true)
 }
 
-fn operate(journal: &ArgMatches) -> anyhow::Result<()> {
+fn look(arguments: &ArgMatches) -> anyhow::Result<bool> {
+    let config = Config::load(&settings::flags_then_environment(arguments))?;
+    Runtime::new()?.block_on(check::run(arguments, &config))
+}
+
+fn operate(journal: &ArgMatches) -> anyhow::Result<bool> {
     // Flags are global: the innermost command has them all.
     let innermost = journal.subcommand().map_or(journal, |(_, command)| command);
     let config = JournalConfig::load(&settings::flags_then_environment(innermost))?;
     config.logs.start();
-    Runtime::new()?.block_on(async { commands::run(journal, config, shutdown::on_signal()?).await })
+    Runtime::new()?.block_on(async { commands::run(journal, config, shutdown::on_signal()?).await })?;
+    Ok(true)
 }

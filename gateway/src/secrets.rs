@@ -38,6 +38,11 @@ impl Secrets {
         (!keyed.is_empty()).then_some(Secrets(keyed))
     }
 
+    /// How many there are, one at least.
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
     /// Whether any of the secrets gives `signature` over `signed`, in a time that depends on neither.
     pub fn signed(&self, signed: &[u8], signature: &Signature) -> bool {
         let matches =
@@ -97,6 +102,11 @@ impl Source {
         let secrets = Secrets::parse(&content).ok_or(Unusable::Empty)?;
         let file = SecretFile { path: path.to_owned(), content };
         Ok(Source { current: watch::Sender::new(secrets), file: Some(file) })
+    }
+
+    /// The file, where they are from one.
+    pub fn path(&self) -> Option<&Path> {
+        self.file.as_ref().map(|file| file.path.as_path())
     }
 
     /// The secrets, as they are at any time.

@@ -31,6 +31,9 @@ pub const HOOK_TIMESTAMP: &str = "Sentry-Hook-Timestamp";
 /// Longest sender's header value that travels along; a longer one is left out.
 const HEADER_VALUE_MAX: usize = 200;
 
+/// More bytes than the headers of a message ever take: what a stream's server must take beside the largest body.
+pub const HEADERS_MAX: usize = 2048;
+
 /// What makes a delivery the same delivery, through redelivery, repeat and replay.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DeliveryId(String);
@@ -327,6 +330,26 @@ mod tests {
         assert_ne!(id(b"r1", b"body"), id(b"r1", b"Body"));
         assert_ne!(id(b"r1", b"body"), id(b"r1b", b"ody")); // the border between the two counts
         assert_ne!(DeliveryId::of_request(None, b"body"), DeliveryId::of_request(None, b"body"));
+    }
+
+    #[test]
+    fn headers_never_take_more_than_is_said() {
+        let long = "x".repeat(10 * HEADER_VALUE_MAX);
+        for length in [HEADER_VALUE_MAX, long.len()] {
+            let value = Some(&long.as_bytes()[..length]);
+            let delivery = Delivery::received(Bytes::new(), value, Some("a".repeat(40).as_bytes()), value);
+            let headers = delivery.headers(u32::MAX, &ReceiptTo::new(&"g".repeat(64), "9".repeat(64)));
+            let line = |name: &str, value: &str| name.len() + value.len() + ": \r\n".len();
+            let lines =
+                headers.iter().flat_map(|(name, values)| values.iter().map(move |it| line(name.as_ref(), it.as_str())));
+            let bytes = "NATS/1.0\r\n\r\n".len() + lines.sum::<usize>();
+            assert!(bytes + 200 < HEADERS_MAX, "{bytes}, with room for one more");
+            assert_eq!(
+                bytes > 2 * HEADER_VALUE_MAX,
+                length == HEADER_VALUE_MAX,
+                "{bytes}: what is too long is left out"
+            );
+        }
     }
 
     #[test]

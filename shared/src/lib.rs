@@ -21,6 +21,7 @@
 //!
 //! The trace that begins or goes on in 1 travels along ([`trace`]), onto every log line about the delivery.
 
+pub mod check;
 pub mod delivery;
 pub mod json;
 pub mod nats;

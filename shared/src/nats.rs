@@ -115,7 +115,13 @@ impl Connection {
         Some(Connection { servers: servers.into_iter().filter_map(without_login).collect(), login, ca, client })
     }
 
-    fn options(&self, program: &str) -> ConnectOptions {
+    /// `NATS_URL`, server by server, without user and password.
+    pub(crate) fn servers(&self) -> &[ServerAddr] {
+        &self.servers
+    }
+
+    /// What the client is told but for what happens when it fails.
+    pub(crate) fn options(&self, program: &str) -> ConnectOptions {
         let options = match &self.login {
             Login::Nobody => ConnectOptions::new(),
             Login::Password { user, password } => {
@@ -188,7 +194,7 @@ impl Connection {
     }
 
     /// Which server cannot be used, why, and what to do. `error` is all that the client keeps of a failure: its text.
-    fn explain(&self, server: &ServerAddr, error: &str) -> String {
+    pub(crate) fn explain(&self, server: &ServerAddr, error: &str) -> String {
         let (host, port) = (server.host(), server.port());
         // What our own callbacks said, without the client's wrapping.
         let ours = error.strip_prefix("failed signing nonce: AuthError(").and_then(|rest| rest.strip_suffix(')'));

@@ -117,6 +117,8 @@ pub async fn serve(listener: TcpListener, readiness: Readiness, metrics: Registr
     }
 }
 
+/// What `/healthz` says.
+pub(crate) const HEALTHY: &str = r#"{"status":"ok"}"#;
 const JSON: &str = "application/json";
 /// What Prometheus asks for (OpenMetrics 1.0, section 4).
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -126,7 +128,7 @@ fn answer(request: &Request<Incoming>, readiness: &Readiness, metrics: &Registry
         ("/healthz" | "/readyz" | "/metrics", method) if !matches!(*method, Method::GET | Method::HEAD) => {
             (StatusCode::METHOD_NOT_ALLOWED, JSON, r#"{"error":"only GET is allowed here"}"#.to_owned())
         }
-        ("/healthz", _) => (StatusCode::OK, JSON, r#"{"status":"ok"}"#.to_owned()),
+        ("/healthz", _) => (StatusCode::OK, JSON, HEALTHY.to_owned()),
         ("/readyz", _) => {
             let (ready, checks) = readiness.look();
             let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };

@@ -87,6 +87,61 @@ pub fn flags_then_environment(matches: &ArgMatches) -> impl Fn(&str) -> Option<S
     }
 }
 
+/// Where a setting's value is from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum From {
+    /// Its flag.
+    Flag,
+    /// The environment variable.
+    Variable,
+    /// Nobody set it.
+    Default,
+}
+
+impl fmt::Display for From {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            From::Flag => "flag",
+            From::Variable => "variable",
+            From::Default => "default",
+        })
+    }
+}
+
+/// A setting as a program would use it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct InUse {
+    /// Its variable.
+    pub variable: &'static str,
+    /// Its value, for people: nothing of a secret.
+    pub value: String,
+    /// Where that is from.
+    pub from: From,
+}
+
+/// Every setting as it would be used. `show` words the values that must not, or cannot, be shown as they are set; others
+/// are shown so, but for secrets, of which is only said that they are there.
+pub fn in_use(settings: &[&[Setting]], matches: &ArgMatches, show: impl Fn(&str) -> Option<String>) -> Vec<InUse> {
+    let is_set = |text: &String| !text.trim().is_empty();
+    let used = |setting: &Setting| {
+        let flag = matches.try_get_one::<String>(setting.variable).ok().flatten().cloned();
+        let variable = || std::env::var(setting.variable).ok();
+        // As `Reader::text` has it: a flag wins, and what is empty is not set.
+        let from = if flag.is_some() { From::Flag } else { From::Variable };
+        let set = flag.or_else(variable).filter(is_set);
+        let from = if set.is_some() { from } else { From::Default };
+        let plain = || match (&set, setting.default) {
+            (Some(_), _) if setting.secret => "set".to_owned(),
+            (Some(text), _) => text.trim().to_owned(),
+            (None, Some(default)) => default.to_owned(),
+            (None, None) => "not set".to_owned(),
+        };
+        InUse { variable: setting.variable, value: show(setting.variable).unwrap_or_else(plain), from }
+    };
+    settings.iter().copied().flatten().map(used).collect()
+}
+
 /// Every mistake in the settings, a line each: the variable and what is wrong, never the value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BadSettings(Vec<String>);

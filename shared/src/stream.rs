@@ -82,9 +82,19 @@ impl NatsSettings {
         })
     }
 
+    /// How NATS is reached.
+    pub(crate) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    /// `NATS_URL` without what logs in.
+    pub fn url_to_show(&self) -> String {
+        self.connection.servers().iter().map(crate::check::nats::without_login).collect::<Vec<_>>().join(",")
+    }
+
     /// The stream as the gateway makes it: keeps everything (limits retention), refuses what is new when it is full
     /// rather than drop what nobody has read.
-    fn stream_config(&self) -> stream::Config {
+    pub(crate) fn stream_config(&self) -> stream::Config {
         stream::Config {
             name: self.stream.clone(),
             subjects: vec![format!("{SUBJECT_PREFIX}.*")],
@@ -258,7 +268,7 @@ async fn mend_position(stream: &stream::Stream, consumer: &consumer::Info) -> Re
     Ok(())
 }
 
-fn consumer_config() -> pull::Config {
+pub(crate) fn consumer_config() -> pull::Config {
     pull::Config {
         durable_name: Some(CONSUMER.to_owned()),
         deliver_policy: DeliverPolicy::All,
@@ -270,7 +280,7 @@ fn consumer_config() -> pull::Config {
     }
 }
 
-fn is_missing(error: &GetStreamError) -> bool {
+pub(crate) fn is_missing(error: &GetStreamError) -> bool {
     matches!(error.kind(), GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND)
 }
 
@@ -309,7 +319,7 @@ impl Comparison {
     }
 }
 
-fn compare_streams(found: &stream::Config, wanted: &stream::Config) -> Vec<Difference> {
+pub(crate) fn compare_streams(found: &stream::Config, wanted: &stream::Config) -> Vec<Difference> {
     let mut comparison = Comparison::of(format!("stream {}", wanted.name));
     let subject = &wanted.subjects[0];
     if !found.subjects.iter().any(|pattern| covers(pattern, subject)) {
@@ -335,7 +345,7 @@ fn compare_streams(found: &stream::Config, wanted: &stream::Config) -> Vec<Diffe
     comparison.differences
 }
 
-fn compare_consumers(found: &consumer::Config, wanted: &pull::Config) -> Vec<Difference> {
+pub(crate) fn compare_consumers(found: &consumer::Config, wanted: &pull::Config) -> Vec<Difference> {
     let mut comparison = Comparison::of(format!("consumer {CONSUMER}"));
     let skips = Some("it would skip deliveries");
     comparison.check("deliver_policy", &found.deliver_policy, &wanted.deliver_policy, skips);

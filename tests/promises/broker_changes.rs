@@ -4,7 +4,9 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use async_nats::jetstream::stream;
+use async_nats::jetstream::consumer::pull;
+use async_nats::jetstream::{AckKind, stream};
+use futures_util::StreamExt as _;
 use futures_util::future::join_all;
 use local::{NatsOptions, NatsServer, Scratch, ports};
 use world::{Post, World, eventually, programs};
@@ -247,6 +249,46 @@ async fn a_consumer_that_stands_still_is_told() {
     .await;
     stream(&world).await.resume_consumer("worker").await.unwrap();
     world.stored(&id).await;
+    world.workers[0].ready().await;
+}
+
+#[tokio::test]
+async fn deliveries_that_others_hold_and_let_nobody_else_have_are_told() {
+    let mut world = setup().start().await;
+    post_and_store(&world).await;
+    world.all_acknowledged().await;
+    world.workers[0].kill().await;
+    // As many as may be un-acked are with somebody who goes on saying that they are worked on.
+    let stream = stream(&world).await;
+    stream.delete_consumer("worker").await.unwrap();
+    let config = pull::Config {
+        durable_name: Some("worker".into()),
+        max_ack_pending: 2,
+        ack_wait: Duration::from_secs(3),
+        ..pull::Config::default()
+    };
+    let somebody = stream.create_consumer(config).await.unwrap();
+    let mut ids = Vec::new();
+    for _ in 0..3 {
+        ids.push(world.post(fixture!("issue_created")).await.accepted());
+    }
+    world.on_stream(4).await;
+    let held: Vec<_> = somebody.fetch().max_messages(2).messages().await.unwrap().collect().await;
+    world.workers[0].start_again();
+    eventually("the worker to tell", || async {
+        for message in &held {
+            message.as_ref().unwrap().ack_with(AckKind::Progress).await.unwrap();
+        }
+        let answer = world.workers[0].ops("/readyz").await;
+        (answer.status == 503 && answer.json().to_string().contains("2 are with workers that neither store"))
+            .then_some(())
+    })
+    .await;
+    assert_eq!(world.workers[0].ops("/healthz").await.status, 200, "it is alive: a restart would mend nothing");
+    drop(held); // nobody says so any more: they come to the worker, and it is ready by itself
+    for id in &ids {
+        world.stored(id).await;
+    }
     world.workers[0].ready().await;
 }
 

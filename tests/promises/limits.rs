@@ -74,3 +74,16 @@ async fn a_body_that_nobody_waits_for_any_more_makes_room() {
     slow.read_exact(&mut answered).await.unwrap();
     assert_eq!(&answered, b"HTTP/1.1 503");
 }
+
+#[tokio::test]
+async fn a_low_limit_of_open_files_is_raised_to_what_the_connections_need() {
+    const LOW: &[&str] = &["/bin/sh", "-c", "ulimit -Sn 100 && exec \"$0\""];
+    let world = setup().workers(0).gateway("GATEWAY_MAX_CONNECTIONS", "300").gateway_under(LOW).start().await;
+    let mut connections = Vec::new();
+    for _ in 0..200 {
+        connections.push(Connection::open(world.port()).await.unwrap());
+    }
+    for connection in &mut connections {
+        connection.send(&Post::signed(BODY)).await.unwrap().accepted();
+    }
+}

@@ -5,6 +5,7 @@
 mod attacks;
 mod broker_changes;
 mod canonical_form;
+mod check;
 mod commands;
 mod contract;
 mod dead_letters;

@@ -42,7 +42,11 @@ async fn nats_away_changes_nothing_for_the_sender() {
     world.nats.kill().await;
     eventually("the gateway to notice", || async { (state(&world, 0, "nats").await == Some(false)).then_some(()) })
         .await;
-    assert_eq!(world.gateway.ops("/readyz").await.status, 200, "and stays ready, degraded");
+    let told = world.gateway.ops("/readyz").await;
+    assert_eq!(told.status, 200, "and stays ready");
+    let degraded = told.json().as_array().unwrap().iter().any(|it| it["name"] == "nats" && it["degraded"] == true);
+    assert!(degraded, "and says so: {told:?}");
+    assert_eq!(world.gateway.ops("/healthz").await.status, 200);
     for _ in 0..20 {
         ids.push(world.post(fixture!("issue_created")).await.accepted());
     }

@@ -59,6 +59,30 @@ fn help_names_every_variable_and_its_default() {
 }
 
 #[test]
+fn every_command_has_every_flag_in_its_help() {
+    let gateway = [&[][..], &["check"], &["journal", "status"], &["journal", "redrive"], &["journal", "drain"]];
+    let worker = [&[][..], &["check"], &["migrate"], &["status"], &["audit"], &["replay"], &["dead-letters", "list"]];
+    let more = [&["dead-letters", "show"][..], &["dead-letters", "retry"], &["dead-letters", "discard"]];
+    let settings = [&gateway::settings::SETTINGS[..], &worker::settings::SETTINGS];
+    let worker = [worker.as_slice(), &more].concat();
+    for (program, name, commands, settings) in
+        [(GATEWAY, "gateway", gateway.as_slice(), settings[0]), (WORKER, "worker", &worker, settings[1])]
+    {
+        for command in commands {
+            let (code, stdout, _) = run(program, &[*command, &["--help"]].concat(), &[]);
+            assert_eq!(code, Some(0), "{name} {command:?}");
+            for setting in settings.iter().copied().flatten() {
+                let flag = format!("--{} <VALUE>", setting.flag(name));
+                assert_eq!(stdout.contains(&flag), !setting.secret, "{name} {command:?} {flag}: {stdout}");
+                let default = setting.default.map(|default| format!(", default: {default}]")).unwrap_or_default();
+                let words: String = stdout.split_whitespace().collect::<Vec<_>>().join(" ");
+                assert!(setting.secret || words.contains(&default), "{name} {command:?} {flag}: {stdout}");
+            }
+        }
+    }
+}
+
+#[test]
 fn an_address_that_is_taken_is_told_with_its_setting() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();

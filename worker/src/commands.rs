@@ -27,7 +27,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::store::{Store, StoreError};
-use crate::{Config, audit, dead_letters, replay, status};
+use crate::{Config, audit, check, dead_letters, replay, status};
 
 /// How long NATS may take to be there when a command starts.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
@@ -48,8 +48,9 @@ pub(crate) enum Ending {
 }
 
 /// Every command, for the parser.
-pub fn all() -> [Command; 4] {
-    [dead_letters::command::command(), replay::command(), audit::command(), status::command()].map(own_first)
+pub fn all() -> [Command; 5] {
+    [check::command(), dead_letters::command::command(), replay::command(), audit::command(), status::command()]
+        .map(own_first)
 }
 
 /// In `--help`, what a command has of its own comes before the settings.
@@ -61,6 +62,7 @@ fn own_first(command: Command) -> Command {
 pub async fn execute(arguments: &ArgMatches, config: &Config) -> Option<ExitCode> {
     let (name, matches) = arguments.subcommand()?;
     let ended = match name {
+        "check" => check::run(config, matches).await,
         "dead-letters" => dead_letters::command::run(config, matches).await,
         "replay" => replay::run(config, matches).await,
         "audit" => audit::run(config, matches).await,

@@ -5,6 +5,7 @@
 //! it is written to. [`history`] makes room in the stream. What an operator runs by hand is in [`commands`].
 
 mod audit;
+mod check;
 pub mod commands;
 pub mod dead_letters;
 pub mod history;

@@ -158,6 +158,25 @@ pub(super) fn lock(dir: &Path) -> Result<Lock, LockError> {
     Ok(Lock(file))
 }
 
+/// Who holds the lock, without taking it: `Some` with the process id, if they wrote it.
+pub(super) fn holder(dir: &Path) -> io::Result<Option<Option<u32>>> {
+    let mut file = match File::open(dir.join(LOCK)) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    // Shared, and let go of at once when the file is closed: two who look do not take each other for a holder.
+    match file.try_lock_shared() {
+        Ok(()) => Ok(None),
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            let _ = file.read_to_string(&mut holder);
+            Ok(Some(holder.trim().parse().ok()))
+        }
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
 /// The gateway's id, made at the first start and kept. A token of lower-case letters and digits.
 ///
 /// A file that holds none (somebody edited it) is replaced: receipts for the old id get lost, which costs one repeat

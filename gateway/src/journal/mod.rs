@@ -153,6 +153,35 @@ impl Limits {
     }
 }
 
+/// A journal's directory as it looks from outside, also while a gateway has it open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outside {
+    /// Its gateway's id, where one ever ran on it.
+    pub gateway_id: Option<String>,
+    /// Whether a gateway has it open now, and that one's process id if it is known.
+    pub held_by: Option<Option<u32>>,
+    /// Bytes that the journal's files take.
+    pub bytes: u64,
+}
+
+impl Outside {
+    /// Looks at `dir`, reads no entry, changes nothing.
+    ///
+    /// # Errors
+    /// Where it cannot be read.
+    pub fn look(dir: &Path) -> std::io::Result<Outside> {
+        let path = |(kind, number)| match kind {
+            files::Kind::Segment => Some(files::segment(dir, number)),
+            files::Kind::Marks => Some(files::marks(dir, number)),
+            files::Kind::Damaged => Some(files::damaged(dir, number)),
+            files::Kind::Unfinished => None, // about to become marks, or left over
+        };
+        let paths = files::list(dir)?.into_iter().filter_map(path);
+        let bytes = paths.filter_map(|path| Some(path.metadata().ok()?.len())).sum(); // one that has just gone takes nothing
+        Ok(Outside { gateway_id: files::read_gateway_id(dir)?, held_by: files::holder(dir)?, bytes })
+    }
+}
+
 /// What is to be appended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {

@@ -40,6 +40,11 @@ impl Report {
         self.lines.push((object.into(), state));
     }
 
+    /// What was created.
+    pub fn created(&self) -> impl Iterator<Item = &str> {
+        self.lines.iter().filter(|(_, state)| *state == CREATED).map(|(object, _)| object.as_str())
+    }
+
     /// Whether anything was created.
     pub fn changed(&self) -> bool {
         self.lines.iter().any(|(_, state)| *state == CREATED)
@@ -115,12 +120,32 @@ fn list(problems: &[Problem]) -> String {
 pub async fn migrate(client: &mut Client) -> Result<Report, MigrateError> {
     let tx = within(client.transaction()).await?;
     within(tx.batch_execute(SETTINGS)).await?;
+    let report = create_and_check(&tx).await?;
+    within(tx.commit()).await?;
+    Ok(report)
+}
+
+/// Does what [`migrate`] would do, and takes it all back: what a migration would create, or why it would fail. To
+/// everybody else nothing has happened.
+///
+/// # Errors
+/// As [`migrate`].
+pub async fn rehearse(client: &mut Client) -> Result<Report, MigrateError> {
+    let tx = within(client.transaction()).await?;
+    within(tx.batch_execute(SETTINGS)).await?;
+    // A rehearsal is not worth waiting for, nor being waited for.
+    within(tx.batch_execute("SET LOCAL lock_timeout = '2s'; SET LOCAL statement_timeout = '5s'")).await?;
+    let report = create_and_check(&tx).await?;
+    within(tx.rollback()).await?;
+    Ok(report)
+}
+
+async fn create_and_check(tx: &Transaction<'_>) -> Result<Report, MigrateError> {
     within(tx.execute("SELECT pg_advisory_xact_lock($1)", &[&LOCK])).await?;
     let mut report = Report::default();
-    create_loops_tables(&tx, &mut report).await?;
-    create_ours(&tx, &mut report).await?;
-    fail_if_any(check::problems(&tx, &mut report.notes).await?)?;
-    within(tx.commit()).await?;
+    create_loops_tables(tx, &mut report).await?;
+    create_ours(tx, &mut report).await?;
+    fail_if_any(check::problems(tx, &mut report.notes).await?)?;
     Ok(report)
 }
 

@@ -52,11 +52,24 @@ pub async fn watch(stream: &Stream, session: &Session, database: &Database, read
                 "{} deliveries wait, and none has moved for {} s{}",
                 consumer.num_pending,
                 time.as_secs(),
-                if consumer.paused { ": the consumer is paused" } else { "" },
+                cause(&consumer),
             )),
             None => Ok("ready".into()),
         };
         readiness.set("consumer", state);
+    }
+}
+
+/// Why a consumer stands still, where that can be seen.
+fn cause(consumer: &consumer::Info) -> String {
+    let (held, limit) = (consumer.num_ack_pending as i64, consumer.config.max_ack_pending);
+    if consumer.paused {
+        let left = consumer.pause_remaining.map(|left| format!(" for {} s more", left.as_secs())).unwrap_or_default();
+        format!(": the consumer is paused{left}")
+    } else if limit > 0 && held >= limit {
+        format!(": {held} are with workers that neither store nor hand them back, and no more may be un-acked")
+    } else {
+        String::new()
     }
 }
 
@@ -87,5 +100,37 @@ impl Movement {
                 None
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn info(delivered: u64, acknowledged: u64, pending: u64) -> consumer::Info {
+        let place = |at: u64| serde_json::json!({ "consumer_seq": at, "stream_seq": at });
+        serde_json::from_value(serde_json::json!({
+            "stream_name": "SIGNALS", "name": "worker", "created": "2026-11-23T12:00:00Z",
+            "config": { "deliver_policy": "all", "ack_policy": "explicit", "replay_policy": "instant" },
+            "delivered": place(delivered), "ack_floor": place(acknowledged),
+            "num_ack_pending": delivered - acknowledged, "num_redelivered": 0, "num_waiting": 0, "num_pending": pending,
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn only_who_asks_in_vain_for_long_while_deliveries_wait_stands_still() {
+        let begin = Instant::now();
+        let at = |seconds| begin + Duration::from_secs(seconds);
+        let mut moved = Movement::new();
+        assert_eq!(moved.standstill(&info(5, 5, 9), true, at(0)), None, "the first look knows nothing");
+        assert_eq!(moved.standstill(&info(5, 5, 9), true, at(9)), None, "not for long");
+        assert_eq!(moved.standstill(&info(5, 5, 9), true, at(12)), Some(Duration::from_secs(12)));
+        assert_eq!(moved.standstill(&info(5, 5, 9), true, at(60)), Some(Duration::from_secs(60)), "and it lasts");
+        assert_eq!(moved.standstill(&info(6, 5, 8), true, at(61)), None, "a delivery is a movement");
+        assert_eq!(moved.standstill(&info(6, 6, 8), true, at(71)), None, "so is an ack");
+        assert_eq!(moved.standstill(&info(6, 6, 8), false, at(90)), None, "a worker that is busy asks for nothing");
+        assert_eq!(moved.standstill(&info(6, 6, 8), true, at(99)), None, "and begins anew");
+        assert_eq!(moved.standstill(&info(6, 6, 0), true, at(200)), None, "nothing waits");
     }
 }

@@ -108,6 +108,13 @@ impl BadDatabaseUrl {
 }
 
 impl DatabaseUrl {
+    /// The role that logs in, where it is named.
+    pub fn user(&self) -> Option<&str> {
+        self.config.get_user()
+    }
+}
+
+impl DatabaseUrl {
     /// Reads `DATABASE_URL`; what it does not say of TLS, `variable` does, which gives the value of one of
     /// [`TLS_SETTINGS`].
     ///

@@ -1,0 +1,389 @@
+//! Is NATS there, does it let us in, would it hold what is to be stored?
+//!
+//! What a client cannot know is said: how much disk the servers have left, and whether a stream would find its servers.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_nats::header::NATS_EXPECTED_STREAM;
+use async_nats::jetstream::account::Account;
+use async_nats::jetstream::context::{AccountErrorKind, ConsumerInfoErrorKind};
+use async_nats::jetstream::{self, ErrorCode, consumer, stream};
+use async_nats::{Client, Event, HeaderMap, Request, RequestErrorKind, ServerAddr, ServerError, ServerInfo};
+use tokio::time::timeout;
+
+use super::{Finding, size};
+use crate::delivery::HEADERS_MAX;
+use crate::receipt;
+use crate::stream::{
+    CONSUMER, Difference, NatsSettings, SUBJECT_PREFIX, compare_consumers, compare_streams, consumer_config,
+    is_missing, lies_beyond,
+};
+
+/// How long one try may take: a server that needs longer is as good as away.
+const TRY_WITHIN: Duration = Duration::from_secs(4);
+/// How long the server's word on what we may not do can take after a request got no answer.
+const DENIAL_WITHIN: Duration = Duration::from_millis(300);
+/// Servers warn of a `max_payload` above this, and refuse one above 64 MiB
+/// (<https://docs.nats.io/running-a-nats-service/configuration>).
+const PAYLOAD_ADVISED: usize = 8 << 20;
+
+/// Whose connection it would be.
+#[derive(Debug, Clone, Copy)]
+pub enum Side<'a> {
+    /// The gateway's: makes the stream, publishes into it, hears receipts.
+    Gateway {
+        /// Its id, where it has one already.
+        id: Option<&'a str>,
+        /// `GATEWAY_MAX_BODY_BYTES`
+        body_bytes: usize,
+    },
+    /// The worker's: makes the consumer, pulls, sends receipts.
+    Worker,
+}
+
+/// A connection that was made once, and what the server said we may not do.
+struct Link {
+    client: Client,
+    denied: Arc<Mutex<Vec<String>>>,
+}
+
+/// Connects once to this one server, as the program would.
+async fn connect_once(nats: &NatsSettings, server: &ServerAddr) -> Result<Link, String> {
+    let denied = Arc::<Mutex<Vec<String>>>::default();
+    let heard = denied.clone();
+    let options = nats.connection().options("check").connection_timeout(TRY_WITHIN * 2).ignore_discovered_servers();
+    let options = options.event_callback(move |event| {
+        if let Event::ServerError(ServerError::Other(text)) = event {
+            heard.lock().unwrap_or_else(PoisonError::into_inner).push(text);
+        }
+        std::future::ready(())
+    });
+    // Our time limit is the shorter one, for its words.
+    match timeout(TRY_WITHIN, options.connect(server.clone())).await {
+        Ok(Ok(client)) => Ok(Link { client, denied }),
+        Ok(Err(error)) => Err(nats.connection().explain(server, &error.to_string())),
+        Err(_) => Err(format!("no word within {} s: it hangs, or what is sent to it is lost", TRY_WITHIN.as_secs())),
+    }
+}
+
+/// Looks at every server that is named, then at JetStream through the first that answers.
+pub async fn look(nats: &NatsSettings, side: Side<'_>) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let mut first = None;
+    let tries = futures_util::future::join_all(nats.connection().servers().iter().map(async |server| {
+        let begin = Instant::now();
+        (server, connect_once(nats, server).await, begin.elapsed())
+    }));
+    let tries = tries.await;
+    // One of several may be away: the programs go to the next.
+    let all_away = tries.iter().all(|(_, connected, _)| connected.is_err());
+    for (server, connected, took) in tries {
+        let what = format!("NATS {}", without_login(server));
+        match connected {
+            Ok(link) => {
+                findings.push(tell_server(&what, &link.client.server_info(), took));
+                findings.extend(payload(&what, &link.client.server_info(), side));
+                first.get_or_insert(link);
+            }
+            Err(error) if all_away => findings.push(Finding::problem(what, &error, connect_advice(&error))),
+            Err(error) => findings.push(Finding::warning(what, &error, connect_advice(&error))),
+        }
+    }
+    let Some(link) = first else { return findings };
+    findings.extend(jetstream(nats, side, &link).await);
+    // A client that is dropped reports the connection as lost; this one leaves.
+    let _ = timeout(TRY_WITHIN, link.client.drain()).await;
+    findings
+}
+
+fn connect_advice(error: &str) -> &'static str {
+    let error = error.to_ascii_lowercase();
+    if error.contains("auth") {
+        "look at the login (NATS_CREDS_FILE, NATS_NKEY_FILE, or the user in NATS_URL) and at the server's users"
+    } else if ["tls", "certificate"].into_iter().any(|word| error.contains(word)) {
+        "look at NATS_CA_FILE, at the client certificate, and at the certificate of the server"
+    } else {
+        "start it, or let this machine reach it; NATS_URL says where it is"
+    }
+}
+
+/// `nats://host:port`, whatever else stands in the URL.
+pub fn without_login(server: &ServerAddr) -> String {
+    let host = server.host();
+    let host = if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host.to_owned() };
+    format!("{}://{host}:{}", server.scheme(), server.port())
+}
+
+fn tell_server(what: &str, info: &ServerInfo, took: Duration) -> Finding {
+    let cluster = info.cluster.as_ref().map(|name| format!(", cluster {name}")).unwrap_or_default();
+    let detail = format!("connected in {took:.1?}: nats-server {}, {}{cluster}", info.version, info.server_name);
+    let version: Vec<u32> = info.version.split(['.', '-']).map_while(|part| part.parse().ok()).collect();
+    if version.as_slice() < [2, 10].as_slice() {
+        return Finding::warning(what, detail, "this is tried with 2.10 and later: update the server");
+    }
+    if version.as_slice() < [2, 14].as_slice() {
+        let advice = "from 2.14 on, workers mend by themselves a consumer that stands beyond the stream's end after the \
+                      servers' files went back in time; on this one the log says what to do";
+        return Finding::warning(what, detail, advice);
+    }
+    Finding::ok(what, detail)
+}
+
+/// Whether the largest body that the gateway takes fits into a message.
+fn payload(what: &str, info: &ServerInfo, side: Side<'_>) -> Option<Finding> {
+    let Side::Gateway { body_bytes, .. } = side else { return None };
+    let (what, needed, most) = (format!("{what}, max_payload"), body_bytes + HEADERS_MAX, info.max_payload);
+    let sizes = format!("{most} bytes; the largest body and its headers take {needed}");
+    if most >= needed {
+        return Some(Finding::ok(what, sizes));
+    }
+    let wanted = needed.div_ceil(1_000_000);
+    let server_warns = if wanted * 1_000_000 > PAYLOAD_ADVISED { " (it will warn of the size)" } else { "" };
+    let advice = format!(
+        "set max_payload: {wanted}MB in the server's configuration{server_warns}, or GATEWAY_MAX_BODY_BYTES to {} at most; \
+         as it is, larger deliveries are answered 202 and stay in the journal, set aside",
+        most.saturating_sub(HEADERS_MAX)
+    );
+    Some(Finding::problem(what, sizes, advice))
+}
+
+/// JetStream, the stream, the consumer, and what we may do with them.
+async fn jetstream(nats: &NatsSettings, side: Side<'_>, link: &Link) -> Vec<Finding> {
+    let mut context = jetstream::new(link.client.clone());
+    context.set_timeout(TRY_WITHIN);
+    let mut findings = Vec::new();
+    let account = match context.query_account().await {
+        Ok(account) => account,
+        Err(error) => {
+            let off = match error.kind() {
+                AccountErrorKind::JetStreamUnavailable => true,
+                AccountErrorKind::JetStream(error) => {
+                    [ErrorCode::JETSTREAM_NOT_ENABLED, ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT]
+                        .contains(&error.error_code())
+                }
+                AccountErrorKind::TimedOut | AccountErrorKind::Other => false,
+            };
+            if off {
+                let advice =
+                    "turn it on: `jetstream { store_dir: ... }` in the server's configuration, and for this account";
+                return vec![Finding::problem("JetStream", "it is off", advice)];
+            }
+            let advice = "in a cluster it answers once most of its servers are there; this login needs `$JS.API.>`";
+            findings.push(Finding::problem("JetStream", format!("it does not answer: {error}"), advice));
+            findings.extend(denials(link).await);
+            return findings;
+        }
+    };
+    let (what, found) = (format!("stream {}", nats.stream), context.get_stream(&nats.stream).await);
+    match found {
+        Ok(stream) => {
+            findings.extend(tell_stream(&what, stream.cached_info(), &nats.stream_config()));
+            findings.push(tell_consumer(stream.consumer_info(CONSUMER).await, stream.cached_info(), side));
+            findings.extend(may_publish(&link.client, side).await);
+        }
+        Err(error) if is_missing(&error) => {
+            findings.extend(would_make(&what, nats, side, link, &account));
+            may_publish(&link.client, side).await; // that nobody hears it yet is no finding; a refusal is, below
+        }
+        Err(error) => {
+            findings.push(Finding::problem(&what, format!("cannot be looked at: {error}"), "see the other findings"));
+        }
+    }
+    let denied = denials(link).await;
+    if denied.is_empty() {
+        let unknown = match side {
+            Side::Gateway { .. } => "",
+            Side::Worker => "; whether it may pull and acknowledge is known only when it does",
+        };
+        findings.push(Finding::ok("NATS permissions", format!("the server refused nothing that was tried{unknown}")));
+    }
+    findings.extend(denied);
+    findings
+}
+
+/// A stream that is there.
+fn tell_stream(what: &str, info: &stream::Info, wanted: &stream::Config) -> Vec<Finding> {
+    let mut findings: Vec<Finding> = compare_streams(&info.config, wanted).iter().map(differs).collect();
+    if findings.is_empty() {
+        findings.push(Finding::ok(what, format!("as it would be made; {} messages", info.state.messages)));
+    }
+    let limit = u64::try_from(info.config.max_bytes).unwrap_or(0);
+    if limit > 0 && info.state.bytes > limit / 10 * 9 {
+        let detail = format!("{} of {} are used", size(info.state.bytes), size(limit));
+        let advice = "workers purge what is acknowledged above 80 %: do they keep up? (`worker status`)";
+        findings.push(Finding::warning(format!("{what}, room"), detail, advice));
+    }
+    let behind = |peer: &&stream::PeerInfo| peer.offline || !peer.current;
+    let peers = info.cluster.as_ref().map(|cluster| cluster.replicas.as_slice()).unwrap_or_default();
+    let behind: Vec<&str> = peers.iter().filter(behind).map(|peer| peer.name.as_str()).collect();
+    if !behind.is_empty() {
+        let detail = format!("away or not up to date: {}", behind.join(", "));
+        findings.push(Finding::warning(format!("{what}, replicas"), detail, "bring these servers back"));
+    }
+    findings
+}
+
+fn differs(difference: &Difference) -> Finding {
+    let Difference { owner, setting, found, wanted, breaks } = difference;
+    let (what, detail) = (format!("{owner}, {setting}"), format!("{found}, wanted is {wanted}"));
+    match breaks {
+        Some(promise) => {
+            let advice = "change it with the nats command (nothing is changed silently), or use another name";
+            Finding::problem(what, format!("{detail}: {promise}"), advice)
+        }
+        None => Finding::warning(
+            what,
+            detail,
+            "it is used as it is; change it with the nats command if you did not mean it",
+        ),
+    }
+}
+
+fn tell_consumer(
+    found: Result<consumer::Info, async_nats::jetstream::context::ConsumerInfoError>,
+    stream: &stream::Info,
+    side: Side<'_>,
+) -> Finding {
+    let what = format!("consumer {CONSUMER}");
+    let info = match (found, side) {
+        (Ok(info), _) => info,
+        (Err(error), Side::Worker) if error.kind() == ConsumerInfoErrorKind::NotFound => {
+            return Finding::ok(what, "not there yet: the worker makes it");
+        }
+        (Err(error), Side::Gateway { .. }) if error.kind() == ConsumerInfoErrorKind::NotFound => {
+            return Finding::ok(what, "not there yet: the first worker makes it");
+        }
+        (Err(error), _) => {
+            return Finding::problem(what, format!("cannot be looked at: {error}"), "see the other findings");
+        }
+    };
+    let mut differences = compare_consumers(&info.config, &consumer_config());
+    differences.sort_by_key(|difference| difference.breaks.is_none());
+    if let Some(first) = differences.first() {
+        let all: Vec<String> = differences.iter().map(ToString::to_string).collect();
+        return Finding { what, detail: all.join("; "), ..differs(first) };
+    }
+    if info.paused {
+        let left = info.pause_remaining.map(|left| format!(" for {} s more", left.as_secs())).unwrap_or_default();
+        return Finding::warning(
+            what,
+            format!("somebody paused it{left}"),
+            "`nats consumer resume` lets workers go on",
+        );
+    }
+    if lies_beyond(&info, stream.state.last_sequence) {
+        let advice = "its servers' files went back in time; workers put it right when they start";
+        return Finding::warning(what, "it stands beyond the stream's end", advice);
+    }
+    let (pending, held) = (info.num_pending, info.num_ack_pending);
+    Finding::ok(what, format!("as it would be made; {pending} not delivered yet, {held} not acknowledged"))
+}
+
+/// A stream that is missing: could it be made as it is wanted?
+fn would_make(what: &str, nats: &NatsSettings, side: Side<'_>, link: &Link, account: &Account) -> Vec<Finding> {
+    let wanted = nats.stream_config();
+    let days = wanted.max_age.as_secs_f64() / 86_400.0;
+    let bytes = u64::try_from(wanted.max_bytes).unwrap_or(0);
+    let as_wanted = format!("{} on disk, {days:.1} days, {} replica(s)", size(bytes), wanted.num_replicas);
+    let maker = if matches!(side, Side::Gateway { .. }) { "the gateway" } else { "a gateway" };
+    let mut findings = vec![Finding::ok(
+        what,
+        format!("not there yet: {maker} makes it ({as_wanted}); the servers' free disk cannot be seen from here"),
+    )];
+    let info = link.client.server_info();
+    if wanted.num_replicas > 1 && info.cluster.is_none() {
+        let detail = format!("{} wanted, and this server is alone: it would refuse", wanted.num_replicas);
+        let advice = "set NATS_REPLICAS to 1, or name the servers of a cluster in NATS_URL";
+        findings.push(Finding::problem(format!("{what}, replicas"), detail, advice));
+    } else if wanted.num_replicas > info.connect_urls.len().max(1) {
+        let detail = format!("{} wanted, {} servers are known", wanted.num_replicas, info.connect_urls.len().max(1));
+        let advice = "start the others, or set NATS_REPLICAS to what there is; servers may also hide behind one name";
+        findings.push(Finding::warning(format!("{what}, replicas"), detail, advice));
+    }
+    // Where limits are by tier, as for replicated streams in the cloud, the tier's hold and the account's are none.
+    let tier = account.tiers.get(&format!("R{}", wanted.num_replicas));
+    let (limits, storage, streams) = tier
+        .map_or((account.limits, account.storage, account.streams), |tier| (tier.limits, tier.storage, tier.streams));
+    let limit = limits.max_storage.and_then(|limit| u64::try_from(limit).ok());
+    if let Some(limit) = limit.filter(|limit| storage + bytes > *limit) {
+        let detail =
+            format!("{} of it are used, NATS_MAX_BYTES is {}: it would be refused", size(storage), size(bytes));
+        let advice = format!("raise the account's max_file ({}), or lower NATS_MAX_BYTES", size(limit));
+        findings.push(Finding::problem("NATS account, storage", detail, advice));
+    }
+    let most = limits.storage_max_stream_bytes.and_then(|most| u64::try_from(most).ok()).unwrap_or(0); // 0: no limit
+    if most > 0 && bytes > most {
+        let detail = format!("a stream may have {}, NATS_MAX_BYTES is {}", size(most), size(bytes));
+        findings.push(Finding::problem(
+            "NATS account, stream size",
+            detail,
+            "lower NATS_MAX_BYTES, or raise the limit",
+        ));
+    }
+    let streams_max = limits.max_streams.and_then(|most| usize::try_from(most).ok());
+    if streams_max.is_some_and(|most| streams >= most) {
+        let detail = format!("it has the {streams} streams that it may have");
+        findings.push(Finding::problem("NATS account, streams", detail, "raise the account's max_streams"));
+    }
+    findings
+}
+
+/// Whether the subjects can be used, without a message for anybody. The stream is asked to store one only if it has a name
+/// that no stream can have: it says no, and so shows that it would have heard us. Receipts go to nobody here.
+async fn may_publish(client: &Client, side: Side<'_>) -> Option<Finding> {
+    match side {
+        Side::Gateway { id, .. } => {
+            let receipts = client.subscribe(receipt::subject(id.unwrap_or("check"))).await; // refused: see `denials`
+            let subject = format!("{SUBJECT_PREFIX}.check");
+            let mut headers = HeaderMap::new();
+            headers.insert(NATS_EXPECTED_STREAM, "no stream has a name like this");
+            let request = Request::new().headers(headers).timeout(Some(TRY_WITHIN));
+            let answer = client.send_request(subject.clone(), request).await;
+            drop(receipts);
+            match answer {
+                Ok(_) => None,
+                Err(error) if error.kind() == RequestErrorKind::NoResponders => {
+                    let advice = "a stream that takes some resources only is used for those; all else is set aside";
+                    Some(Finding::warning(format!("subject {subject}"), "no stream takes it", advice))
+                }
+                Err(error) => {
+                    let advice = "where the login may not publish there, that is told below";
+                    Some(Finding::warning(format!("subject {subject}"), format!("no answer: {error}"), advice))
+                }
+            }
+        }
+        Side::Worker => {
+            let _ = client.publish(receipt::subject("check"), "".into()).await; // refused: see `denials`
+            None
+        }
+    }
+}
+
+/// What the server said we may not do. It says so beside the connection's course.
+async fn denials(link: &Link) -> Vec<Finding> {
+    let _ = timeout(TRY_WITHIN, link.client.flush()).await;
+    tokio::time::sleep(DENIAL_WITHIN).await;
+    let mut denied = link.denied.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    denied.sort();
+    denied.dedup();
+    let tell = |text: String| {
+        let advice = "give this login the right: gateways publish `signals.sentry.*` and hear `receipts.*`, workers pull and \
+                      publish `receipts.*`, both use `$JS.API.>`, `$JS.ACK.>` and `_INBOX.>`";
+        Finding::problem("NATS permissions", text, advice)
+    };
+    denied.into_iter().map(tell).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_is_shown_without_its_login() {
+        let shown = |url: &str| without_login(&url.parse().unwrap());
+        assert_eq!(shown("nats://user:hunter2@nats:4333"), "nats://nats:4333");
+        assert_eq!(shown("tls://hunter2@nats"), "tls://nats:4222");
+        assert_eq!(shown("nats://[::1]:4222"), "nats://[::1]:4222");
+    }
+}

@@ -1,0 +1,393 @@
+//! The look before a deployment: it finds what would not work, says what to do, and changes nothing.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use async_nats::jetstream;
+use async_nats::jetstream::consumer::pull;
+use async_nats::jetstream::stream::{Config, DiscardPolicy};
+use local::{NatsOptions, NatsServer, Postgres, PostgresOptions, Scratch, ports};
+use serde_json::Value;
+use world::{Ran, programs};
+
+use crate::{fixture, setup};
+
+const GATEWAY: &str = env!("CARGO_BIN_EXE_gateway-under-test");
+const WORKER: &str = env!("CARGO_BIN_EXE_worker-under-test");
+/// Of every secret that a check here gets to see; it must not show one.
+const SECRET: &str = "hunter2";
+
+/// Servers, and nothing that uses them yet.
+struct Servers {
+    nats: NatsServer,
+    database: String,
+    scratch: Scratch,
+}
+
+impl Servers {
+    async fn start(change: impl FnOnce(&mut NatsOptions)) -> Servers {
+        let scratch = Scratch::new("check").unwrap();
+        let mut options = NatsOptions::new(scratch.path().join("nats"));
+        change(&mut options);
+        let nats = NatsServer::start(programs(), options).await.unwrap();
+        let name = format!("check_{}", uuid::Uuid::new_v4().simple());
+        let database = world::postgres().await.create_database(&name).await.unwrap();
+        Servers { nats, database, scratch }
+    }
+
+    fn journal(&self) -> String {
+        self.scratch.path().join("journal").display().to_string()
+    }
+
+    async fn gateway(&self, changes: &[(&str, &str)]) -> Checked {
+        let (ports, journal) = ((ports::free().unwrap(), ports::free().unwrap()), self.journal());
+        let (listen, ops) = (format!("127.0.0.1:{}", ports.0), format!("127.0.0.1:{}", ports.1));
+        let url = self.nats.url();
+        let own = [
+            ("SENTRY_CLIENT_SECRET", "hunter2,hunter22"),
+            ("NATS_URL", &url),
+            ("GATEWAY_LISTEN", &listen),
+            ("GATEWAY_OPS_LISTEN", &ops),
+            ("GATEWAY_JOURNAL_DIR", &journal),
+            ("GATEWAY_JOURNAL_MAX_BYTES", "64MiB"),
+        ];
+        check(GATEWAY, &[], &[&own, changes].concat()).await
+    }
+
+    async fn worker(&self, changes: &[(&str, &str)]) -> Checked {
+        let (url, ops) = (self.nats.url(), format!("127.0.0.1:{}", ports::free().unwrap()));
+        let own = [("DATABASE_URL", self.database.as_str()), ("NATS_URL", &url), ("WORKER_OPS_LISTEN", &ops)];
+        check(WORKER, &[], &[&own, changes].concat()).await
+    }
+
+    async fn jetstream(&self) -> jetstream::Context {
+        jetstream::new(async_nats::connect(self.nats.url()).await.unwrap())
+    }
+
+    async fn sql(&self, sql: &str) -> tokio_postgres::Client {
+        let (client, connection) = tokio_postgres::connect(&self.database, tokio_postgres::NoTls).await.unwrap();
+        tokio::spawn(connection);
+        client.batch_execute(sql).await.unwrap();
+        client
+    }
+}
+
+/// A check as it ended.
+#[derive(Debug)]
+struct Checked {
+    code: Option<i32>,
+    json: Value,
+}
+
+/// Runs one, for people and for machines: both must say the same, and nothing of a secret.
+async fn check(program: &'static str, under: &[&str], environment: &[(&str, &str)]) -> Checked {
+    let run = |json: bool| {
+        let words = [under, &[program, "check"], if json { &["--json"] } else { &[] }].concat();
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]).env_clear().envs(environment.iter().copied());
+        if let Some(path) = std::env::var_os("PATH").filter(|_| !under.is_empty()) {
+            command.env("PATH", path);
+        }
+        tokio::task::spawn_blocking(move || command.output().unwrap())
+    };
+    let [people, machines]: [Output; 2] = [run(false).await.unwrap(), run(true).await.unwrap()];
+    let (people, machines) = (Ran::of(people), Ran::of(machines));
+    for ran in [&people, &machines] {
+        assert!(!ran.out.contains(SECRET) && !ran.err.contains(SECRET), "{ran:?}");
+        assert_eq!(ran.code, machines.code, "{people:?} {machines:?}");
+    }
+    let json = machines.json();
+    let problems = json["findings"].as_array().unwrap().iter().filter(|finding| finding["state"] == "problem").count();
+    assert!(
+        people.out.ends_with("warning(s)\n") && people.out.contains(&format!("\n{problems} problem(s)")),
+        "{people:?}"
+    );
+    assert_eq!((machines.code, &json["well"]), (Some(i32::from(problems > 0)), &(problems == 0).into()), "{json:#}");
+    Checked { code: machines.code, json }
+}
+
+impl Checked {
+    /// Everything that was found in that state: what, detail and advice, a line each.
+    fn found(&self, state: &str) -> String {
+        let findings = self.json["findings"].as_array().unwrap().iter().filter(|finding| finding["state"] == state);
+        let line = |finding: &Value| {
+            let word = |name: &str| finding[name].as_str().unwrap_or_default().to_owned();
+            assert_eq!(word("advice").is_empty(), state == "ok", "what is not well has advice: {finding}");
+            format!("{}: {} -> {}\n", word("what"), word("detail"), word("advice"))
+        };
+        findings.map(line).collect()
+    }
+
+    #[track_caller]
+    fn well(&self) -> &Self {
+        assert_eq!(self.code, Some(0), "{:#}", self.json);
+        self
+    }
+
+    /// It must have failed for a problem in which all of these words stand.
+    #[track_caller]
+    fn fails_for(&self, words: &[&str]) {
+        let problems = self.found("problem");
+        assert_eq!(self.code, Some(1), "{:#}", self.json);
+        let named = |line: &str| words.iter().all(|word| line.contains(word));
+        assert!(problems.lines().any(named), "{words:?} in {problems}");
+    }
+
+    fn setting(&self, variable: &str) -> (String, String) {
+        let settings = self.json["settings"].as_array().unwrap();
+        let setting = settings.iter().find(|setting| setting["variable"] == variable).unwrap();
+        (setting["value"].as_str().unwrap().to_owned(), setting["from"].as_str().unwrap().to_owned())
+    }
+}
+
+#[tokio::test]
+async fn a_first_deployment_is_well_and_looking_makes_nothing() {
+    let servers = Servers::start(|_| ()).await;
+    let gateway = servers.gateway(&[]).await;
+    gateway.well();
+    assert!(gateway.found("ok").contains("the gateway makes it (10.0 GiB on disk"), "{:#}", gateway.json);
+    let with = |value: &str, from: &str| (value.to_owned(), from.to_owned());
+    assert_eq!(gateway.setting("SENTRY_CLIENT_SECRET"), with("set, 2 in use", "variable"));
+    assert_eq!(gateway.setting("GATEWAY_MAX_BODY_BYTES"), with("8MiB", "default"));
+    assert_eq!(gateway.setting("NATS_URL"), with(&servers.nats.url(), "variable"));
+    let worker = servers.worker(&[]).await;
+    let made = worker.well().found("ok");
+    assert!(made.contains("a start makes public.issue_type") && made.contains("schema ingest"), "{made}");
+    assert_eq!(worker.setting("DATABASE_URL").0, servers.database, "there is no password in this one");
+
+    assert!(!Path::new(&servers.journal()).exists());
+    let mut streams = servers.jetstream().await.stream_names();
+    assert!(futures_util::StreamExt::next(&mut streams).await.is_none(), "no stream was made");
+    let there = "SELECT count(*) FROM pg_class WHERE relname IN ('issues', 'signals', 'deliveries')";
+    let there: i64 = servers.sql("").await.query_one(there, &[]).await.unwrap().get(0);
+    assert_eq!(there, 0, "nor a table");
+}
+
+#[tokio::test]
+async fn what_runs_is_well_and_not_disturbed() {
+    let world = setup().gateway("GATEWAY_JOURNAL_MAX_BYTES", "64MiB").start().await;
+    world.stored(&world.post(fixture!("issue_created")).await.accepted()).await;
+    world.all_acknowledged().await;
+    let listed = |folder: &str| {
+        let files = std::fs::read_dir(world.folder().join(folder)).unwrap();
+        let mut names: Vec<_> = files.map(|file| file.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    let before = listed("gateway-0");
+    let (code, out, err) = world.gateway_command_async(&["check"]).await;
+    assert_eq!(code, Some(0), "{out}{err}");
+    assert!(out.contains("a gateway has it open (process ") && out.contains("that runs on this journal"), "{out}");
+    assert!(out.contains("as it would be made; 1 messages") && out.contains("refused nothing"), "{out}");
+    assert_eq!(listed("gateway-0"), before, "the probe is gone");
+    let ops = format!("127.0.0.1:{}", world.workers[0].ops_port);
+    let ran = world.worker(&["check", "--ops-listen", &ops]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(ran.out.contains("there, and fit") && ran.out.contains("by a gateway or worker that runs"), "{ran:?}");
+    assert!(ran.out.contains(&ops) && ran.out.contains("  flag\n"), "{ran:?}");
+    let stream = world.jetstream().await.get_stream("SIGNALS").await.unwrap();
+    assert_eq!(stream.cached_info().state.last_sequence, 1, "nothing was stored by looking");
+    world.gateway.ready().await;
+    world.workers[0].ready().await;
+}
+
+#[tokio::test]
+async fn nats_away_hanging_or_too_small_is_named() {
+    let servers = Servers::start(|options| options.max_payload = Some("1MB".into())).await;
+    let (url, there) = (format!("nats://user:{SECRET}@127.0.0.1:{}", ports::free().unwrap()), servers.nats.url());
+    for checked in [servers.gateway(&[("NATS_URL", &url)]).await, servers.worker(&[("NATS_URL", &url)]).await] {
+        checked.fails_for(&["NATS nats://127.0.0.1:", "NATS_URL says where it is"]);
+    }
+    servers.gateway(&[]).await.fails_for(&["max_payload", "max_payload: 9MB", "GATEWAY_MAX_BODY_BYTES"]);
+    servers.gateway(&[("GATEWAY_MAX_BODY_BYTES", "900000")]).await.well();
+    let one_away = servers.worker(&[("NATS_URL", &format!("{url},{there}"))]).await;
+    assert!(one_away.well().found("warning").contains("NATS nats://127.0.0.1:"), "the other takes its place");
+    servers.gateway(&[("NATS_REPLICAS", "3")]).await.fails_for(&["replicas", "alone", "NATS_REPLICAS"]);
+    servers.nats.process().freeze().unwrap();
+    servers.gateway(&[]).await.fails_for(&["NATS nats://", "hangs"]);
+    servers.nats.process().thaw().unwrap();
+}
+
+#[tokio::test]
+async fn a_stream_or_consumer_that_would_break_a_promise_is_named() {
+    let servers = Servers::start(|_| ()).await;
+    let jetstream = servers.jetstream().await;
+    let good = Config {
+        name: "SIGNALS".into(),
+        subjects: vec!["signals.sentry.*".into()],
+        discard: DiscardPolicy::New,
+        max_bytes: 1 << 20,
+        ..Config::default()
+    };
+    jetstream.create_stream(Config { discard: DiscardPolicy::Old, ..good.clone() }).await.unwrap();
+    for checked in [servers.gateway(&[]).await, servers.worker(&[]).await] {
+        checked.fails_for(&["stream SIGNALS, discard", "would drop what nobody has read"]);
+    }
+    let stream = jetstream.get_stream("SIGNALS").await.unwrap();
+    assert_eq!(stream.cached_info().config.discard, DiscardPolicy::Old, "and left as it is");
+    jetstream.update_stream(good.clone()).await.unwrap();
+    let warned = servers.gateway(&[]).await;
+    assert!(warned.well().found("warning").contains("stream SIGNALS, max_bytes: 1048576"), "{:#}", warned.json);
+    let only_some = Config { subjects: vec!["signals.sentry.issue".into()], ..good };
+    jetstream.update_stream(only_some).await.unwrap();
+    let warned = servers.gateway(&[]).await;
+    assert!(warned.well().found("warning").contains("no stream takes it"), "{:#}", warned.json);
+    let gives_up = pull::Config { durable_name: Some("worker".into()), max_deliver: 5, ..pull::Config::default() };
+    stream.create_consumer(gives_up).await.unwrap();
+    servers.worker(&[]).await.fails_for(&["consumer worker", "max_deliver 5"]);
+    let stream = jetstream.get_stream("SIGNALS").await.unwrap();
+    assert_eq!(stream.cached_info().state.last_sequence, 0, "nothing was stored by looking");
+}
+
+#[tokio::test]
+async fn a_login_that_may_too_little_is_named_with_what_it_lacks() {
+    let users = format!(
+        "accounts {{ A {{ jetstream {{ max_file: 1GB, max_streams: 1 }}, users: [
+            {{ user: all, password: {SECRET} }},
+            {{ user: mute, password: {SECRET}, permissions: {{ publish: {{ deny: [\"signals.>\", \"receipts.>\"] }} }} }},
+            {{ user: deaf, password: {SECRET}, permissions: {{ subscribe: {{ deny: \"receipts.>\" }} }} }},
+        ] }} }}"
+    );
+    let servers = Servers::start(|options| options.extra = users).await;
+    let as_user = |user: &str| format!("nats://{user}:{SECRET}@127.0.0.1:{}", servers.nats.port());
+    servers.gateway(&[]).await.fails_for(&["NATS nats://", "refuses this login"]);
+    let wrong = format!("nats://all:{SECRET}x@127.0.0.1:{}", servers.nats.port());
+    servers.worker(&[("NATS_URL", &wrong)]).await.fails_for(&["NATS nats://", "refuses this login"]);
+    let all = as_user("all");
+    servers.gateway(&[("NATS_URL", &all)]).await.fails_for(&["NATS account, storage", "lower NATS_MAX_BYTES"]);
+    let fits = [("NATS_URL", all.as_str()), ("NATS_MAX_BYTES", "100MB")];
+    servers.gateway(&fits).await.well();
+    let (mute, deaf) = (as_user("mute"), as_user("deaf"));
+    let mute_first = [("NATS_URL", mute.as_str()), ("NATS_MAX_BYTES", "100MB")];
+    servers.gateway(&mute_first).await.fails_for(&["NATS permissions", "Publish", "signals.sentry.check"]);
+    let client = async_nats::ConnectOptions::with_user_and_password("all".into(), SECRET.into());
+    let client = client.connect(servers.nats.url()).await.unwrap();
+    let config = Config {
+        name: "SIGNALS".into(),
+        subjects: vec!["signals.sentry.*".into()],
+        discard: DiscardPolicy::New,
+        max_bytes: 1_000_000,
+        ..Config::default()
+    };
+    jetstream::new(client).create_stream(config).await.unwrap();
+    servers.gateway(&fits).await.well();
+    let other = [("NATS_URL", all.as_str()), ("NATS_STREAM", "OTHER"), ("NATS_MAX_BYTES", "1MB")];
+    servers.gateway(&other).await.fails_for(&["NATS account, streams"]);
+    servers.gateway(&[("NATS_URL", &mute)]).await.fails_for(&["NATS permissions", "Publish", "signals.sentry.check"]);
+    servers.worker(&[("NATS_URL", &mute)]).await.fails_for(&["NATS permissions", "Publish", "receipts.check"]);
+    servers.gateway(&[("NATS_URL", &deaf)]).await.fails_for(&["NATS permissions", "Subscription", "receipts.check"]);
+    servers.worker(&[("NATS_URL", &deaf)]).await.well();
+}
+
+#[tokio::test]
+async fn a_place_that_cannot_hold_the_journal_is_named() {
+    let servers = Servers::start(|_| ()).await;
+    let file = servers.scratch.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    for dir in [file.clone(), file.join("below")] {
+        let dir = dir.display().to_string();
+        servers.gateway(&[("GATEWAY_JOURNAL_DIR", &dir)]).await.fails_for(&["journal /", "no directory"]);
+    }
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    servers.gateway(&[("GATEWAY_LISTEN", &address)]).await.fails_for(&[&address, "taken", "GATEWAY_LISTEN"]);
+    let many = [("GATEWAY_MAX_CONNECTIONS", "1000000"), ("GATEWAY_IDLE_TIMEOUT", "30s")];
+    let checked = servers.gateway(&many).await;
+    assert!(checked.found("warning").contains("idle time-out: 30s"), "{:#}", checked.json);
+}
+
+#[tokio::test]
+async fn memory_and_full_disks_are_no_place_for_a_journal() {
+    // A mount in a namespace of its own, which ends with the check: see `drills::disk`.
+    const FULL: &str = "mkdir -p \"$GATEWAY_JOURNAL_DIR\" && mount -t tmpfs -o size=8m check \"$GATEWAY_JOURNAL_DIR\" \
+        && head -c \"$FILL\" /dev/zero > \"$GATEWAY_JOURNAL_DIR/other\" ; exec \"$0\" \"$@\"";
+    let servers = Servers::start(|_| ()).await;
+    let as_root = ["unshare", "--mount", "/bin/sh", "-c", FULL];
+    let as_others = ["unshare", "--map-root-user", "--mount", "/bin/sh", "-c", FULL];
+    let under: &[&str] = if nix::unistd::geteuid().is_root() { &as_root } else { &as_others };
+    let tried = Command::new(under[0]).args(&under[1..under.len() - 1]).arg("mount -t tmpfs x /mnt").output();
+    if !tried.is_ok_and(|tried| tried.status.success()) {
+        return crate::drills::skipped("memory_and_full_disks_are_no_place_for_a_journal", "may not mount a tmpfs");
+    }
+    let (url, dir) = (servers.nats.url(), servers.journal());
+    let check_filled = async |fill: &str| {
+        let environment = [
+            ("SENTRY_CLIENT_SECRET", SECRET),
+            ("NATS_URL", &url),
+            ("GATEWAY_LISTEN", "127.0.0.1:0"),
+            ("GATEWAY_OPS_LISTEN", "127.0.0.1:0"),
+            ("GATEWAY_JOURNAL_DIR", &dir),
+            ("GATEWAY_JOURNAL_MAX_BYTES", "64MiB"),
+            ("FILL", fill),
+        ];
+        check(GATEWAY, under, &environment).await
+    };
+    let in_memory = check_filled("1").await;
+    let warnings = in_memory.well().found("warning");
+    assert!(warnings.contains("tmpfs, which is memory") && warnings.contains("journal space"), "{warnings}");
+    let full = check_filled("9000000").await;
+    full.fails_for(&["journal sync", "cannot write a file"]);
+    full.fails_for(&["journal space", "make room"]);
+}
+
+#[tokio::test]
+async fn a_database_that_would_not_do_is_named() {
+    let servers = Servers::start(|_| ()).await;
+    let closed = format!("postgres://loop:{SECRET}@127.0.0.1:{}/loop", ports::free().unwrap());
+    servers.worker(&[("DATABASE_URL", &closed)]).await.fails_for(&["PostgreSQL 127.0.0.1:", "DATABASE_URL says where"]);
+    let missing = servers.database.replace("/check_", "/no_check_");
+    servers.worker(&[("DATABASE_URL", &missing)]).await.fails_for(&["PostgreSQL", "make the database"]);
+    servers.worker(&[("WORKER_MIGRATE", "off")]).await.fails_for(&["table public.issues", "worker migrate"]);
+
+    // A role that may do nothing, then one that may only read.
+    let role = format!("check_{}", uuid::Uuid::new_v4().simple());
+    servers.sql(&format!("CREATE ROLE {role} LOGIN PASSWORD '{SECRET}'")).await;
+    let limited = servers.database.replace("//loop@", &format!("//{role}:{SECRET}@"));
+    let limited = [("DATABASE_URL", limited.as_str())];
+    servers.worker(&limited).await.fails_for(&["tables", &role, "GRANT"]);
+    worker::store::Store::new(&servers.database.parse().unwrap(), 1).migrate().await.unwrap();
+    let checked = servers.worker(&limited).await;
+    checked.fails_for(&["table public.signals", "may not INSERT", "GRANT"]);
+    assert!(
+        checked.setting("DATABASE_URL").0.contains(&format!("//{role}@")),
+        "the role is shown, its password is not"
+    );
+    servers.worker(&[("WORKER_CONCURRENCY", "64")]).await.well();
+    servers.sql(&format!("ALTER ROLE {role} CONNECTION LIMIT 3")).await;
+    servers.worker(&limited).await.fails_for(&["connections", "3 are allowed"]);
+
+    servers.sql("ALTER TABLE signals ALTER COLUMN source_id TYPE varchar(9)").await;
+    servers.worker(&[]).await.fails_for(&["table public.signals, column source_id", "ALTER TABLE"]);
+    servers.sql("ALTER TABLE signals ALTER COLUMN source_id TYPE text").await;
+    servers.worker(&[]).await.well();
+    let name = servers.database.rsplit('/').next().unwrap();
+    servers.sql(&format!("ALTER DATABASE {name} SET synchronous_commit = off")).await;
+    let weak = servers.worker(&[]).await;
+    assert!(weak.well().found("warning").contains("synchronous_commit"), "{:#}", weak.json);
+    servers.sql(&format!("ALTER DATABASE {name} SET default_transaction_read_only = on")).await;
+    servers.worker(&[]).await.fails_for(&["PostgreSQL", "standby", "primary"]);
+}
+
+#[tokio::test]
+async fn a_database_that_hangs_is_named_and_not_waited_for() {
+    let servers = Servers::start(|_| ()).await;
+    let postgres = PostgresOptions::for_tests(servers.scratch.path().join("postgres"));
+    let postgres = Postgres::start(programs(), postgres).await.unwrap();
+    let url = postgres.create_database("door").await.unwrap();
+    postgres.process().freeze().unwrap();
+    servers.worker(&[("DATABASE_URL", &url)]).await.fails_for(&["PostgreSQL 127.0.0.1:", "no answer within"]);
+    postgres.process().thaw().unwrap();
+}
+
+#[test]
+fn mistakes_in_the_settings_are_64_for_a_check_as_for_a_start() {
+    for (program, wrong) in
+        [(GATEWAY, ["GATEWAY_LISTEN", "NATS_REPLICAS"]), (WORKER, ["DATABASE_URL", "NATS_REPLICAS"])]
+    {
+        let environment = wrong.map(|variable| (variable, SECRET));
+        let ran = Command::new(program).args(["check", "--json"]).env_clear().envs(environment).output().unwrap();
+        let ran = Ran::of(ran);
+        assert_eq!((ran.code, ran.out.as_str()), (Some(64), ""), "{ran:?}");
+        assert!(wrong.iter().all(|variable| ran.err.contains(variable)) && !ran.err.contains(SECRET), "{ran:?}");
+    }
+}
