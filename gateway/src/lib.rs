@@ -59,7 +59,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry, &journal);
     let gateway = Arc::new(Gateway::new(&config, journal.clone(), metrics.clone()));
-    metrics::watch_bodies(&mut registry, gateway.clone());
+    metrics::watch(&mut registry, gateway.clone());
+    shared::metrics::of_process(&mut registry, "gateway", env!("CARGO_PKG_VERSION"), &readiness);
     tracing::info!(public = %public.local_addr()?, ops = %ops.local_addr()?, "listening");
     // Ops and publishing outlive the public listener.
     let after = CancellationToken::new();
@@ -115,7 +116,7 @@ impl Settling<'_> {
         let work = async {
             tokio::join!(
                 self.publisher.run(readiness),
-                confirm::take_receipts(self.journal, self.publisher),
+                confirm::take_receipts(self.journal, self.publisher, self.metrics),
                 confirm::look_after(self.journal, self.publisher, self.metrics, &nats.stream, confirm_after),
             );
         };

@@ -1,6 +1,7 @@
 //! START HERE: what happens to one request.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -39,7 +40,8 @@ impl Gateway {
     pub fn new(config: &Config, journal: Journal, metrics: Metrics) -> Self {
         Gateway {
             bodies: Bodies::new(&config.limits),
-            verifier: Verifier::new(config.secrets.current(), config.form, config.limits.canonical),
+            verifier: Verifier::new(config.secrets.current(), config.form, config.limits.canonical)
+                .timed(metrics.verify_times()),
             journal,
             metrics,
         }
@@ -78,6 +80,16 @@ impl Gateway {
         self.bodies.bytes_in_flight()
     }
 
+    /// How many client secrets may have signed a delivery now.
+    pub fn secrets_in_use(&self) -> usize {
+        self.verifier.secrets_in_use()
+    }
+
+    /// What is counted.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
     /// Counts an answer that was given outside of [`Gateway::handle`].
     pub fn refused(&self, reject: &Reject) {
         self.metrics.answered(Some(reject));
@@ -98,9 +110,11 @@ impl Gateway {
             meta: delivery.to_journal(),
             body: delivery.body.clone(),
         };
+        let (begin, meta) = (Instant::now(), entry.meta.len());
         let appended = self.journal.append(entry).await;
         let place = appended.map_err(|cause| not_journalled(&delivery, cause))?; // on disk when this returns
         let bytes = delivery.body.len();
+        self.metrics.journalled(meta, bytes, begin.elapsed());
         tracing::debug!(delivery.id = %delivery.id, trace.id = delivery.trace_id(), %place, bytes, "accepted a delivery");
         Ok(Accepted(delivery.id))
     }

@@ -38,6 +38,11 @@ impl Secrets {
         (!keyed.is_empty()).then_some(Secrets(keyed))
     }
 
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
     /// Whether any of the secrets gives `signature` over `signed`, in a time that depends on neither.
     pub fn signed(&self, signed: &[u8], signature: &Signature) -> bool {
         let matches =

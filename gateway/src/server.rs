@@ -39,6 +39,7 @@ pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, limits: &Limits, 
                 Ok((socket, _)) => socket,
                 Err(error) => {
                     // Out of file descriptors, most likely: trying at once again would only burn CPU.
+                    gateway.metrics().not_connected();
                     tracing::error!(%error, "cannot accept a connection");
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     continue;
@@ -66,6 +67,7 @@ async fn serve(
     shutdown: CancellationToken,
     slot: OwnedSemaphorePermit,
 ) {
+    let _counted = gateway.metrics().connected();
     // Answers are one small write each; waiting to fill a packet would only delay them. A failure costs just that.
     let _ = socket.set_nodelay(true);
     let pace = Pace::new(limits.header_timeout, limits.idle_timeout);

@@ -23,6 +23,7 @@
 
 pub mod delivery;
 pub mod json;
+pub mod metrics;
 pub mod ops;
 pub mod receipt;
 pub mod settings;

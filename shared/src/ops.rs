@@ -63,6 +63,11 @@ impl Readiness {
         self.lock().insert(name, Check::Probe(Box::new(probe)));
     }
 
+    /// Every check by name, and whether it is well.
+    pub(crate) fn states(&self) -> Vec<(&'static str, bool)> {
+        self.look().1.iter().map(|check| (check.name, check.ok)).collect()
+    }
+
     /// Every check by name, and whether the process can do its work.
     fn look(&self) -> (bool, Vec<Shown>) {
         let shown = |(&name, check): (&&'static str, &Check)| {

@@ -1,8 +1,16 @@
 //! Logs: a sentence plus fields, on stderr. No body, no title, no secret, no signature in any of them.
 
 use std::io::IsTerminal as _;
+use std::sync::OnceLock;
 
+use prometheus_client::metrics::counter::Counter;
 use tracing_subscriber::EnvFilter;
+
+/// How many lines were not written because too many of their kind came at once.
+pub fn suppressed_lines() -> Counter {
+    static SUPPRESSED: OnceLock<Counter> = OnceLock::new();
+    SUPPRESSED.get_or_init(Counter::default).clone()
+}
 
 /// `LOG_FORMAT`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

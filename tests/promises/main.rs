@@ -17,6 +17,7 @@ mod journal;
 mod limits;
 mod load;
 mod meaning;
+mod metrics;
 mod outages;
 mod programs;
 mod replay;

@@ -2,13 +2,14 @@
 //!
 //! Read [`pull`] first: it is the way of a batch through this process. [`interpret`] says what a delivery means,
 //! [`payload`] how its body becomes jsonb, [`store`] how a batch is written once and only once, [`migrate`] what tables
-//! it is written to. [`history`] makes room in the stream. What an operator runs by hand is in [`commands`].
+//! it is written to. [`history`] makes room in the stream, [`metrics`] is what is counted. What an operator runs by hand is in [`commands`].
 
 mod audit;
 pub mod commands;
 pub mod dead_letters;
 pub mod history;
 pub mod interpret;
+pub mod metrics;
 pub mod migrate;
 pub mod payload;
 pub mod pull;
@@ -33,6 +34,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use crate::settings::Config;
 
+use crate::metrics::{Anew, Metrics};
 use crate::migrate::{MigrateError, Report};
 use crate::pull::{Database, Puller, Session, pause};
 use crate::store::Store;
@@ -50,13 +52,16 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     for check in ["database", "consumer"] {
         readiness.set(check, Err("not looked at yet".into()));
     }
-    let ops_shutdown = CancellationToken::new();
-    let ops = tokio::spawn(ops::serve(ops, readiness.clone(), Registry::default(), ops_shutdown.clone()));
-
-    let client = config.nats.connect("worker", &readiness, |_| ()).await?;
     // A connection for each batch, one to ask whether PostgreSQL answers while they wait, one for the lock of history.
     let store = Store::new(&config.database, config.concurrency + 2);
-    let work = Box::pin(work(&config, &client, &store, &readiness, &shutdown));
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry, &store);
+    shared::metrics::of_process(&mut registry, "worker", env!("CARGO_PKG_VERSION"), &readiness);
+    let ops_shutdown = CancellationToken::new();
+    let ops = tokio::spawn(ops::serve(ops, readiness.clone(), registry, ops_shutdown.clone()));
+
+    let client = config.nats.connect("worker", &readiness, |_| ()).await?;
+    let work = Box::pin(work(&config, &client, &store, &readiness, &metrics, &shutdown));
     let grace_is_over = async {
         shutdown.cancelled().await;
         tokio::time::sleep(config.grace).await;
@@ -88,16 +93,21 @@ async fn work(
     client: &async_nats::Client,
     store: &Store,
     readiness: &Readiness,
+    metrics: &Metrics,
     shutdown: &CancellationToken,
 ) {
     let prepared = shutdown.run_until_cancelled(until_ready("database", readiness, || prepare(config, store)));
     if prepared.await.is_none() {
         return;
     }
-    let database = Database::new(store.clone(), readiness);
+    let database = Database::new(store.clone(), readiness, metrics.clone());
     let sessions = async {
         while !shutdown.is_cancelled() {
             session(config, client, store, &database, readiness, shutdown).await;
+            metrics.lag(None); // nobody asks any more
+            if !shutdown.is_cancelled() {
+                metrics.anew(Anew::Session);
+            }
             pause().await;
         }
     };
@@ -120,7 +130,11 @@ async fn session(
     let context = stream::jetstream(client.clone());
     let begin = || async {
         let session = Session::begin(client);
-        let (stream, consumer) = stream::ensure_consumer(&context, &config.nats).await?;
+        let ensured = stream::ensure_consumer(&context, &config.nats).await;
+        let (stream, consumer, moved) = ensured.inspect_err(|_| database.metrics().anew(Anew::NotReady))?;
+        if moved {
+            database.metrics().consumer_reset();
+        }
         Ok::<_, NotReady>((session, stream, consumer))
     };
     let begun = shutdown.run_until_cancelled(until_ready("consumer", readiness, begin));
@@ -128,6 +142,7 @@ async fn session(
     let pulling = (0..config.concurrency).map(|_| async {
         let puller = Puller { consumer: consumer.clone(), session: &session, database, batch_max: config.batch_max };
         if let Err(error) = puller.run(shutdown).await {
+            database.metrics().anew(Anew::Pull);
             tracing::warn!("pulling again: {error:#}");
             session.end();
         }

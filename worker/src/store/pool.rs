@@ -8,7 +8,7 @@ use deadpool_postgres::{Manager, ManagerConfig, Pool, PoolError, RecyclingMethod
 use tokio_postgres::config::{Config, Host, LoadBalanceHosts, TargetSessionAttrs};
 use tokio_postgres::{NoTls, Socket};
 
-use super::{StoreError, sqlstate};
+use super::{Class, Outage, StoreError, sqlstate};
 
 /// How long one host may take to accept a connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
@@ -116,9 +116,13 @@ where
 /// No connection: an outage in any case, also when the password is wrong (somebody may be changing it right now).
 pub(super) fn outage(err: PoolError) -> StoreError {
     StoreError::Outage(match err {
-        PoolError::Backend(err) => sqlstate::describe(&err),
-        PoolError::Timeout(_) => format!("no connection within {} s", CLIENT_WITHIN.as_secs()),
-        PoolError::Closed | PoolError::NoRuntimeSpecified | PoolError::PostCreateHook(_) => err.to_string(),
+        PoolError::Backend(err) => sqlstate::outage(&err),
+        PoolError::Timeout(_) => {
+            Outage::new(Class::Pool, format!("no connection within {} s", CLIENT_WITHIN.as_secs()))
+        }
+        PoolError::Closed | PoolError::NoRuntimeSpecified | PoolError::PostCreateHook(_) => {
+            Outage::new(Class::Pool, err.to_string())
+        }
     })
 }
 
