@@ -20,6 +20,7 @@ pub mod secrets;
 pub mod server;
 pub mod settings;
 pub mod signature;
+pub mod summary;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +29,7 @@ use anyhow::Context as _;
 use prometheus_client::registry::Registry;
 use shared::ops::{self, Readiness};
 use shared::stream::NatsSettings;
+use shared::telemetry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -38,6 +40,7 @@ use crate::metrics::Metrics;
 use crate::publish::Publisher;
 use crate::receive::Gateway;
 use crate::settings::JournalSettings;
+use crate::summary::Summary;
 
 /// Serves until `shutdown`. Then the listener closes, what is in flight is answered, and for what is left of the grace
 /// period the journal is published; the rest stays on disk.
@@ -67,6 +70,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let ops = tokio::spawn(ops::serve(ops, readiness.clone(), registry, after.clone()));
     let publisher = Publisher::connect(&config.nats, journal.clone(), &readiness, metrics.clone()).await?;
     let settling = Settling { journal: &journal, publisher: &publisher, metrics: &metrics };
+    let mut summary = Summary::new(metrics.clone(), journal.clone());
     let serving = async {
         let orderly = async {
             server::run(public, gateway, &config.limits, shutdown.clone()).await;
@@ -88,7 +92,10 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         serving,
         settling.run(&config.nats, config.journal.confirm_after, &readiness, &after),
         after.run_until_cancelled(config.secrets.watch(&readiness)),
+        after.run_until_cancelled(summary.run()),
     );
+    summary.tell();
+    telemetry::tell_suppressed();
     ops.await.context("the ops listener failed")?;
     journal.close().await;
     // Leaves in good order; whether NATS notices is its own affair.

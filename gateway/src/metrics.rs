@@ -258,6 +258,69 @@ impl Metrics {
     }
 }
 
+/// What was counted up to some moment, for the summary in the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Counts {
+    /// In the order of [`Metrics::answers`].
+    answers: Vec<u64>,
+    /// Acknowledgements of JetStream.
+    pub published: u64,
+    /// Publishes that are tried again.
+    pub retries: u64,
+    /// Deliveries known to be stored.
+    pub confirmed: u64,
+    /// Entries published again for want of a receipt.
+    pub repeats: u64,
+}
+
+impl Metrics {
+    /// What has been counted.
+    pub fn counts(&self) -> Counts {
+        let sum = |each: &Each<Counter>| each.iter().map(Counter::get).sum();
+        Counts {
+            answers: self.answers.iter().map(Counter::get).collect(),
+            published: self.published.get(),
+            retries: sum(&self.retries),
+            confirmed: self.confirmed.get(),
+            repeats: sum(&self.repeats),
+        }
+    }
+}
+
+impl Counts {
+    /// What was counted since `before`.
+    pub fn since(&self, before: &Counts) -> Counts {
+        Counts {
+            answers: self.answers.iter().zip(&before.answers).map(|(now, before)| now - before).collect(),
+            published: self.published - before.published,
+            retries: self.retries - before.retries,
+            confirmed: self.confirmed - before.confirmed,
+            repeats: self.repeats - before.repeats,
+        }
+    }
+
+    /// Whether that is nothing at all.
+    pub fn is_nothing(&self) -> bool {
+        let Counts { answers, published, retries, confirmed, repeats } = self;
+        answers.iter().chain([published, retries, confirmed, repeats]).all(|count| *count == 0)
+    }
+
+    /// Deliveries answered 202.
+    pub fn accepted(&self) -> u64 {
+        self.answers[0]
+    }
+
+    /// Requests that were refused.
+    pub fn refused(&self) -> u64 {
+        self.answers[1..].iter().sum()
+    }
+
+    /// The same by reason.
+    pub fn reasons(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        Reject::ALL.iter().map(Reject::reason).zip(self.answers[1..].iter().copied())
+    }
+}
+
 /// Where a member of a closed set stands in it.
 fn place<T: PartialEq>(all: &[T], one: T) -> usize {
     all.iter().position(|member| *member == one).expect("ALL has every member")

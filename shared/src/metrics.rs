@@ -1,8 +1,8 @@
 //! What the metrics of both programs are made of, and those that both have.
 //!
 //! Names and units follow the conventions of Prometheus (<https://prometheus.io/docs/practices/naming/>): base units
-//! (`_seconds`, `_bytes`), `_total` for what only grows. Values of labels are members of closed sets, known when the program
-//! is built: nothing that a sender, a broker or a database says becomes one.
+//! (`_seconds`, `_bytes`), `_total` for what only grows. Values of labels are members of closed sets, known when the
+//! program is built: nothing that a sender, a broker or a database says becomes one.
 
 use std::fmt;
 use std::sync::Arc;
@@ -26,8 +26,8 @@ pub type Label = (&'static str, String);
 /// What of the source this program was built from, where the build says so (`BUILD_REVISION` in its environment).
 const REVISION: Option<&str> = option_env!("BUILD_REVISION");
 
-/// A metric for each member of a closed set, found by its place in it. All are there from the start: the rate of a series
-/// that begins with its first event does not show that event. Clones share the numbers.
+/// A metric for each member of a closed set, found by its place in it. All are there from the start: the rate of a
+/// series that begins with its first event does not show that event. Clones share the numbers.
 #[derive(Debug)]
 pub struct Each<M>(Arc<[M]>);
 

@@ -97,10 +97,14 @@ pub async fn serve(listener: TcpListener, readiness: Readiness, metrics: Registr
             connection = listener.accept() => connection,
             () = shutdown.cancelled() => return,
         };
-        let Ok((socket, _)) = connection else {
-            // Out of file descriptors, most likely: accepting at once again would only burn CPU.
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            continue;
+        let socket = match connection {
+            Ok((socket, _)) => socket,
+            Err(error) => {
+                // Out of file descriptors, most likely: accepting at once again would only burn CPU.
+                tracing::warn!(%error, "cannot accept a connection to the ops listener");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
         };
         let (readiness, metrics) = (readiness.clone(), metrics.clone());
         let answer = move |request| std::future::ready(Ok::<_, Infallible>(answer(&request, &readiness, &metrics)));

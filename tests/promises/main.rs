@@ -16,6 +16,7 @@ mod identity;
 mod journal;
 mod limits;
 mod load;
+mod logs;
 mod meaning;
 mod metrics;
 mod outages;

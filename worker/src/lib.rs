@@ -2,7 +2,8 @@
 //!
 //! Read [`pull`] first: it is the way of a batch through this process. [`interpret`] says what a delivery means,
 //! [`payload`] how its body becomes jsonb, [`store`] how a batch is written once and only once, [`migrate`] what tables
-//! it is written to. [`history`] makes room in the stream, [`metrics`] is what is counted. What an operator runs by hand is in [`commands`].
+//! it is written to. [`history`] makes room in the stream, [`metrics`] is what is counted. What an operator runs by
+//! hand is in [`commands`].
 
 mod audit;
 pub mod commands;
@@ -21,6 +22,7 @@ pub mod settings;
 pub mod severity;
 mod status;
 pub mod store;
+mod summary;
 
 use std::time::Duration;
 
@@ -29,6 +31,7 @@ use futures_util::future::join_all;
 use prometheus_client::registry::Registry;
 use shared::ops::{self, Readiness};
 use shared::stream::{self, NotReady, until_ready};
+use shared::telemetry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -38,13 +41,13 @@ use crate::metrics::{Anew, Metrics};
 use crate::migrate::{MigrateError, Report};
 use crate::pull::{Database, Puller, Session, pause};
 use crate::store::Store;
+use crate::summary::Summary;
 
 /// Works until `shutdown`; then the batches in hand are stored or handed back, for as long as the grace period lasts.
 ///
 /// # Errors
 /// Where the worker cannot start: an address is taken, say. While NATS or PostgreSQL is not there it starts and waits.
 pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
-    tell_panics_without_their_words();
     let problem = || format!("cannot listen on {}; WORKER_OPS_LISTEN sets another address", config.ops_listen);
     let ops = TcpListener::bind(config.ops_listen).await.with_context(problem)?;
     tracing::info!(ops = %ops.local_addr()?, "listening");
@@ -66,25 +69,20 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         shutdown.cancelled().await;
         tokio::time::sleep(config.grace).await;
     };
+    let mut summary = Summary::new(metrics.clone());
     tokio::select! {
         () = work => {}
+        () = summary.run() => {}
         () = grace_is_over => tracing::warn!("the grace period is over; what was in hand is delivered again"),
     }
     // What was handed back must have left before the connection goes.
     let _ = tokio::time::timeout(Duration::from_secs(1), client.flush()).await;
+    summary.tell();
+    telemetry::tell_suppressed();
     ops_shutdown.cancel();
     ops.await.context("the ops listener failed")?;
     tracing::info!("stopped");
     Ok(())
-}
-
-/// A panic is told with its place and nothing more: Rust's own message for a wrong slice of a text quotes the text, and
-/// the texts here are other people's.
-fn tell_panics_without_their_words() {
-    std::panic::set_hook(Box::new(|panic| {
-        let place = panic.location().map_or_else(|| "an unknown place".to_owned(), ToString::to_string);
-        tracing::error!("this program has a fault: it panicked at {place}");
-    }));
 }
 
 /// Waits for the database, then works through one session with NATS after another.

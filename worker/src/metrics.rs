@@ -195,6 +195,51 @@ impl Metrics {
     }
 }
 
+/// What was counted up to some moment, for the summary in the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Counts {
+    /// Stored, known, dead.
+    pub(crate) fates: [u64; 3],
+    /// What was tried again, in the order of [`Counts::classes`].
+    pub(crate) retries: Vec<u64>,
+}
+
+impl Metrics {
+    /// What has been counted.
+    pub(crate) fn counts(&self) -> Counts {
+        Counts {
+            fates: [0, 1, 2].map(|fate| self.fates.at(fate).get()),
+            retries: self.retries.iter().map(Counter::get).collect(),
+        }
+    }
+
+    /// Deliveries that no worker has been given yet, as the consumer said last; none where it cannot be asked.
+    pub(crate) fn pending(&self) -> Option<u64> {
+        Some(self.lag.0[0].load(Ordering::Relaxed)).filter(|pending| *pending != UNKNOWN)
+    }
+}
+
+impl Counts {
+    /// What was counted since `before`.
+    pub(crate) fn since(&self, before: &Counts) -> Counts {
+        Counts {
+            fates: [0, 1, 2].map(|fate| self.fates[fate] - before.fates[fate]),
+            retries: self.retries.iter().zip(&before.retries).map(|(now, before)| now - before).collect(),
+        }
+    }
+
+    /// Whether that is nothing at all.
+    pub(crate) fn is_nothing(&self) -> bool {
+        self.fates.iter().chain(&self.retries).all(|count| *count == 0)
+    }
+
+    /// What was tried again, by class.
+    pub(crate) fn classes(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        let names = Class::ALL.map(Class::as_str).into_iter().chain(Anew::ALL.map(Anew::as_str));
+        names.zip(self.retries.iter().copied())
+    }
+}
+
 /// A number of the consumer's that is not known.
 const UNKNOWN: u64 = u64::MAX;
 
