@@ -67,8 +67,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     tracing::info!(public = %public.local_addr()?, ops = %ops.local_addr()?, "listening");
     // Ops and publishing outlive the public listener.
     let after = CancellationToken::new();
-    let ops = tokio::spawn(ops::serve(ops, readiness.clone(), registry, after.clone()));
+    // Connecting goes on in the background. Before the first look at /readyz, so that no check is missing there.
     let publisher = Publisher::connect(&config.nats, journal.clone(), &readiness, metrics.clone()).await?;
+    let ops = tokio::spawn(ops::serve(ops, readiness.clone(), registry, after.clone()));
     let settling = Settling { journal: &journal, publisher: &publisher, metrics: &metrics };
     let mut summary = Summary::new(metrics.clone(), journal.clone());
     let serving = async {
