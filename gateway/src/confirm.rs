@@ -29,7 +29,7 @@ const A_ROUND: usize = 256;
 const BACKOFF_MAX: u32 = 1 << 8;
 
 /// Takes receipts for as long as the connection's client lives.
-pub async fn take_receipts(journal: &Journal, publisher: &Publisher) {
+pub async fn take_receipts(journal: &Journal, publisher: &Publisher, metrics: &Metrics) {
     loop {
         let subject = receipt::subject(journal.gateway_id());
         // Fails only on a client that is closed or a subject that is none; ours is a token.
@@ -40,6 +40,7 @@ pub async fn take_receipts(journal: &Journal, publisher: &Publisher) {
         while let Some(message) = receipts.next().await {
             let places: Vec<Place> = receipt::places(&message.payload).filter_map(|place| place.parse().ok()).collect();
             let news = journal.mark_confirmed(&places);
+            metrics.confirmed(news);
             tracing::debug!(places = places.len(), news, "a receipt");
         }
     }

@@ -23,6 +23,7 @@ pub mod secrets;
 pub mod server;
 pub mod settings;
 pub mod signature;
+pub mod summary;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +32,7 @@ use anyhow::Context as _;
 use prometheus_client::registry::Registry;
 use shared::ops::{self, Readiness};
 use shared::stream::NatsSettings;
+use shared::telemetry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -41,6 +43,7 @@ use crate::metrics::Metrics;
 use crate::publish::Publisher;
 use crate::receive::Gateway;
 use crate::settings::JournalSettings;
+use crate::summary::Summary;
 
 /// Serves until `shutdown`. Then `/readyz` says 503 while deliveries are still taken, so that load balancers turn to others;
 /// after `GATEWAY_SHUTDOWN_DELAY` the listener closes, what is in flight is answered, and for what is left of the grace period
@@ -64,13 +67,16 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry, &journal);
     let gateway = Arc::new(Gateway::new(&config, journal.clone(), metrics.clone()));
-    metrics::watch_bodies(&mut registry, gateway.clone());
+    metrics::watch(&mut registry, gateway.clone());
+    shared::metrics::of_process(&mut registry, "gateway", env!("CARGO_PKG_VERSION"), &readiness);
     tracing::info!(public = %public.local_addr()?, ops = %ops.local_addr()?, "listening");
     // Ops and publishing outlive the public listener.
     let after = CancellationToken::new();
-    let ops = tokio::spawn(ops::serve(ops, readiness.clone(), registry, after.clone()));
+    // Connecting goes on in the background. Before the first look at /readyz, so that no check is missing there.
     let publisher = Publisher::connect(&config.nats, journal.clone(), &readiness, metrics.clone()).await?;
+    let ops = tokio::spawn(ops::serve(ops, readiness.clone(), registry, after.clone()));
     let settling = Settling { journal: &journal, publisher: &publisher, metrics: &metrics };
+    let mut summary = Summary::new(metrics.clone(), journal.clone());
     let ending = server::Ending::default();
     let leave = async {
         shutdown.cancelled().await;
@@ -103,7 +109,10 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         serving,
         settling.run(&config.nats, config.journal.confirm_after, &readiness, &after),
         after.run_until_cancelled(config.secrets.watch(&readiness)),
+        after.run_until_cancelled(summary.run()),
     );
+    summary.tell();
+    telemetry::tell_suppressed();
     ops.await.context("the ops listener failed")?;
     journal.close().await;
     // Leaves in good order; whether NATS notices is its own affair.
@@ -131,7 +140,7 @@ impl Settling<'_> {
         let work = async {
             tokio::join!(
                 self.publisher.run(readiness),
-                confirm::take_receipts(self.journal, self.publisher),
+                confirm::take_receipts(self.journal, self.publisher, self.metrics),
                 confirm::look_after(self.journal, self.publisher, self.metrics, &nats.stream, confirm_after),
             );
         };

@@ -6,7 +6,7 @@ use clap::{ArgMatches, Command};
 use gateway::settings::{Config, JournalConfig};
 use gateway::{check, commands, settings as own};
 use shared::settings::{self, BadSettings, EX_USAGE};
-use shared::shutdown;
+use shared::{shutdown, telemetry};
 use tokio::runtime::Runtime;
 
 fn main() -> ExitCode {
@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         Some((_, journal)) => operate(journal),
         None => serve(&arguments),
     };
+    telemetry::tell_suppressed();
     match ended {
         Ok(well) => {
             if well {

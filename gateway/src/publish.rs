@@ -27,7 +27,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 
 use crate::journal::{Journal, Place, Refusal, State, Stored};
-use crate::metrics::Metrics;
+use crate::metrics::{Delay, Metrics};
 
 /// Entries on their way at once.
 const IN_FLIGHT: usize = 512;
@@ -38,6 +38,14 @@ const READ_ENTRIES: usize = 128;
 const READ_BYTES: u64 = 4 << 20;
 /// How long JetStream may take to acknowledge before the publish is repeated.
 const ACK_WITHIN: Duration = Duration::from_secs(5);
+/// What JetStream says where a stream, an account or a server has no room.
+const FULL: [ErrorCode; 5] = [
+    ErrorCode::STREAM_STORE_FAILED,
+    ErrorCode::INSUFFICIENT_RESOURCES,
+    ErrorCode::ACCOUNT_RESOURCES_EXCEEDED,
+    ErrorCode::STORAGE_RESOURCES_EXCEEDED,
+    ErrorCode::MEMORY_RESOURCES_EXCEEDED,
+];
 /// How often the stream and the server's limits are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
@@ -68,8 +76,8 @@ enum NotPublished {
     #[error("{1}")]
     Never(Refusal, String),
     /// It may work later.
-    #[error("{0}")]
-    Later(String),
+    #[error("{1}")]
+    Later(Delay, String),
 }
 
 impl Publisher {
@@ -161,10 +169,10 @@ impl Publisher {
             let entries = shared.entries_room.available_permits().clamp(1, READ_ENTRIES);
             for entry in shared.journal.take(entries, READ_BYTES).await {
                 let room = shared.room_for(&entry).await;
-                let publisher = self.clone();
+                let (publisher, counted) = (self.clone(), shared.metrics.publishing());
                 in_flight.spawn(async move {
                     publisher.0.publish(entry).await;
-                    drop(room);
+                    drop((room, counted));
                 });
             }
         }
@@ -186,6 +194,7 @@ impl Shared {
             Ok(delivery) => delivery,
             Err(error) => {
                 tracing::error!(%place, %error, "an entry of the journal is set aside");
+                self.metrics.refused(Refusal::Other);
                 return self.journal.mark_set_aside(place, Refusal::Other);
             }
         };
@@ -200,8 +209,11 @@ impl Shared {
         let subject = delivery.subject();
         let published = (|| self.try_publish(&subject, &headers, &delivery.body))
             .retry(backoff)
-            .when(|error| matches!(error, NotPublished::Later(_)))
+            .when(|error| matches!(error, NotPublished::Later(..)))
             .notify(|error, _| {
+                if let NotPublished::Later(delay, _) = error {
+                    self.metrics.delayed(*delay);
+                }
                 tracing::debug!(delivery.id = %id, trace.id = trace, %error, "not published yet, will try again");
             })
             .await;
@@ -225,6 +237,7 @@ impl Shared {
             reason = refusal.as_str(),
             "NATS refuses a delivery; it is kept in the journal and tried again when NATS's limits change: {error}"
         );
+        self.metrics.refused(*refusal);
         self.journal.mark_set_aside(place, *refusal);
     }
 
@@ -259,14 +272,17 @@ impl Shared {
             }
             PublishErrorKind::StreamNotFound => {
                 self.doubt.notify_one();
-                NotPublished::Later(because())
+                NotPublished::Later(Delay::NoStream, because())
             }
             PublishErrorKind::TimedOut => self.timed_out(subject),
             PublishErrorKind::WrongLastMessageId
             | PublishErrorKind::WrongLastSequence
             | PublishErrorKind::BrokenPipe
             | PublishErrorKind::MaxAckPending
-            | PublishErrorKind::Other => NotPublished::Later(because()),
+            | PublishErrorKind::Other => {
+                let full = api_code(error).is_some_and(|code| FULL.contains(&code));
+                NotPublished::Later(if full { Delay::Full } else { Delay::Other }, because())
+            }
         }
     }
 
@@ -275,7 +291,7 @@ impl Shared {
         if self.denied.lock().unwrap_or_else(PoisonError::into_inner).contains(subject) {
             return NotPublished::Never(Refusal::Permission, format!("this account may not publish to {subject}"));
         }
-        NotPublished::Later(format!("no acknowledgement within {} s", ACK_WITHIN.as_secs()))
+        NotPublished::Later(Delay::TimedOut, format!("no acknowledgement within {} s", ACK_WITHIN.as_secs()))
     }
 
     fn retry_set_aside(&self) {

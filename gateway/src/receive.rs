@@ -1,6 +1,7 @@
 //! START HERE: what happens to one request.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -10,6 +11,7 @@ use hyper::http::request::Parts;
 use hyper::{Method, Request, Response, StatusCode, Version};
 use shared::delivery::{Delivery, DeliveryId, HOOK_RESOURCE, HOOK_TIMESTAMP, REQUEST_ID};
 use shared::trace::{TraceContext, TraceId};
+use tracing::field::{DisplayValue, display};
 
 use crate::body::Bodies;
 use crate::journal::{AppendError, Entry, Journal};
@@ -39,7 +41,8 @@ impl Gateway {
     pub fn new(config: &Config, journal: Journal, metrics: Metrics) -> Self {
         Gateway {
             bodies: Bodies::new(&config.limits),
-            verifier: Verifier::new(config.secrets.current(), config.form, config.limits.canonical),
+            verifier: Verifier::new(config.secrets.current(), config.form, config.limits.canonical)
+                .timed(metrics.verify_times()),
             journal,
             metrics,
         }
@@ -55,7 +58,7 @@ impl Gateway {
         let mut response = match result {
             Ok(accepted) => accepted.to_response(),
             Err(reject) => {
-                tell(&reject, trace_id);
+                tell(&reject, Some(display(trace_id)));
                 if wants_discarding(&head, &body, &reject) {
                     tokio::spawn(async move {
                         self.bodies.discard(body).await;
@@ -78,8 +81,19 @@ impl Gateway {
         self.bodies.bytes_in_flight()
     }
 
-    /// Counts an answer that was given outside of [`Gateway::handle`].
+    /// How many client secrets may have signed a delivery now.
+    pub fn secrets_in_use(&self) -> usize {
+        self.verifier.secrets_in_use()
+    }
+
+    /// What is counted.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// Counts and tells an answer that was given outside of [`Gateway::handle`].
     pub fn refused(&self, reject: &Reject) {
+        tell(reject, None);
         self.metrics.answered(Some(reject));
     }
 
@@ -98,31 +112,36 @@ impl Gateway {
             meta: delivery.to_journal(),
             body: delivery.body.clone(),
         };
+        let (begin, meta) = (Instant::now(), entry.meta.len());
         let appended = self.journal.append(entry).await;
         let place = appended.map_err(|cause| not_journalled(&delivery, cause))?; // on disk when this returns
         let bytes = delivery.body.len();
-        tracing::debug!(delivery.id = %delivery.id, trace.id = delivery.trace_id(), %place, bytes, "accepted a delivery");
-        Ok(Accepted(delivery.id))
+        self.metrics.journalled(meta, bytes, begin.elapsed());
+        let (id, trace) = (delivery.id.clone(), delivery.trace_id());
+        tracing::debug!(delivery.id = %id, trace.id = trace, %place, bytes, "accepted a delivery");
+        Ok(Accepted(id))
     }
 }
 
 /// The log's line on a delivery that is lost to its sender through no fault of the sender's.
 fn not_journalled(delivery: &Delivery, cause: AppendError) -> Reject {
     let (id, trace) = (&delivery.id, delivery.trace_id());
-    tracing::warn!(delivery.id = %id, trace.id = trace, %cause, "a delivery could not be journalled and was answered 503");
+    let words = "a delivery could not be journalled and was answered 503";
+    tracing::warn!(delivery.id = %id, trace.id = trace, %cause, "{words}");
     Reject::NotJournalled(cause)
 }
 
 /// What the log says of a request that was refused. What is the sender's doing is counted; a line for each would let
 /// anybody fill the disk.
-fn tell(reject: &Reject, trace_id: TraceId) {
+fn tell(reject: &Reject, trace: Option<DisplayValue<TraceId>>) {
     let (status, reason) = (reject.status().as_u16(), reject.reason());
-    match reject {
-        Reject::NotJournalled(_) => {} // told where it happened
-        reject if reject.is_ours() => {
-            tracing::warn!(trace.id = %trace_id, reason, "a request was answered {status}: {reject}");
-        }
-        _ => tracing::debug!(trace.id = %trace_id, status, reason, "refused a request"),
+    if matches!(reject, Reject::NotJournalled(_)) {
+        return; // told where it happened
+    }
+    if reject.is_ours() {
+        tracing::warn!(trace.id = trace, reason, "a request was answered {status}: {reject}");
+    } else {
+        tracing::debug!(trace.id = trace, status, reason, "refused a request");
     }
 }
 

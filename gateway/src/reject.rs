@@ -48,6 +48,46 @@ pub enum Reject {
 }
 
 impl Reject {
+    /// One of each, whatever it holds: the closed set of reasons that metrics have.
+    pub const ALL: [Reject; 15] = [
+        Reject::NotFound,
+        Reject::MethodNotAllowed,
+        Reject::SignatureMissing,
+        Reject::SignatureMalformed,
+        Reject::BadSignature,
+        Reject::TooLarge(0),
+        Reject::BrokenHeaders,
+        Reject::LargeHeaders,
+        Reject::SlowHeaders,
+        Reject::SlowBody,
+        Reject::BrokenBody,
+        Reject::TooManyConnections,
+        Reject::TooManyBytes,
+        Reject::VerifyBusy,
+        Reject::NotJournalled(AppendError::ShutDown),
+    ];
+
+    /// Its place in [`Reject::ALL`].
+    pub fn place(&self) -> usize {
+        match self {
+            Reject::NotFound => 0,
+            Reject::MethodNotAllowed => 1,
+            Reject::SignatureMissing => 2,
+            Reject::SignatureMalformed => 3,
+            Reject::BadSignature => 4,
+            Reject::TooLarge(_) => 5,
+            Reject::BrokenHeaders => 6,
+            Reject::LargeHeaders => 7,
+            Reject::SlowHeaders => 8,
+            Reject::SlowBody => 9,
+            Reject::BrokenBody => 10,
+            Reject::TooManyConnections => 11,
+            Reject::TooManyBytes => 12,
+            Reject::VerifyBusy => 13,
+            Reject::NotJournalled(_) => 14,
+        }
+    }
+
     /// The answer's status.
     pub fn status(&self) -> StatusCode {
         match self {
@@ -159,6 +199,18 @@ impl fmt::Display for Reject {
             Reject::TooManyBytes => f.write_str("too many deliveries in flight at the moment"),
             Reject::VerifyBusy => f.write_str("too many signatures wait to be checked at the moment"),
             Reject::NotJournalled(_) => f.write_str("the delivery could not be stored at the moment"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_has_its_place() {
+        for (place, reject) in Reject::ALL.iter().enumerate() {
+            assert_eq!(reject.place(), place, "{reject:?}");
         }
     }
 }

@@ -64,6 +64,7 @@ pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, limits: &Limits, 
                 Ok((socket, _)) => take(socket),
                 Err(error) => {
                     // Out of file descriptors, most likely: trying at once again would only burn CPU.
+                    gateway.metrics().not_connected();
                     tracing::error!(%error, "cannot accept a connection");
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
@@ -89,6 +90,7 @@ pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     limits: &Limits,
     ending: Ending,
 ) {
+    let _counted = gateway.metrics().connected();
     let (pace, said) = (Pace::new(limits.header_timeout, limits.idle_timeout), Arc::<Said>::default());
     // Boxed, because only a connection that may be moved gives its socket back after a time-out.
     let service = service_fn(|request| {

@@ -8,13 +8,14 @@
 //! Both prove knowledge of the secret. Raw is tried first, it costs one pass; canonical only when raw fails, a bounded
 //! number at once, so that unsigned floods cannot spend our CPU and genuine deliveries never wait for them.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hyper::HeaderMap;
 use tokio::sync::{Semaphore, watch};
 
 use crate::canonical::canonical;
+use crate::metrics::VerifyTimes;
 use crate::reject::Reject;
 use crate::secrets::Secrets;
 
@@ -88,12 +89,24 @@ pub struct Verifier {
     form: Form,
     /// How many canonical forms are made at once.
     turns: Semaphore,
+    times: VerifyTimes,
 }
 
 impl Verifier {
     /// A verifier that takes signatures of `form` by any of `secrets`, and makes `canonical` canonical forms at once.
     pub fn new(secrets: watch::Receiver<Secrets>, form: Form, canonical: usize) -> Self {
-        Verifier { secrets, form, turns: Semaphore::new(canonical) }
+        Verifier { secrets, form, turns: Semaphore::new(canonical), times: VerifyTimes::default() }
+    }
+
+    /// One that tells `times` how long it took.
+    #[must_use]
+    pub fn timed(self, times: VerifyTimes) -> Self {
+        Verifier { times, ..self }
+    }
+
+    /// How many secrets may have signed.
+    pub fn secrets_in_use(&self) -> usize {
+        self.secrets.borrow().count()
     }
 
     /// Gives the body back as a verified one.
@@ -103,14 +116,20 @@ impl Verifier {
     /// forms wait to be made.
     pub async fn verify(&self, body: Bytes, signature: &Signature) -> Result<VerifiedBody, Reject> {
         let secrets = self.secrets.borrow().clone();
-        if self.form != Form::Canonical && secrets.signed(&body, signature) {
-            return Ok(VerifiedBody(body));
+        if self.form != Form::Canonical {
+            let begin = Instant::now();
+            let matched = secrets.signed(&body, signature);
+            self.times.raw(matched, begin.elapsed());
+            if matched {
+                return Ok(VerifiedBody(body));
+            }
         }
         if self.form == Form::Raw {
             return Err(Reject::BadSignature);
         }
         let turn = tokio::time::timeout(TURN_MAX, self.turns.acquire()).await.map_err(|_| Reject::VerifyBusy)?;
         let _turn = turn.expect("this semaphore is never closed");
+        let begin = Instant::now();
         let right = if body.len() <= INLINE_MAX {
             canonical(&body).is_ok_and(|form| secrets.signed(&form, signature))
         } else {
@@ -118,6 +137,7 @@ impl Verifier {
             let check = move || canonical(&body).is_ok_and(|form| secrets.signed(&form, &signature));
             tokio::task::spawn_blocking(check).await.expect("making a canonical form does not panic")
         };
+        self.times.canonical(right, begin.elapsed());
         if right { Ok(VerifiedBody(body)) } else { Err(Reject::BadSignature) }
     }
 }

@@ -24,6 +24,7 @@
 pub mod check;
 pub mod delivery;
 pub mod json;
+pub mod metrics;
 pub mod nats;
 pub mod ops;
 pub mod receipt;

@@ -68,6 +68,11 @@ impl Readiness {
         self.lock().insert(name, Check::Probe(Box::new(probe)));
     }
 
+    /// Every check by name, and whether it is well.
+    pub(crate) fn states(&self) -> Vec<(&'static str, bool)> {
+        self.look().1.iter().map(|check| (check.name, check.ok)).collect()
+    }
+
     /// Every check by name, and whether the process can do its work.
     fn look(&self) -> (bool, Vec<Shown>) {
         let shown = |(&name, check): (&&'static str, &Check)| {
@@ -97,10 +102,14 @@ pub async fn serve(listener: TcpListener, readiness: Readiness, metrics: Registr
             connection = listener.accept() => connection,
             () = shutdown.cancelled() => return,
         };
-        let Ok((socket, _)) = connection else {
-            // Out of file descriptors, most likely: accepting at once again would only burn CPU.
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            continue;
+        let socket = match connection {
+            Ok((socket, _)) => socket,
+            Err(error) => {
+                // Out of file descriptors, most likely: accepting at once again would only burn CPU.
+                tracing::warn!(%error, "cannot accept a connection to the ops listener");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
         };
         let (readiness, metrics) = (readiness.clone(), metrics.clone());
         let answer = move |request| std::future::ready(Ok::<_, Infallible>(answer(&request, &readiness, &metrics)));

@@ -209,14 +209,14 @@ pub fn tell_differences(found: &stream::Config, nats: &NatsSettings) {
 }
 
 /// Makes the durable consumer where it is missing, checks it where it is there, and mends its position where that is
-/// beyond the stream's end. The stream is the gateway's to make.
+/// beyond the stream's end (the last thing given says whether it was). The stream is the gateway's to make.
 ///
 /// # Errors
 /// [`NotReady`]; asking again later is right for each.
 pub async fn ensure_consumer(
     context: &jetstream::Context,
     nats: &NatsSettings,
-) -> Result<(stream::Stream, PullConsumer), NotReady> {
+) -> Result<(stream::Stream, PullConsumer, bool), NotReady> {
     let stream = match context.get_stream(&nats.stream).await {
         Ok(stream) => stream,
         Err(error) if is_missing(&error) => return Err(NotReady::Missing(format!("stream {}", nats.stream))),
@@ -230,8 +230,8 @@ pub async fn ensure_consumer(
         .await
         .map_err(|error| NotReady::Nats(format!("cannot make or look at consumer {CONSUMER}: {error}")))?;
     settle(compare_consumers(&consumer.cached_info().config, &wanted))?;
-    mend_position(&stream, consumer.cached_info()).await?;
-    Ok((stream, consumer))
+    let moved = mend_position(&stream, consumer.cached_info()).await?;
+    Ok((stream, consumer, moved))
 }
 
 /// Whether a consumer claims to have been where the stream has not been yet, and would skip what comes there next. So
@@ -242,13 +242,13 @@ pub fn lies_beyond(consumer: &consumer::Info, last_sequence: u64) -> bool {
 }
 
 /// Moves a consumer that lies beyond the stream's end back to it, or to what it has not acknowledged yet if that is
-/// earlier: what is delivered twice by this is known to the ledger.
-async fn mend_position(stream: &stream::Stream, consumer: &consumer::Info) -> Result<(), NotReady> {
+/// earlier: what is delivered twice by this is known to the ledger. Whether it had to be moved.
+async fn mend_position(stream: &stream::Stream, consumer: &consumer::Info) -> Result<bool, NotReady> {
     let owner = &stream.cached_info().config.name;
     let failed = |error: &dyn fmt::Display| NotReady::Nats(format!("cannot look at stream {owner}: {error}"));
     let last_sequence = stream.get_info().await.map_err(|error| failed(&error))?.state.last_sequence;
     if !lies_beyond(consumer, last_sequence) {
-        return Ok(());
+        return Ok(false);
     }
     let next = consumer.ack_floor.stream_sequence.min(last_sequence) + 1;
     stream.reset_consumer(CONSUMER, Some(next)).await.map_err(|error| {
@@ -265,7 +265,7 @@ async fn mend_position(stream: &stream::Stream, consumer: &consumer::Info) -> Re
         next,
         "the stream has gone back in time (an older copy of its files?); moved the consumer back, so that it skips none"
     );
-    Ok(())
+    Ok(true)
 }
 
 pub(crate) fn consumer_config() -> pull::Config {

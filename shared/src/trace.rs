@@ -1,10 +1,11 @@
-//! Trace context: how one delivery is found again in the logs of everybody who had it in hand, by the rules of W3C Trace
-//! Context, level 1 (<https://www.w3.org/TR/trace-context/>).
+//! Trace context: how one delivery is found again in the logs of everybody who had it in hand, by the rules of W3C
+//! Trace Context, level 1 (<https://www.w3.org/TR/trace-context/>).
 //!
-//! The gateway takes a request's `traceparent`, or begins a trace where there is none that holds. Either way it makes a span
-//! id of its own, once a delivery: receiving it is an operation, and everything that follows (publish, repeat, replay, a
-//! dead letter's retry) follows from that. Trace id and span id are kept in the journal and travel as the message header
-//! `traceparent`, so they stay the same however often the delivery goes out. No worker makes a span: nothing follows it.
+//! The gateway takes a request's `traceparent`, or begins a trace where there is none that holds. Either way it makes a
+//! span id of its own, once a delivery: receiving it is an operation, and everything that follows (publish, repeat,
+//! replay, a dead letter's retry) follows from that. Trace id and span id are kept in the journal and travel as the
+//! message header `traceparent`, so they stay the same however often the delivery goes out. No worker makes a span:
+//! nothing follows it.
 //!
 //! These headers are not signed. They are shown in logs and decide nothing.
 
@@ -52,8 +53,9 @@ pub struct TraceContext {
 }
 
 impl TraceContext {
-    /// The trace that a request belongs to, and in it the gateway's own span. A `traceparent` that is there twice, or does
-    /// not hold, counts as none (section 4.3): then a trace begins here, not sampled, and a `tracestate` is ignored.
+    /// The trace that a request belongs to, and in it the gateway's own span. A `traceparent` that is there twice, or
+    /// does not hold, counts as none (section 4.3): then a trace begins here, not sampled, and a `tracestate` is
+    /// ignored.
     pub fn of_request(headers: &HeaderMap) -> Self {
         let mut parents = headers.get_all(TRACEPARENT).into_iter();
         let parent = match (parents.next(), parents.next()) {
@@ -67,8 +69,8 @@ impl TraceContext {
         }
     }
 
-    /// Takes a `traceparent` (section 3.2): `00-<trace id>-<parent id>-<flags>` in lower-case hex, no id all zeros. Of a
-    /// version later than 00 it takes these four fields and leaves what may follow (section 4.3); `ff` is no version.
+    /// Takes a `traceparent` (section 3.2): `00-<trace id>-<parent id>-<flags>` in lower-case hex, no id all zeros. Of
+    /// a version later than 00 it takes these four fields and leaves what may follow (section 4.3); `ff` is no version.
     pub fn parse(text: &str) -> Option<Self> {
         let (version, rest) = (hex::<1>(text.get(..2)?)?[0], text.get(55..)?);
         let may_have_more = version > 0 && version < 0xff && rest.starts_with('-');

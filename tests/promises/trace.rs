@@ -1,5 +1,5 @@
-//! One grep for a trace id shows the way of a delivery, from POST to COMMIT, through both processes and whatever happens on
-//! the way.
+//! One grep for a trace id shows the way of a delivery, from POST to COMMIT, through both processes and whatever
+//! happens on the way.
 
 use async_nats::HeaderMap;
 use world::{Answer, Post, SECRET, World, eventually, sign};

@@ -102,6 +102,24 @@ impl Program {
             .await
     }
 
+    /// A metric, by its name and labels as they are shown; none where it is not.
+    pub async fn try_metric(&self, name: &str) -> Option<f64> {
+        let text = String::from_utf8(self.ops("/metrics").await.body.to_vec()).unwrap();
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
+        Some(value.parse().unwrap())
+    }
+
+    /// The same, which must be there.
+    pub async fn metric(&self, name: &str) -> f64 {
+        self.try_metric(name).await.unwrap_or_else(|| panic!("{} has no {name}", self.name))
+    }
+
+    /// Waits until a metric is that.
+    pub async fn until_metric(&self, name: &str, expected: f64) {
+        let is = || async { (self.try_metric(name).await == Some(expected)).then_some(()) };
+        eventually(&format!("{} to have {name} {expected}", self.name), is).await;
+    }
+
     /// Waits until `/readyz` says 200.
     pub async fn ready(&self) {
         let ready = async || {
@@ -229,9 +247,7 @@ impl World {
 
     /// A metric of the gateway.
     pub async fn metric(&self, name: &str) -> f64 {
-        let text = String::from_utf8(self.gateway.ops("/metrics").await.body.to_vec()).unwrap();
-        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        value.unwrap_or_else(|| panic!("no {name} in {text}")).parse().unwrap()
+        self.gateway.metric(name).await
     }
 
     /// Waits until the gateway has a receipt for every delivery.

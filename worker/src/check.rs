@@ -81,7 +81,10 @@ fn hangs(what: &str) -> Finding {
 }
 
 fn away(what: &str, error: &StoreError) -> Finding {
-    let (StoreError::Outage(words) | StoreError::Refused(words)) = error;
+    let words = match error {
+        StoreError::Outage(outage) => outage.to_string(),
+        StoreError::Refused(words) => words.clone(),
+    };
     let says = |part: &str| words.to_ascii_lowercase().contains(part);
     let advice = if says("does not allow writes") || says("25006") {
         "this is a standby, or set read-only: name the primary (of several hosts separated by commas, the one that may be \
@@ -95,7 +98,7 @@ fn away(what: &str, error: &StoreError) -> Finding {
     } else {
         "start it, or let this machine reach it; DATABASE_URL says where it is"
     };
-    Finding::problem(what, words.as_str(), advice)
+    Finding::problem(what, words, advice)
 }
 
 /// The server itself.

@@ -12,6 +12,7 @@ use async_nats::jetstream::stream::{Info, State, Stream};
 use shared::stream::{CONSUMER, lies_beyond};
 use tokio::time::sleep;
 
+use crate::metrics::Metrics;
 use crate::pull::Database;
 use crate::store::{Store, StoreError, within};
 
@@ -33,8 +34,8 @@ pub async fn keep_room(stream: &Stream, store: &Store, database: &Database) {
             continue;
         }
         if !database.is_up() {
-            make_room(stream).await;
-        } else if let Err(error) = make_room_alone(stream, store).await {
+            make_room(stream, database.metrics()).await;
+        } else if let Err(error) = make_room_alone(stream, store, database.metrics()).await {
             tracing::debug!("history waits for the lock: {error}");
         }
     }
@@ -42,18 +43,18 @@ pub async fn keep_room(stream: &Stream, store: &Store, database: &Database) {
 
 /// The same, where no other worker is doing it. The lock goes with its transaction, so it also works behind a
 /// connection pooler, and a worker that dies holds it no longer than PostgreSQL needs to notice.
-async fn make_room_alone(stream: &Stream, store: &Store) -> Result<(), StoreError> {
+async fn make_room_alone(stream: &Stream, store: &Store, metrics: &Metrics) -> Result<(), StoreError> {
     let mut client = store.client().await?;
     let tx = within(client.transaction()).await?;
     let mine = within(tx.query_one("SELECT pg_try_advisory_xact_lock($1)", &[&LOCK])).await?;
     if mine.try_get(0).map_err(|err| StoreError::from_sql(&err))? {
-        make_room(stream).await;
+        make_room(stream, metrics).await;
     }
     within(tx.rollback()).await
 }
 
 /// Purges in small steps, looking again before each, until there is room or all that is left is unread.
-async fn make_room(stream: &Stream) {
+async fn make_room(stream: &Stream, metrics: &Metrics) {
     let mut purged = 0;
     loop {
         // In this order: what was acknowledged before the stream was looked at lies in the stream that is seen.
@@ -64,7 +65,10 @@ async fn make_room(stream: &Stream) {
         }
         let Some(keep_from) = cut(&state, config.max_bytes, consumer.ack_floor.stream_sequence) else { break };
         match stream.purge().sequence(keep_from).await {
-            Ok(done) => purged += done.purged,
+            Ok(done) => {
+                purged += done.purged;
+                metrics.purged(done.purged);
+            }
             Err(error) => {
                 tracing::warn!(stream = config.name, "cannot purge history: {error}");
                 break;

@@ -2,7 +2,8 @@
 //!
 //! Read [`pull`] first: it is the way of a batch through this process. [`interpret`] says what a delivery means,
 //! [`payload`] how its body becomes jsonb, [`store`] how a batch is written once and only once, [`migrate`] what tables
-//! it is written to. [`history`] makes room in the stream. What an operator runs by hand is in [`commands`].
+//! it is written to. [`history`] makes room in the stream, [`metrics`] is what is counted. What an operator runs by
+//! hand is in [`commands`].
 
 mod audit;
 mod check;
@@ -10,6 +11,7 @@ pub mod commands;
 pub mod dead_letters;
 pub mod history;
 pub mod interpret;
+pub mod metrics;
 pub mod migrate;
 pub mod payload;
 pub mod pull;
@@ -21,6 +23,7 @@ pub mod settings;
 pub mod severity;
 mod status;
 pub mod store;
+mod summary;
 
 use std::time::Duration;
 
@@ -29,21 +32,23 @@ use futures_util::future::join_all;
 use prometheus_client::registry::Registry;
 use shared::ops::{self, Readiness};
 use shared::stream::{self, NotReady, until_ready};
+use shared::telemetry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 pub use crate::settings::Config;
 
+use crate::metrics::{Anew, Metrics};
 use crate::migrate::{MigrateError, Report};
 use crate::pull::{Database, Puller, Session, pause};
 use crate::store::Store;
+use crate::summary::Summary;
 
 /// Works until `shutdown`; then the batches in hand are stored or handed back, for as long as the grace period lasts.
 ///
 /// # Errors
 /// Where the worker cannot start: an address is taken, say. While NATS or PostgreSQL is not there it starts and waits.
 pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
-    tell_panics_without_their_words();
     let problem = || format!("cannot listen on {}; WORKER_OPS_LISTEN sets another address", config.ops_listen);
     let ops = TcpListener::bind(config.ops_listen).await.with_context(problem)?;
     tracing::info!(ops = %ops.local_addr()?, "listening");
@@ -51,37 +56,35 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     for check in ["database", "consumer"] {
         readiness.set(check, Err("not looked at yet".into()));
     }
-    let ops_shutdown = CancellationToken::new();
-    let ops = tokio::spawn(ops::serve(ops, readiness.clone(), Registry::default(), ops_shutdown.clone()));
-
-    let client = config.nats.connect("worker", &readiness, |_| ()).await?;
     // A connection for each batch, one to ask whether PostgreSQL answers while they wait, one for the lock of history.
     let store = Store::new(&config.database, config.concurrency + 2);
-    let work = Box::pin(work(&config, &client, &store, &readiness, &shutdown));
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry, &store);
+    shared::metrics::of_process(&mut registry, "worker", env!("CARGO_PKG_VERSION"), &readiness);
+    let ops_shutdown = CancellationToken::new();
+    let ops = tokio::spawn(ops::serve(ops, readiness.clone(), registry, ops_shutdown.clone()));
+
+    let client = config.nats.connect("worker", &readiness, |_| ()).await?;
+    let work = Box::pin(work(&config, &client, &store, &readiness, &metrics, &shutdown));
     let grace_is_over = async {
         shutdown.cancelled().await;
         readiness.stopping();
         tokio::time::sleep(config.grace).await;
     };
+    let mut summary = Summary::new(metrics.clone());
     tokio::select! {
         () = work => {}
+        () = summary.run() => {}
         () = grace_is_over => tracing::warn!("the grace period is over; what was in hand is delivered again"),
     }
     // What was handed back must have left before the connection goes.
     let _ = tokio::time::timeout(Duration::from_secs(1), client.flush()).await;
+    summary.tell();
+    telemetry::tell_suppressed();
     ops_shutdown.cancel();
     ops.await.context("the ops listener failed")?;
     tracing::info!("stopped");
     Ok(())
-}
-
-/// A panic is told with its place and nothing more: Rust's own message for a wrong slice of a text quotes the text, and
-/// the texts here are other people's.
-fn tell_panics_without_their_words() {
-    std::panic::set_hook(Box::new(|panic| {
-        let place = panic.location().map_or_else(|| "an unknown place".to_owned(), ToString::to_string);
-        tracing::error!("this program has a fault: it panicked at {place}");
-    }));
 }
 
 /// Waits for the database, then works through one session with NATS after another.
@@ -90,16 +93,21 @@ async fn work(
     client: &async_nats::Client,
     store: &Store,
     readiness: &Readiness,
+    metrics: &Metrics,
     shutdown: &CancellationToken,
 ) {
     let prepared = shutdown.run_until_cancelled(until_ready("database", readiness, || prepare(config, store)));
     if prepared.await.is_none() {
         return;
     }
-    let database = Database::new(store.clone(), readiness);
+    let database = Database::new(store.clone(), readiness, metrics.clone());
     let sessions = async {
         while !shutdown.is_cancelled() {
             session(config, client, store, &database, readiness, shutdown).await;
+            metrics.lag(None); // nobody asks any more
+            if !shutdown.is_cancelled() {
+                metrics.anew(Anew::Session);
+            }
             pause().await;
         }
     };
@@ -122,7 +130,11 @@ async fn session(
     let context = stream::jetstream(client.clone());
     let begin = || async {
         let session = Session::begin(client);
-        let (stream, consumer) = stream::ensure_consumer(&context, &config.nats).await?;
+        let ensured = stream::ensure_consumer(&context, &config.nats).await;
+        let (stream, consumer, moved) = ensured.inspect_err(|_| database.metrics().anew(Anew::NotReady))?;
+        if moved {
+            database.metrics().consumer_reset();
+        }
         Ok::<_, NotReady>((session, stream, consumer))
     };
     let begun = shutdown.run_until_cancelled(until_ready("consumer", readiness, begin));
@@ -130,6 +142,7 @@ async fn session(
     let pulling = (0..config.concurrency).map(|_| async {
         let puller = Puller { consumer: consumer.clone(), session: &session, database, batch_max: config.batch_max };
         if let Err(error) = puller.run(shutdown).await {
+            database.metrics().anew(Anew::Pull);
             tracing::warn!("pulling again: {error:#}");
             session.end();
         }

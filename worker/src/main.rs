@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{ArgMatches, Command};
 use shared::settings::{self, EX_USAGE};
-use shared::shutdown;
+use shared::{shutdown, telemetry};
 use worker::{Config, commands};
 
 fn main() -> ExitCode {
@@ -28,7 +28,9 @@ fn main() -> ExitCode {
         config.logs.filter = "warn".into();
     }
     config.logs.start();
-    execute(&arguments, config)
+    let exit = execute(&arguments, config);
+    telemetry::tell_suppressed();
+    exit
 }
 
 #[tokio::main]

@@ -71,6 +71,7 @@ impl Puller<'_> {
 
     /// One batch: read it, store it however long that takes, acknowledge it. Handed back where `shutdown` comes first.
     async fn take(&self, messages: Vec<Message>, shutdown: &CancellationToken) {
+        self.database.metrics().pulled(messages.len());
         let (messages, batch) = read_all(messages).await;
         // Tried again for as long as the session lasts; what is not stored by then comes again in the next.
         let stored = self.database.persist(&batch, || !self.session.is_over());
@@ -84,7 +85,8 @@ impl Puller<'_> {
             () = kept => unreachable!("it never ends"),
         };
         if let Some(stored) = stored {
-            self.session.acknowledge(&messages).await;
+            let unconfirmed = self.session.acknowledge(&messages).await;
+            self.database.metrics().acks_unconfirmed(unconfirmed);
             // Also where the ack came too late: it is stored, and a receipt names the gateway's place, no sequence.
             receipt::send(self.session.client(), &messages).await;
             tell(&stored, &batch);

@@ -112,7 +112,7 @@ pub use read::{ReadError, Stored};
 pub use recover::{Damage, OpenError, Recovered};
 pub use segment::{Refusal, State, Tally};
 pub use snapshot::{Listed, SegmentStatus, Snapshot};
-pub use stats::{AppendError, SYNC_BUCKETS, Share, Stats, Syncs, Trouble};
+pub use stats::{AppendError, SYNC_BUCKETS, Share, Stats, Syncs, Trouble, Unsettled};
 pub use table::Unconfirmed;
 
 use format::{MAX_PAYLOAD, RECORD_HEADER};
@@ -479,6 +479,7 @@ impl Journal {
         Stats {
             shares: snapshot::shares(table.segments.values()),
             segments: table.segments.len(),
+            max_bytes_on_disk: shared.limits.max_bytes_on_disk,
             bytes_on_disk: table.on_disk(),
             bytes_waiting: shared.waiting.load(Ordering::Relaxed),
             syncs: table.counters.syncs.clone(),

@@ -51,6 +51,15 @@ pub struct Share {
     pub oldest: Option<SystemTime>,
 }
 
+/// The entries that no worker has confirmed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unsettled {
+    /// How many.
+    pub entries: u64,
+    /// When the oldest of them was received, to the second.
+    pub oldest: Option<SystemTime>,
+}
+
 /// A snapshot of the whole journal.
 #[derive(Debug, Clone)]
 pub struct Stats {
@@ -58,6 +67,8 @@ pub struct Stats {
     pub shares: [Share; State::ALL.len()],
     /// Segment files in use.
     pub segments: usize,
+    /// The limit of what follows.
+    pub max_bytes_on_disk: u64,
     /// Bytes that all files of the journal take, what is only reserved included.
     pub bytes_on_disk: u64,
     /// Bytes of appends that wait for the disk.
@@ -78,6 +89,15 @@ impl Stats {
     /// The share of one state.
     pub fn share(&self, state: State) -> Share {
         self.shares[state as usize]
+    }
+
+    /// What is answered 202 and not known to be stored.
+    pub fn unsettled(&self) -> Unsettled {
+        let unsettled = [State::Journalled, State::Published, State::SetAside].map(|state| self.share(state));
+        Unsettled {
+            entries: unsettled.iter().map(|share| share.tally.entries).sum(),
+            oldest: unsettled.iter().filter_map(|share| share.oldest).min(),
+        }
     }
 }
 

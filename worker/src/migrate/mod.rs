@@ -14,7 +14,7 @@ use std::fmt;
 
 use tokio_postgres::{Client, Transaction};
 
-use crate::store::{StoreError, within};
+use crate::store::{Class, Outage, StoreError, within};
 
 pub use check::Problem;
 
@@ -226,7 +226,7 @@ async fn create(tx: &Transaction<'_>, object: &'static str, sql: &str) -> Result
     within(tx.batch_execute("SAVEPOINT create_object")).await?;
     let Err(err) = tokio::time::timeout(crate::store::ANSWER_WITHIN, tx.batch_execute(sql))
         .await
-        .map_err(|_| StoreError::Outage(format!("creating {object} took too long")))?
+        .map_err(|_| StoreError::Outage(Outage::new(Class::NoAnswer, format!("creating {object} took too long"))))?
     else {
         return Ok(());
     };

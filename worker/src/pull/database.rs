@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 
 use backon::{ExponentialBuilder, Retryable as _};
 use shared::ops::Readiness;
+use time::OffsetDateTime;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use crate::store::{Batch, Store, StoreError, Stored};
+use crate::metrics::Metrics;
+use crate::store::{Batch, Class, Outage, Store, StoreError, Stored};
 
 /// A batch that was stored so recently proves as much as a question.
 const PROVEN_FOR: Duration = Duration::from_secs(3);
@@ -28,6 +30,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 pub struct Database {
     store: Store,
     readiness: Readiness,
+    metrics: Metrics,
     /// Whether it can be worked with.
     up: watch::Sender<bool>,
     state: Mutex<State>,
@@ -49,9 +52,15 @@ struct State {
 
 impl Database {
     /// A database that has just been found in order.
-    pub fn new(store: Store, readiness: &Readiness) -> Database {
+    pub fn new(store: Store, readiness: &Readiness, metrics: Metrics) -> Database {
         let state = State { proven: Instant::now(), outage: None, silent: None, working: 0, held: 0 };
-        Database { store, readiness: readiness.clone(), up: watch::Sender::new(true), state: Mutex::new(state) }
+        let up = watch::Sender::new(true);
+        Database { store, readiness: readiness.clone(), metrics, up, state: Mutex::new(state) }
+    }
+
+    /// What is counted.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// Whether no outage is known.
@@ -79,10 +88,15 @@ impl Database {
             .with_jitter()
             .without_max_times();
         let work = Work::begin(self);
-        let note = |error: &StoreError, _: Duration| work.failed(error);
+        let note = |error: &StoreError, _: Duration| {
+            self.metrics.retried(error);
+            work.failed(error);
+        };
         let stored = (|| self.attempt(batch)).retry(backoff).when(|_| go_on()).notify(note).await;
         drop(work);
-        stored.inspect(|_| self.proven()).ok()
+        let stored = stored.inspect(|_| self.proven()).ok()?;
+        self.metrics.stored(batch, &stored, OffsetDateTime::now_utc());
+        Some(stored)
     }
 
     /// One try. Given up where the server does not answer questions asked beside it either.
@@ -92,10 +106,13 @@ impl Database {
                 sleep(LOOK_EVERY).await;
             }
         };
-        tokio::select! {
+        let begin = Instant::now();
+        let outcome = tokio::select! {
             stored = self.store.persist(batch) => stored,
-            () = silence => Err(StoreError::Outage(silent(SILENT_FOR))),
-        }
+            () = silence => Err(silent(SILENT_FOR)),
+        };
+        self.metrics.tried(&outcome, begin.elapsed());
+        outcome
     }
 
     /// Asks whether it answers, whenever no batch has shown it for a while. Never returns.
@@ -116,7 +133,7 @@ impl Database {
                 Ok(Err(error)) => self.failed(&error),
                 Err(_) => {
                     self.lock().silent.get_or_insert_with(Instant::now);
-                    self.failed(&StoreError::Outage(silent(ANSWERS_WITHIN)));
+                    self.failed(&silent(ANSWERS_WITHIN));
                 }
             }
         }
@@ -150,8 +167,9 @@ impl Database {
     }
 }
 
-fn silent(time: Duration) -> String {
-    format!("PostgreSQL has not answered for {} s", time.as_secs())
+fn silent(time: Duration) -> StoreError {
+    let silence = format!("PostgreSQL has not answered for {} s", time.as_secs());
+    StoreError::Outage(Outage::new(Class::NoAnswer, silence))
 }
 
 /// A batch that is being stored, from the first try until this is dropped, however the trying ends.

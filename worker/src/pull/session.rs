@@ -60,8 +60,8 @@ impl Session {
         &self.client
     }
 
-    /// Acknowledges messages that are stored, and waits until the server confirms.
-    pub(super) async fn acknowledge(&self, messages: &[Message]) {
+    /// Acknowledges messages that are stored, and waits until the server confirms. Gives how many acks it did not.
+    pub(super) async fn acknowledge(&self, messages: &[Message]) -> usize {
         let unconfirmed = match self.is_over() {
             true => messages.len(),
             false => match timeout(ACK_WITHIN, join_all(messages.iter().map(Message::double_ack))).await {
@@ -75,6 +75,7 @@ impl Session {
                 "stored deliveries whose ack was not confirmed; they may come again, which is harmless"
             );
         }
+        unconfirmed
     }
 
     /// Keeps telling the server that these messages are worked on, so that nobody else gets them. Returns when

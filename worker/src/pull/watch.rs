@@ -31,10 +31,12 @@ pub async fn watch(stream: &Stream, session: &Session, database: &Database, read
             Ok(consumer) => consumer,
             Err(error) if is_gone(&error) => return session.end(),
             Err(error) => {
+                database.metrics().lag(None);
                 readiness.set("consumer", Err(format!("JetStream does not tell where it stands: {error}")));
                 continue;
             }
         };
+        database.metrics().lag(Some(&consumer));
         let info = match stream.get_info().await {
             Ok(info) => info,
             Err(error) => {

@@ -14,9 +14,9 @@ use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Client, Config, Error, NoTls, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use super::sqlstate;
 use super::tls::{Mode, NAMES};
 use super::url::{DatabaseUrl, Server};
+use super::{Outage, sqlstate};
 
 type Connected = Result<(Client, JoinHandle<()>), Error>;
 
@@ -137,8 +137,13 @@ fn tls_failure(error: &Error) -> Option<&TlsFailure> {
     error.source()?.downcast_ref()
 }
 
-/// Why there is no connection, for a person.
-pub(super) fn describe(error: &Error) -> String {
+/// Why there is no connection.
+pub(super) fn outage(error: &Error) -> Outage {
+    Outage::new(sqlstate::outage(error).class(), describe(error))
+}
+
+/// The same for a person.
+fn describe(error: &Error) -> String {
     if let Some(failure) = tls_failure(error) {
         return failure.to_string();
     }

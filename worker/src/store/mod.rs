@@ -27,6 +27,7 @@ mod trial;
 mod url;
 
 use std::collections::HashSet;
+use std::fmt;
 
 use bytes::Bytes;
 use deadpool_postgres::{Object, Pool, Transaction};
@@ -45,6 +46,7 @@ pub use restore::Restored;
 pub use retry::Retried;
 use rows::{Claim, Statements};
 pub(crate) use rows::{JsonText, bigint};
+pub use sqlstate::Class;
 pub(crate) use told::tell;
 pub use url::{BadDatabaseUrl, DatabaseUrl, TLS_SETTINGS};
 
@@ -173,12 +175,38 @@ pub struct Dead {
     pub reason: String,
 }
 
+/// PostgreSQL is in trouble of that class.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outage {
+    class: Class,
+    reason: String,
+}
+
+impl Outage {
+    /// For that reason, in words for a person.
+    pub(crate) fn new(class: Class, reason: String) -> Self {
+        Outage { class, reason }
+    }
+
+    /// What kind of trouble.
+    pub fn class(&self) -> Class {
+        self.class
+    }
+}
+
+impl fmt::Display for Outage {
+    /// The reason.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.reason)
+    }
+}
+
 /// Why a batch was not stored. Nothing of it was.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
     /// PostgreSQL is away, full, read-only, out of step with this program. Try again later, with the same batch.
     #[error("PostgreSQL cannot store this now: {0}")]
-    Outage(String),
+    Outage(Outage),
     /// PostgreSQL refused a row for what is in it. [`Store::persist`] deals with this itself; it only comes out when
     /// even the dead letter is refused.
     #[error("PostgreSQL refused a row: {0}")]
@@ -198,6 +226,17 @@ impl StoreError {
             StoreError::Refused(_) => false,
         }
     }
+}
+
+/// The connections of a [`Store`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Connections {
+    /// Open, and nobody's.
+    pub idle: usize,
+    /// Open, and somebody's.
+    pub used: usize,
+    /// Callers that wait for one.
+    pub waiting: usize,
 }
 
 /// The worker's connections to PostgreSQL. Cloning is cheap and shares them.
@@ -261,6 +300,13 @@ impl Store {
     /// As [`migrate::check`] says.
     pub async fn check(&self) -> Result<Report, MigrateError> {
         migrate::check(&mut *self.client().await?).await
+    }
+
+    /// The connections that there are now.
+    pub fn connections(&self) -> Connections {
+        let status = self.pool.status();
+        let idle = status.available.min(status.size);
+        Connections { idle, used: status.size - idle, waiting: status.waiting }
     }
 
     /// A connection, for the commands that read.
@@ -337,7 +383,7 @@ async fn store_whole(client: &mut Object, batch: &Distinct<'_>) -> Result<Stored
 async fn store_row_by_row(client: &mut Object, batch: &Distinct<'_>) -> Result<Stored, StoreError> {
     // A refusal is the row's fault only while the tables are what this program writes to. A column that somebody
     // added, an enum label that is gone: that is everybody's trouble, and a reason to wait.
-    migrate::check(client).await.map_err(|err| StoreError::Outage(err.to_string()))?;
+    migrate::check(client).await.map_err(|err| StoreError::Outage(Outage::new(Class::Schema, err.to_string())))?;
     let statements = Statements::prepare(client, UNLESS_THERE).await?;
     let mut tx = begin(client).await?;
     // What would be refused at COMMIT has to be refused while its savepoint is open.
@@ -397,6 +443,9 @@ pub(crate) async fn within<T>(
 ) -> Result<T, StoreError> {
     match timeout(ANSWER_WITHIN, exchange).await {
         Ok(answer) => answer.map_err(|err| StoreError::from_sql(&err)),
-        Err(_) => Err(StoreError::Outage(format!("no answer within {} s", ANSWER_WITHIN.as_secs()))),
+        Err(_) => {
+            let silence = format!("no answer within {} s", ANSWER_WITHIN.as_secs());
+            Err(StoreError::Outage(Outage::new(Class::NoAnswer, silence)))
+        }
     }
 }

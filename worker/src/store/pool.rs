@@ -5,9 +5,9 @@ use std::time::Duration;
 use deadpool_postgres::{Manager, ManagerConfig, Pool, PoolError, RecyclingMethod, Runtime};
 use tokio_postgres::config::{LoadBalanceHosts, TargetSessionAttrs};
 
-use super::StoreError;
 use super::connect::{self, Connector};
 use super::url::DatabaseUrl;
+use super::{Class, Outage, StoreError};
 
 /// How long one host may take to accept a connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
@@ -48,9 +48,13 @@ pub(super) fn pool(url: &DatabaseUrl, connections: usize) -> Pool {
 /// No connection: an outage in any case, also when the password is wrong (somebody may be changing it right now).
 pub(super) fn outage(err: PoolError) -> StoreError {
     StoreError::Outage(match err {
-        PoolError::Backend(err) => connect::describe(&err),
-        PoolError::Timeout(_) => format!("no connection within {} s", CLIENT_WITHIN.as_secs()),
-        PoolError::Closed | PoolError::NoRuntimeSpecified | PoolError::PostCreateHook(_) => err.to_string(),
+        PoolError::Backend(err) => connect::outage(&err),
+        PoolError::Timeout(_) => {
+            Outage::new(Class::Pool, format!("no connection within {} s", CLIENT_WITHIN.as_secs()))
+        }
+        PoolError::Closed | PoolError::NoRuntimeSpecified | PoolError::PostCreateHook(_) => {
+            Outage::new(Class::Pool, err.to_string())
+        }
     })
 }
 

@@ -8,21 +8,94 @@ use std::error::Error;
 
 use tokio_postgres::error::DbError;
 
-use super::StoreError;
+use super::{Outage, StoreError};
 
 /// Whose fault it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
     /// Time, or a person, can mend it.
-    Ours,
+    Ours(Class),
     /// This row can never be stored.
     Row,
+}
+
+/// What kind of trouble an outage is: the closed set that metrics have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// The connection failed.
+    Connection,
+    /// The login was refused, or the database does not exist.
+    Login,
+    /// The server is read-only.
+    ReadOnly,
+    /// The transaction was rolled back in favour of another.
+    Conflict,
+    /// The role lacks a privilege, or the tables do not fit.
+    Schema,
+    /// The server's disk is full.
+    DiskFull,
+    /// The server is short of memory, connections or something else.
+    Resources,
+    /// A lock could not be had.
+    Lock,
+    /// The statement took too long, or somebody canceled it.
+    Canceled,
+    /// The server is shutting down, starting up or recovering.
+    Shutdown,
+    /// The server, or the system that it runs on, failed.
+    Server,
+    /// No answer in time.
+    NoAnswer,
+    /// No connection in time, or all are in use.
+    Pool,
+    /// What this program does not know.
+    Unknown,
+}
+
+impl Class {
+    /// Every class.
+    pub const ALL: [Class; 14] = [
+        Class::Connection,
+        Class::Login,
+        Class::ReadOnly,
+        Class::Conflict,
+        Class::Schema,
+        Class::DiskFull,
+        Class::Resources,
+        Class::Lock,
+        Class::Canceled,
+        Class::Shutdown,
+        Class::Server,
+        Class::NoAnswer,
+        Class::Pool,
+        Class::Unknown,
+    ];
+
+    /// Its name as a label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Class::Connection => "connection",
+            Class::Login => "login",
+            Class::ReadOnly => "read_only",
+            Class::Conflict => "conflict",
+            Class::Schema => "schema",
+            Class::DiskFull => "disk_full",
+            Class::Resources => "resources",
+            Class::Lock => "lock",
+            Class::Canceled => "canceled",
+            Class::Shutdown => "shutdown",
+            Class::Server => "server",
+            Class::NoAnswer => "no_answer",
+            Class::Pool => "pool",
+            Class::Unknown => "unknown",
+        }
+    }
 }
 
 /// Codes and classes (their first two characters), the more special before the more general; and what to say. A row's
 /// reason is made of these words alone, never of PostgreSQL's own, which quote the data.
 const TABLE: &[(&str, Fault, &str)] = &[
-    ("08", Fault::Ours, "the connection failed"),
+    ("08", Fault::Ours(Class::Connection), "the connection failed"),
     ("22001", Fault::Row, "a text is longer than its column takes"),
     ("22003", Fault::Row, "a number is out of range"),
     ("22021", Fault::Row, "a text holds a character that the database's encoding cannot store"),
@@ -34,24 +107,24 @@ const TABLE: &[(&str, Fault, &str)] = &[
     ("23505", Fault::Row, "a unique index has this value already"),
     ("23514", Fault::Row, "a CHECK constraint does not hold"),
     ("23", Fault::Row, "an integrity constraint does not hold"),
-    ("25006", Fault::Ours, "the server is read-only (a standby, or a primary that has become one)"),
-    ("28", Fault::Ours, "the login was refused"),
-    ("3D000", Fault::Ours, "the database does not exist"),
-    ("40", Fault::Ours, "the transaction was rolled back in favour of another"),
-    ("42501", Fault::Ours, "the role lacks a privilege"),
-    ("42", Fault::Ours, "the tables do not fit this program (see `worker migrate`)"),
-    ("53100", Fault::Ours, "the server's disk is full"),
-    ("53200", Fault::Ours, "the server is out of memory"),
-    ("53300", Fault::Ours, "the server has no connection left"),
-    ("53", Fault::Ours, "the server is short of a resource"),
+    ("25006", Fault::Ours(Class::ReadOnly), "the server is read-only (a standby, or a primary that has become one)"),
+    ("28", Fault::Ours(Class::Login), "the login was refused"),
+    ("3D000", Fault::Ours(Class::Login), "the database does not exist"),
+    ("40", Fault::Ours(Class::Conflict), "the transaction was rolled back in favour of another"),
+    ("42501", Fault::Ours(Class::Schema), "the role lacks a privilege"),
+    ("42", Fault::Ours(Class::Schema), "the tables do not fit this program (see `worker migrate`)"),
+    ("53100", Fault::Ours(Class::DiskFull), "the server's disk is full"),
+    ("53200", Fault::Ours(Class::Resources), "the server is out of memory"),
+    ("53300", Fault::Ours(Class::Resources), "the server has no connection left"),
+    ("53", Fault::Ours(Class::Resources), "the server is short of a resource"),
     ("54001", Fault::Row, "the payload is nested deeper than PostgreSQL's stack allows (max_stack_depth)"),
     ("54", Fault::Row, "a value is larger than PostgreSQL can hold"),
-    ("55P03", Fault::Ours, "a lock could not be had"),
-    ("57014", Fault::Ours, "the statement took too long, or somebody canceled it"),
-    ("57", Fault::Ours, "the server is shutting down, starting up or recovering"),
-    ("58", Fault::Ours, "the server's operating system failed it"),
+    ("55P03", Fault::Ours(Class::Lock), "a lock could not be had"),
+    ("57014", Fault::Ours(Class::Canceled), "the statement took too long, or somebody canceled it"),
+    ("57", Fault::Ours(Class::Shutdown), "the server is shutting down, starting up or recovering"),
+    ("58", Fault::Ours(Class::Server), "the server's operating system failed it"),
     ("P0001", Fault::Row, "a trigger refuses it"),
-    ("XX", Fault::Ours, "the server found an internal error or corrupted data"),
+    ("XX", Fault::Ours(Class::Server), "the server found an internal error or corrupted data"),
 ];
 
 fn look_up(code: &str) -> Option<(Fault, &'static str)> {
@@ -60,11 +133,21 @@ fn look_up(code: &str) -> Option<(Fault, &'static str)> {
 
 /// The error of one statement: an outage, or the row's fault.
 pub(super) fn judge(err: &tokio_postgres::Error) -> StoreError {
-    let Some(db) = err.as_db_error() else { return StoreError::Outage(describe(err)) };
-    match look_up(db.code().code()) {
-        Some((Fault::Row, words)) => StoreError::Refused(reason(words, db)),
-        Some((Fault::Ours, _)) | None => StoreError::Outage(describe(err)),
-    }
+    let row = |db: &DbError| match look_up(db.code().code()) {
+        Some((Fault::Row, words)) => Some(reason(words, db)),
+        Some((Fault::Ours(_), _)) | None => None,
+    };
+    err.as_db_error().and_then(row).map_or_else(|| StoreError::Outage(outage(err)), StoreError::Refused)
+}
+
+/// An error as an outage, whatever it is.
+pub(super) fn outage(err: &tokio_postgres::Error) -> Outage {
+    let class = match err.as_db_error().map(|db| look_up(db.code().code())) {
+        None => Class::Connection,
+        Some(Some((Fault::Ours(class), _))) => class,
+        Some(Some((Fault::Row, _)) | None) => Class::Unknown,
+    };
+    Outage::new(class, describe(err))
 }
 
 /// A reason that can be shown to anybody: our words, the code, and names out of the schema.
@@ -80,7 +163,7 @@ pub(super) fn describe(err: &tokio_postgres::Error) -> String {
     let Some(db) = err.as_db_error() else { return chain(err) };
     let code = db.code().code();
     match look_up(code) {
-        Some((Fault::Ours, words)) => format!("{words}: {} (SQLSTATE {code})", db.message()),
+        Some((Fault::Ours(_), words)) => format!("{words}: {} (SQLSTATE {code})", db.message()),
         Some((Fault::Row, words)) => reason(words, db),
         None => format!("an error that this program does not know (SQLSTATE {code}); PostgreSQL's log says more"),
     }
@@ -102,7 +185,7 @@ mod tests {
     use super::*;
 
     fn fault(code: &str) -> Fault {
-        look_up(code).map_or(Fault::Ours, |(fault, _)| fault)
+        look_up(code).map_or(Fault::Ours(Class::Unknown), |(fault, _)| fault)
     }
 
     #[test]
@@ -122,7 +205,7 @@ mod tests {
             "P0000 P0004 HV000 72000 99999",                   // not known
         ];
         for code in ours.iter().flat_map(|class| class.split(' ')) {
-            assert_eq!(fault(code), Fault::Ours, "{code}");
+            assert!(matches!(fault(code), Fault::Ours(_)), "{code}");
         }
     }
 

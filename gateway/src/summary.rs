@@ -1,0 +1,52 @@
+//! The gateway's line in the log now and then: what happened since the last one, where anything did. What is the
+//! senders' doing (a 401, say) is counted here and in the metrics, and has no line of its own.
+
+use shared::telemetry::{SUMMARY_EVERY, numbers};
+
+use crate::journal::{Journal, State};
+use crate::metrics::{Counts, Metrics};
+
+/// Sums up.
+pub struct Summary {
+    metrics: Metrics,
+    journal: Journal,
+    last: Counts,
+}
+
+impl Summary {
+    /// Of what is counted in `metrics` from now on.
+    pub fn new(metrics: Metrics, journal: Journal) -> Self {
+        Summary { last: metrics.counts(), metrics, journal }
+    }
+
+    /// Sums up again and again. Never returns.
+    pub async fn run(&mut self) {
+        loop {
+            tokio::time::sleep(SUMMARY_EVERY).await;
+            self.tell();
+        }
+    }
+
+    /// Sums up what happened since the last time; nothing, where nothing did.
+    pub fn tell(&mut self) {
+        let now = self.metrics.counts();
+        let since = now.since(&self.last);
+        self.last = now;
+        if since.is_nothing() {
+            return;
+        }
+        let stats = self.journal.stats();
+        tracing::info!(
+            accepted = since.accepted(),
+            refused = since.refused(),
+            reasons = numbers(since.reasons()),
+            published = since.published,
+            retries = since.retries,
+            set_aside = stats.share(State::SetAside).tally.entries,
+            confirmed = since.confirmed,
+            repeats = since.repeats,
+            unconfirmed = stats.unsettled().entries,
+            "summary"
+        );
+    }
+}
