@@ -39,6 +39,11 @@ impl Programs {
     }
 }
 
+/// Where fetched programs are kept; none where there is no home directory to put it in.
+pub fn cache_folder() -> Option<PathBuf> {
+    Search::of_this_process().cache
+}
+
 /// What the search depends on, so that tests can say it.
 struct Search {
     nats_server: Option<OsString>,
