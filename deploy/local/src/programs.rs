@@ -54,6 +54,11 @@ fn does_tls(folder: &Path) -> bool {
     program.windows(6).any(|bytes| bytes == b"libssl")
 }
 
+/// Where fetched programs are kept; none where there is no home directory to put it in.
+pub fn cache_folder() -> Option<PathBuf> {
+    Search::of_this_process().cache
+}
+
 /// What the search depends on, so that tests can say it.
 struct Search {
     nats_server: Option<OsString>,

@@ -14,7 +14,7 @@ use world::SECRET;
 /// The end of each body: a number of 16 hex digits, and what closes the JSON.
 const TAIL: usize = 16 + 3;
 /// Memory that the bodies of one size take together, where that is enough for [`FEWEST`] of them: more than caches hold.
-const POOL_BYTES: usize = 16 << 20;
+const POOL_BYTES: usize = 8 << 20;
 const FEWEST: usize = 16;
 const MOST: usize = 1024;
 
@@ -67,6 +67,11 @@ impl Deliveries {
     /// The size of each.
     pub(crate) fn size(&self) -> usize {
         self.size
+    }
+
+    /// From how many on they begin alike, all but the tail.
+    pub(crate) fn distinct(&self) -> u64 {
+        self.begun.len() as u64
     }
 
     /// Body number `n` but for its tail.

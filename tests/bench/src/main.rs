@@ -14,13 +14,17 @@
 
 mod baselines;
 mod bodies;
+mod database;
 mod load;
 mod process;
 mod programs;
+mod python;
 mod report;
 mod scenarios;
 mod servers;
 mod stats;
+mod stream;
+mod unnest;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -28,14 +32,23 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::programs::Built;
 use crate::report::Report;
 use crate::scenarios::Bench;
 
 /// Every scenario, in the order of `all`, and what it may take at most, in minutes.
-const SCENARIOS: [(&str, &str, u64); 1] =
-    [("accept", "Deliveries accepted a second, NATS away and NATS there, against servers that do less", 20)];
+const SCENARIOS: [(&str, &str, u64); 8] = [
+    ("accept", "Deliveries accepted a second, NATS away and NATS there, against servers that do less", 20),
+    ("outage", "How long an answer takes while NATS is down, against while it is up", 10),
+    ("drain", "Deliveries published a second after an outage, against async-nats publishing alone", 15),
+    ("persist", "Deliveries stored a second by one worker, against a loop that inserts rows from memory", 15),
+    ("latency", "From the POST to the COMMIT at a modest rate", 5),
+    ("replay", "Deliveries a second that a replay finds to be there, against reading them alone", 15),
+    ("canonical", "The canonical form of a body, against serde_json::Value and Node", 5),
+    ("memory", "Memory, and whether a delivery costs more where there are many already", 30),
+];
 
 fn main() -> ExitCode {
     let arguments = command().get_matches();
@@ -81,6 +94,9 @@ fn command() -> Command {
 }
 
 fn measure(name: &str, arguments: &ArgMatches) -> anyhow::Result<()> {
+    // A thousand connections are more files than a shell allows by default; what is started here inherits it.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most.min(65_536), most)?;
     let bench = Bench { built: Built::now()?, quick: arguments.get_flag("quick") };
     let beside = bench.built.bench.ancestors().nth(2).context("this program is in no target folder")?.join("bench");
     let out = arguments.get_one::<PathBuf>("out").cloned().unwrap_or(beside);
@@ -111,6 +127,13 @@ fn measure(name: &str, arguments: &ArgMatches) -> anyhow::Result<()> {
 async fn run(scenario: &str, bench: &Bench) -> anyhow::Result<Report> {
     match scenario {
         "accept" => scenarios::accept::run(bench).await,
+        "outage" => scenarios::outage::run(bench).await,
+        "drain" => scenarios::drain::run(bench).await,
+        "persist" => scenarios::persist::run(bench).await,
+        "latency" => scenarios::latency::run(bench).await,
+        "replay" => scenarios::replay::run(bench).await,
+        "canonical" => scenarios::canonical::run(bench).await,
+        "memory" => scenarios::memory::run(bench).await,
         other => unreachable!("clap lets no scenario {other} pass"),
     }
 }

@@ -1,6 +1,7 @@
 //! Servers to be measured: each a process of its own, with a folder of its own that is gone when it is dropped.
 
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
@@ -9,6 +10,7 @@ use local::{NatsOptions, NatsServer, Postgres, PostgresOptions, Scratch, ports};
 use nix::sys::signal::Signal;
 use world::{Post, SECRET};
 
+use crate::database::connect;
 use crate::programs::Built;
 
 /// How long anything may take that is not the measurement itself.
@@ -152,9 +154,18 @@ pub(crate) struct Nats {
 impl Nats {
     /// nats-server with its own defaults; `jetstream` adds to its block of that name.
     pub(crate) async fn start(jetstream: &str) -> anyhow::Result<Nats> {
+        Nats::with(|options| jetstream.clone_into(&mut options.jetstream)).await
+    }
+
+    /// The same on a given port.
+    pub(crate) async fn start_at(port: u16) -> anyhow::Result<Nats> {
+        Nats::with(|options| options.port = Some(port)).await
+    }
+
+    async fn with(change: impl FnOnce(&mut NatsOptions)) -> anyhow::Result<Nats> {
         let folder = Scratch::new("bench-nats")?;
         let mut options = NatsOptions::new(folder.path().join("nats"));
-        jetstream.clone_into(&mut options.jetstream);
+        change(&mut options);
         Ok(Nats { server: NatsServer::start(world::programs(), options).await?, _folder: folder })
     }
 
@@ -172,7 +183,8 @@ pub(crate) fn no_nats() -> anyhow::Result<String> {
 /// A PostgreSQL that waits for its disk, as one in earnest does, and remembers when each transaction was committed
 /// (`track_commit_timestamp`), by which everything here is timed that ends in the database.
 pub(crate) struct Database {
-    pub(crate) server: Postgres,
+    server: Postgres,
+    made: AtomicU32,
     _folder: Scratch,
 }
 
@@ -192,13 +204,39 @@ impl Database {
         ]
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .to_vec();
-        Ok(Database { server: Postgres::start(world::programs(), options).await?, _folder: folder })
+        let server = Postgres::start(world::programs(), options).await?;
+        Ok(Database { server, made: AtomicU32::new(0), _folder: folder })
     }
-}
 
-/// A connection to a database, which lives as long as the client.
-pub(crate) async fn connect(url: &str) -> anyhow::Result<tokio_postgres::Client> {
-    let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await?;
-    tokio::spawn(connection);
-    Ok(client)
+    /// A name that no database in it has.
+    fn name(&self) -> String {
+        format!("bench_{}", self.made.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The URL of a copy of a database, to which nobody is connected.
+    pub(crate) async fn copy(&self, url: &str) -> anyhow::Result<String> {
+        let (name, original) = (self.name(), url.rsplit('/').next().unwrap_or_default());
+        self.execute(&format!("CREATE DATABASE {name} TEMPLATE {original}")).await?;
+        Ok(self.server.url_of(&name))
+    }
+
+    /// Removes a database.
+    pub(crate) async fn remove(&self, url: &str) -> anyhow::Result<()> {
+        let name = url.rsplit('/').next().unwrap_or_default();
+        self.execute(&format!("DROP DATABASE {name} WITH (FORCE)")).await
+    }
+
+    async fn execute(&self, sql: &str) -> anyhow::Result<()> {
+        let client = connect(&self.server.url()).await?;
+        client.batch_execute(sql).await.with_context(|| sql.to_owned())
+    }
+
+    /// The URL of a new database in it, which has the tables and no rows.
+    pub(crate) async fn empty(&self, built: &Built) -> anyhow::Result<String> {
+        let name = self.name();
+        let url = self.server.create_database(&name).await?;
+        let output = worker_command(built, "nats://127.0.0.1:1", &url).arg("migrate").output()?;
+        ensure!(output.status.success(), "worker migrate failed: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(url)
+    }
 }

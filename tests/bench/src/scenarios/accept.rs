@@ -6,22 +6,30 @@
 //!
 //! **Publishing at the same time**: with a broker that has no worker behind it. A gateway that merely let its backlog grow
 //! would accept as fast as without a broker, and prove nothing. So the load holds back while more than [`BACKLOG`]
-//! deliveries wait to be published, and the rate over the whole time is one that could go on for ever.
+//! deliveries wait to be published, and the rate over the whole time is one that could go on for ever. Beside it the
+//! usual alternative, an aiohttp server that answers when nats-py has the broker's acknowledgement, with the broker as it
+//! comes (it syncs every two minutes: an acknowledged message may be lost) and with one that syncs each message, which
+//! is what a 202 of the gateway promises.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Bench, CONNECTIONS, Moment, Sample, absolutes, ratios, throughput};
+use super::{Bench, CONNECTIONS, Moment, Sample, absolutes, enough, ratios, throughput};
 use crate::bodies::Deliveries;
 use crate::load;
 use crate::load::closed::Load;
 use crate::process;
+use crate::python::Python;
 use crate::report::{Goal, Line, Report};
 use crate::servers::{Nats, Server, no_nats};
 use crate::stats::Rounds;
+use crate::stream::MAX_BYTES;
 
 /// Body sizes, and the goal for each: at least so many times the bare server's rate.
 const SIZES: [(usize, f64); 3] = [(2 << 10, 0.55), (16 << 10, 0.65), (128 << 10, 0.45)];
+/// How the alternative's broker keeps what it acknowledges, its configuration, and the goal against it.
+const SYNC: [(&str, &str, f64); 2] =
+    [("NATS syncs every 2 min", "", 2.0), ("NATS syncs each message", "sync_interval: always", 8.0)];
 /// From so many unpublished deliveries on, the load holds back.
 const BACKLOG: f64 = 10_000.0;
 
@@ -58,31 +66,53 @@ async fn journalled(bench: &Bench, size: usize, goal: f64, report: &mut Report) 
 async fn published(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
     let deliveries = Arc::new(Deliveries::of_size(16 << 10, 2));
     let (warm_up, measure) = times(bench);
+    let python = Python::find_or_fetch().await;
+    if let Err(error) = &python {
+        report.note(format!("aiohttp + nats-py: SKIPPED, they are not here and could not be fetched: {error:#}"));
+    }
     let (mut bare, mut gateway, mut backlogs) = (vec![], vec![], vec![]);
+    let mut python_samples = SYNC.map(|_| vec![]);
     for _ in 0..bench.rounds() {
         let server = Server::bare_hyper(&bench.built, false).await?;
         bare.push(throughput(&server, &deliveries, CONNECTIONS, warm_up, measure).await?);
         drop(server);
-        let (sample, backlog) = sustained(bench, &deliveries).await?;
+        let span = bench.size(Duration::from_millis(500), Duration::from_secs(30));
+        let (sample, backlog) = sustained(bench, &deliveries, span).await?;
         gateway.push(sample);
         backlogs.push(backlog);
+        for (samples, (_, jetstream, _)) in python_samples.iter_mut().zip(SYNC) {
+            let Ok(python) = &python else { continue };
+            let nats = Nats::start(jetstream).await?;
+            let server = python.gateway(&nats.url()).await?;
+            samples.push(throughput(&server, &deliveries, CONNECTIONS, warm_up, measure).await?);
+        }
     }
     report.note(absolutes("16 KB, bare hyper", &bare));
     report.note(absolutes("16 KB, gateway, publishing", &gateway));
     report.note(format!("the longest backlog under that load was {} deliveries", Rounds::of(backlogs).max()));
     let reached = ratios(rates(&gateway), rates(&bare));
     report.line(Line::new("accept and publish 16 KB / bare hyper", Goal::AtLeast(0.40), "x", reached));
+    for (samples, (sync, _, goal)) in python_samples.iter().zip(SYNC).filter(|(samples, _)| !samples.is_empty()) {
+        report.note(absolutes(&format!("16 KB, aiohttp + nats-py, {sync}"), samples));
+        let reached = ratios(rates(&gateway), rates(samples));
+        let what = format!("accept and publish 16 KB / aiohttp + nats-py, {sync}");
+        report.line(Line::new(what, Goal::AtLeast(goal), "x", reached));
+    }
     Ok(())
 }
 
-/// The rate at which the gateway accepts and publishes, and its longest backlog.
-async fn sustained(bench: &Bench, deliveries: &Arc<Deliveries>) -> anyhow::Result<(Sample, f64)> {
+/// The rate at which the gateway accepts and publishes over that time, and its longest backlog.
+pub(super) async fn sustained(
+    bench: &Bench,
+    deliveries: &Arc<Deliveries>,
+    span: Duration,
+) -> anyhow::Result<(Sample, f64)> {
     let nats = Nats::start("").await?;
     // More than is sent, so that the stream is not what ends it.
-    let server = Server::gateway(&bench.built, &nats.url(), &[("NATS_MAX_BYTES", "60GiB")]).await?;
+    let server = Server::gateway(&bench.built, &nats.url(), &[("NATS_MAX_BYTES", MAX_BYTES)]).await?;
     server.until("publishing", async || Ok(server.metric("gateway_publish_seconds_count").await? >= 0.0)).await?;
     let load = Load::start(server.port, deliveries, CONNECTIONS, None);
-    let end = Instant::now() + bench.size(Duration::from_secs(1), Duration::from_secs(30));
+    let end = Instant::now() + span;
     let (before, mut longest) = (Moment::now(&server, &load), 0_f64);
     while Instant::now() < end {
         let backlog = server.backlog().await?;
@@ -90,9 +120,11 @@ async fn sustained(bench: &Bench, deliveries: &Arc<Deliveries>) -> anyhow::Resul
         longest = longest.max(backlog);
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    load.hold(false);
+    enough(&server, &load, before).await?;
     let after = Moment::now(&server, &load);
     load::all_accepted(&load.stop().await?)?;
-    Ok((after.since(before, process::rss(server.pid())), longest))
+    Ok((after.since(before, process::peak_rss(server.pid())), longest))
 }
 
 fn times(bench: &Bench) -> (Duration, Duration) {

@@ -1,6 +1,13 @@
 //! What is measured, a file a question.
 
 pub(crate) mod accept;
+pub(crate) mod canonical;
+pub(crate) mod drain;
+pub(crate) mod latency;
+pub(crate) mod memory;
+pub(crate) mod outage;
+pub(crate) mod persist;
+pub(crate) mod replay;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,6 +29,8 @@ pub(crate) struct Bench {
     pub(crate) quick: bool,
 }
 
+/// Answers without which no rate is told.
+const FEWEST: u64 = 32;
 /// Connections of the load, unless a scenario says otherwise.
 pub(crate) const CONNECTIONS: usize = 32;
 
@@ -44,7 +53,7 @@ pub(crate) struct Sample {
     pub(crate) rate: f64,
     /// CPU of the server for each, in microseconds, where the system tells.
     pub(crate) cpu_us: Option<f64>,
-    /// Memory of the server at the end, in MB.
+    /// Memory of the server, in MB: the most it ever took, unless a scenario says otherwise.
     pub(crate) rss: Option<f64>,
 }
 
@@ -63,9 +72,19 @@ pub(crate) async fn throughput(
     tokio::time::sleep(warm_up).await;
     let before = Moment::now(server, &load);
     tokio::time::sleep(measure).await;
+    enough(server, &load, before).await?;
     let after = Moment::now(server, &load);
     load::all_accepted(&load.stop().await?)?;
-    Ok(after.since(before, process::rss(server.pid())))
+    Ok(after.since(before, process::peak_rss(server.pid())))
+}
+
+/// Waits until there are answers enough to tell a rate: on a machine that is busy with other things, the little time of a
+/// quick run may pass without any.
+///
+/// # Errors
+/// Where there are none.
+pub(crate) async fn enough(server: &Server, load: &Load, before: Moment) -> anyhow::Result<()> {
+    server.until("answering", async || Ok(load.answered() >= before.answered + FEWEST)).await
 }
 
 /// What the counters say at one time.
