@@ -33,7 +33,7 @@ use prometheus_client::registry::Registry;
 use shared::ops::{self, Readiness};
 use shared::stream::NatsSettings;
 use shared::telemetry;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio_util::sync::CancellationToken;
 
 pub use crate::settings::Config;
@@ -54,8 +54,8 @@ use crate::summary::Summary;
 /// deliveries.
 pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
     descriptors::raise(config.limits.connections);
-    let public = bind(config.listen, "GATEWAY_LISTEN").await?;
-    let ops = bind(config.ops_listen, "GATEWAY_OPS_LISTEN").await?;
+    let public = bind(config.listen, "GATEWAY_LISTEN")?;
+    let ops = bind(config.ops_listen, "GATEWAY_OPS_LISTEN")?;
     // NATS away costs nothing but time: deliveries are taken, and wait on disk.
     let readiness = Readiness::tolerating(&["nats", "stream", "secrets"]);
     let journal = open_journal(&config.journal).await?;
@@ -164,7 +164,18 @@ async fn open_journal(settings: &JournalSettings) -> anyhow::Result<Journal> {
     Ok(journal)
 }
 
-async fn bind(address: std::net::SocketAddr, setting: &str) -> anyhow::Result<TcpListener> {
+/// Connections that the system keeps for us until we take them. Beyond that it drops a sender's first packet, which comes
+/// again after a second, when Sentry has given up; 128, the library's own choice, is a burst on a busy machine. Linux allows
+/// 4096 (net.core.somaxconn).
+const BACKLOG: u32 = 4096;
+
+fn bind(address: std::net::SocketAddr, setting: &str) -> anyhow::Result<TcpListener> {
     let problem = || format!("cannot listen on {address}; is another program there? {setting} sets another address");
-    TcpListener::bind(address).await.with_context(problem)
+    let listen = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        socket.set_reuseaddr(true)?; // as the standard library does: connections that have just ended hold nobody up
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    };
+    listen().with_context(problem)
 }

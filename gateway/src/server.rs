@@ -171,3 +171,42 @@ async fn close(mut socket: impl AsyncRead + AsyncWrite + Unpin) {
     };
     let _ = tokio::time::timeout(LINGER, read_out).await;
 }
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::registry::Registry;
+
+    use super::*;
+    use crate::Config;
+    use crate::journal::Journal;
+    use crate::metrics::Metrics;
+
+    #[tokio::test]
+    async fn who_has_connected_before_the_listener_closes_is_answered() {
+        let folder = tempfile::tempdir().unwrap();
+        let set = |variable: &str| (variable == "SENTRY_CLIENT_SECRET").then(|| "s".to_owned());
+        let config = Config::load(&set).unwrap();
+        let (journal, _) = Journal::open(folder.path(), config.journal.limits).unwrap();
+        let metrics = Metrics::new(&mut Registry::default(), &journal);
+        let gateway = Arc::new(Gateway::new(&config, journal, metrics));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut senders = Vec::new();
+        for _ in 0..50 {
+            let mut socket = TcpStream::connect(address).await.unwrap();
+            socket.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+            senders.push(socket);
+        }
+        // The end has come before one of them was taken.
+        let ending = Ending::default();
+        ending.leaving.cancel();
+        ending.closing.cancel();
+        run(listener, gateway, &config.limits, ending).await;
+        for mut sender in senders {
+            let mut answer = String::new();
+            sender.read_to_string(&mut answer).await.expect("an answer, not a reset");
+            assert!(answer.starts_with("HTTP/1.1 404 ") && answer.contains("connection: close"), "{answer}");
+        }
+        assert!(TcpStream::connect(address).await.is_err(), "and nobody else");
+    }
+}

@@ -8,7 +8,7 @@ use async_nats::jetstream::consumer::pull;
 use async_nats::jetstream::stream::{Config, DiscardPolicy};
 use local::{NatsOptions, NatsServer, Postgres, PostgresOptions, Scratch, ports};
 use serde_json::Value;
-use world::{Ran, programs};
+use world::{Ran, eventually, programs};
 
 use crate::{fixture, setup};
 
@@ -189,6 +189,28 @@ async fn what_runs_is_well_and_not_disturbed() {
     assert_eq!(stream.cached_info().state.last_sequence, 1, "nothing was stored by looking");
     world.gateway.ready().await;
     world.workers[0].ready().await;
+}
+
+#[tokio::test]
+async fn a_cluster_is_looked_at_server_by_server() {
+    let mut world = setup().cluster().workers(0).gateway("GATEWAY_JOURNAL_MAX_BYTES", "64MiB").start().await;
+    let checked = async |world: &world::World| {
+        let (code, out, err) = world.gateway_command_async(&["check", "--json"]).await;
+        let checked = Checked { code, json: serde_json::from_str(&out).unwrap() };
+        assert_eq!(code, Some(0), "{}{err}", checked.found("problem"));
+        checked
+    };
+    world.on_stream(0).await; // there, and its servers agree on who leads
+    let whole = checked(&world).await;
+    assert_eq!(whole.found("ok").matches("NATS nats://").count(), 6, "each, and its max_payload: {:#}", whole.json);
+    let gone = world.other_nats.pop().unwrap();
+    gone.kill().await;
+    eventually("the missing server to be named", async || {
+        let warnings = checked(&world).await.found("warning");
+        let as_server = warnings.contains(&format!("NATS nats://127.0.0.1:{}", gone.port()));
+        (as_server && warnings.contains("stream SIGNALS, replicas: away or not up to date")).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]
