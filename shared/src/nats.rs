@@ -116,6 +116,7 @@ impl Connection {
     }
 
     fn options(&self, program: &str) -> ConnectOptions {
+        tls::provider();
         let options = match &self.login {
             Login::Nobody => ConnectOptions::new(),
             Login::Password { user, password } => {

@@ -177,6 +177,29 @@ async fn files_that_change_are_read_at_the_next_connection() {
 }
 
 #[tokio::test]
+async fn over_a_unix_socket_there_is_no_tls_whatever_the_sslmode() {
+    let ours = Authority::new();
+    let Some(mut postgres) = TlsPostgres::start("over_a_unix_socket", &ours, &ours.server(&HERE)).await else { return };
+    let socket = postgres.server.home().join("data").display().to_string();
+    if socket.len() > 80 {
+        crate::drills::skipped("over_a_unix_socket", "the path of a socket may not be as long as this folder's");
+        return;
+    }
+    postgres.server.options.settings.push(("unix_socket_directories".into(), socket.clone()));
+    postgres.show(&ours.server(&HERE)).await;
+    let ca = ours.file(postgres.folder.path(), "ca.crt");
+    let port = postgres.server.port();
+    let url = |host: &str| {
+        let parameters = format!("sslmode=verify-full sslrootcert={}", ca.display());
+        format!("host={host} port={port} user=plain password={PASSWORD} dbname=postgres {parameters}")
+    };
+    connects(&url(&socket)).await.unwrap();
+    says(connects(&url("localhost")).await, &["28000"]); // the role that comes in without TLS only
+    // Of several servers each is tried its own way, and the first that takes us will do.
+    connects(&url(&format!("localhost,{socket}"))).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_server_that_does_no_tls_is_for_those_who_allow_it() {
     let server = world::postgres().await; // the pinned build has no OpenSSL
     let url = |mode: &str| format!("{}?sslmode={mode}", server.url());

@@ -17,6 +17,7 @@ pub(super) const PASSWORD: &str = "the-password-of-the-tests";
 
 /// Who may come how. <https://www.postgresql.org/docs/current/auth-pg-hba-conf.html>
 const HBA: &str = "\
+    local     all plain                  scram-sha-256\n\
     host      all loop      127.0.0.1/32 trust\n\
     hostssl   all encrypted 127.0.0.1/32 scram-sha-256\n\
     hostnossl all plain     127.0.0.1/32 scram-sha-256\n\
