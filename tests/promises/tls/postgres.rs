@@ -36,8 +36,8 @@ fn root(file: &Path) -> String {
 
 #[tokio::test]
 async fn each_sslmode_encrypts_and_trusts_as_libpq_says() {
-    let (ours, theirs) = (Authority::new(), Authority::new());
-    let Some(postgres) = TlsPostgres::start("each_sslmode", &ours, &ours.server(&HERE)).await else { return };
+    let Some((postgres, ours)) = TlsPostgres::shared("each_sslmode").await else { return };
+    let theirs = Authority::new();
     let folder = postgres.folder.path();
     let (right, wrong) = (root(&ours.file(folder, "ca.crt")), root(&theirs.file(folder, "other-ca.crt")));
     let as_role = |role: &str, host: &str, mode: &str, more: &str| {
@@ -131,8 +131,8 @@ async fn a_certificate_must_be_for_the_host_where_verify_full_says_so_and_only_t
 
 #[tokio::test]
 async fn a_client_certificate_is_shown_where_the_server_wants_one() {
-    let (ours, theirs) = (Authority::new(), Authority::new());
-    let Some(postgres) = TlsPostgres::start("a_client_certificate", &ours, &ours.server(&HERE)).await else { return };
+    let Some((postgres, ours)) = TlsPostgres::shared("a_client_certificate").await else { return };
+    let theirs = Authority::new();
     let folder = postgres.folder.path();
     let with = |pair: &Pair, name: &str| {
         let (certificate, key) = pair.files(folder, name);
@@ -155,8 +155,8 @@ async fn a_client_certificate_is_shown_where_the_server_wants_one() {
 
 #[tokio::test]
 async fn files_that_change_are_read_at_the_next_connection() {
-    let (ours, theirs) = (Authority::new(), Authority::new());
-    let Some(postgres) = TlsPostgres::start("files_that_change", &ours, &ours.server(&HERE)).await else { return };
+    let Some((postgres, ours)) = TlsPostgres::shared("files_that_change").await else { return };
+    let theirs = Authority::new();
     let folder = postgres.folder.path();
     let ca = theirs.file(folder, "rotated.crt");
     let (certificate, key) = theirs.client("certified").files(folder, "door");
