@@ -122,6 +122,7 @@ impl Connection {
 
     /// What the client is told but for what happens when it fails.
     pub(crate) fn options(&self, program: &str) -> ConnectOptions {
+        tls::provider();
         let options = match &self.login {
             Login::Nobody => ConnectOptions::new(),
             Login::Password { user, password } => {

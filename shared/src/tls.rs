@@ -11,9 +11,11 @@ use rustls::pki_types::pem::{Error as PemError, PemObject as _};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 
-/// The one crypto provider.
+/// The one crypto provider; from the first call on it is the process's default, which async-nats takes.
 pub fn provider() -> Arc<CryptoProvider> {
-    Arc::new(rustls::crypto::ring::default_provider())
+    // Refused where it has been installed before.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    Arc::clone(CryptoProvider::get_default().expect("one was installed above, or before"))
 }
 
 /// Reads a file of certificates in PEM form; gives at least one.

@@ -31,8 +31,8 @@ async fn look_at(world: &mut World, postgres: &TlsPostgres) {
 
 #[tokio::test]
 async fn a_delivery_becomes_its_rows_entirely_over_tls() {
-    let (folder, ours, operator) = (Scratch::new("tls-door").unwrap(), Authority::new(), Operator::new());
-    let Some(postgres) = TlsPostgres::start("a_delivery_over_tls", &ours, &ours.server(&HERE)).await else { return };
+    let Some((postgres, ours)) = TlsPostgres::shared("a_delivery_over_tls").await else { return };
+    let (folder, operator) = (Scratch::new("tls-door").unwrap(), Operator::new());
     let ca = ours.file(folder.path(), "ca.crt");
     let (certificate, key) = ours.client("door").files(folder.path(), "door");
     let port = ports::free().unwrap();
@@ -53,7 +53,7 @@ async fn a_delivery_becomes_its_rows_entirely_over_tls() {
     // The system's CAs, which this variable replaces for one process (rustls-native-certs, as OpenSSL).
     let setup = setup.worker("DATABASE_URL", &database).worker("PGSSLROOTCERT", "system");
     let mut world = setup.worker("SSL_CERT_FILE", ca.to_str().unwrap()).start().await;
-    look_at(&mut world, &postgres).await;
+    look_at(&mut world, postgres).await;
 
     let id = world.post(fixture!("issue_created")).await.accepted();
     world.stored(&id).await;

@@ -36,8 +36,8 @@ fn root(file: &Path) -> String {
 
 #[tokio::test]
 async fn each_sslmode_encrypts_and_trusts_as_libpq_says() {
-    let (ours, theirs) = (Authority::new(), Authority::new());
-    let Some(postgres) = TlsPostgres::start("each_sslmode", &ours, &ours.server(&HERE)).await else { return };
+    let Some((postgres, ours)) = TlsPostgres::shared("each_sslmode").await else { return };
+    let theirs = Authority::new();
     let folder = postgres.folder.path();
     let (right, wrong) = (root(&ours.file(folder, "ca.crt")), root(&theirs.file(folder, "other-ca.crt")));
     let as_role = |role: &str, host: &str, mode: &str, more: &str| {
@@ -131,8 +131,8 @@ async fn a_certificate_must_be_for_the_host_where_verify_full_says_so_and_only_t
 
 #[tokio::test]
 async fn a_client_certificate_is_shown_where_the_server_wants_one() {
-    let (ours, theirs) = (Authority::new(), Authority::new());
-    let Some(postgres) = TlsPostgres::start("a_client_certificate", &ours, &ours.server(&HERE)).await else { return };
+    let Some((postgres, ours)) = TlsPostgres::shared("a_client_certificate").await else { return };
+    let theirs = Authority::new();
     let folder = postgres.folder.path();
     let with = |pair: &Pair, name: &str| {
         let (certificate, key) = pair.files(folder, name);
@@ -155,8 +155,8 @@ async fn a_client_certificate_is_shown_where_the_server_wants_one() {
 
 #[tokio::test]
 async fn files_that_change_are_read_at_the_next_connection() {
-    let (ours, theirs) = (Authority::new(), Authority::new());
-    let Some(postgres) = TlsPostgres::start("files_that_change", &ours, &ours.server(&HERE)).await else { return };
+    let Some((postgres, ours)) = TlsPostgres::shared("files_that_change").await else { return };
+    let theirs = Authority::new();
     let folder = postgres.folder.path();
     let ca = theirs.file(folder, "rotated.crt");
     let (certificate, key) = theirs.client("certified").files(folder, "door");
@@ -174,6 +174,29 @@ async fn files_that_change_are_read_at_the_next_connection() {
     ping().await.unwrap();
     let told = Store::new(&url.replace(&client, "").parse().unwrap(), 1).ping().await.unwrap_err().to_string();
     assert!(told.contains("client certificate"), "{told}");
+}
+
+#[tokio::test]
+async fn over_a_unix_socket_there_is_no_tls_whatever_the_sslmode() {
+    let ours = Authority::new();
+    let Some(mut postgres) = TlsPostgres::start("over_a_unix_socket", &ours, &ours.server(&HERE)).await else { return };
+    let socket = postgres.server.home().join("data").display().to_string();
+    if socket.len() > 80 {
+        crate::drills::skipped("over_a_unix_socket", "the path of a socket may not be as long as this folder's");
+        return;
+    }
+    postgres.server.options.settings.push(("unix_socket_directories".into(), socket.clone()));
+    postgres.show(&ours.server(&HERE)).await;
+    let ca = ours.file(postgres.folder.path(), "ca.crt");
+    let port = postgres.server.port();
+    let url = |host: &str| {
+        let parameters = format!("sslmode=verify-full sslrootcert={}", ca.display());
+        format!("host={host} port={port} user=plain password={PASSWORD} dbname=postgres {parameters}")
+    };
+    connects(&url(&socket)).await.unwrap();
+    says(connects(&url("localhost")).await, &["28000"]); // the role that comes in without TLS only
+    // Of several servers each is tried its own way, and the first that takes us will do.
+    connects(&url(&format!("localhost,{socket}"))).await.unwrap();
 }
 
 #[tokio::test]

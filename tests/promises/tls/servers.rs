@@ -8,6 +8,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use local::{Postgres, PostgresOptions, Programs, Scratch};
 use nkeys::KeyPair;
 use serde_json::json;
+use tokio::sync::OnceCell;
 use world::programs;
 
 use super::certificates::{Authority, Pair};
@@ -17,6 +18,7 @@ pub(super) const PASSWORD: &str = "the-password-of-the-tests";
 
 /// Who may come how. <https://www.postgresql.org/docs/current/auth-pg-hba-conf.html>
 const HBA: &str = "\
+    local     all plain                  scram-sha-256\n\
     host      all loop      127.0.0.1/32 trust\n\
     hostssl   all encrypted 127.0.0.1/32 scram-sha-256\n\
     hostnossl all plain     127.0.0.1/32 scram-sha-256\n\
@@ -31,13 +33,33 @@ pub(super) struct TlsPostgres {
 }
 
 impl TlsPostgres {
+    /// One for all tests that leave it as it is, and the CA behind it, with a certificate for this machine. Ended by the
+    /// watchdog, with its folder, when the process ends.
+    pub(super) async fn shared(test: &str) -> Option<(&'static TlsPostgres, &'static Authority)> {
+        static SHARED: OnceCell<Option<(TlsPostgres, Authority)>> = OnceCell::const_new();
+        let start = async || {
+            let ours = Authority::new();
+            Some((TlsPostgres::launch(&ours, &ours.server(&["localhost", "127.0.0.1"])).await?, ours))
+        };
+        let shared = SHARED.get_or_init(start).await.as_ref();
+        if shared.is_none() {
+            no_openssl(test);
+        }
+        shared.map(|(postgres, ours)| (postgres, ours))
+    }
+
     /// Starts one that shows this certificate and takes clients of `clients`. None, and told, where this machine has no
     /// PostgreSQL with OpenSSL (the pinned build has none).
     pub(super) async fn start(test: &str, clients: &Authority, shown: &Pair) -> Option<TlsPostgres> {
-        let Some(programs) = programs().with_tls() else {
-            crate::drills::skipped(test, "no PostgreSQL here does TLS: apt install postgresql");
-            return None;
-        };
+        let started = TlsPostgres::launch(clients, shown).await;
+        if started.is_none() {
+            no_openssl(test);
+        }
+        started
+    }
+
+    async fn launch(clients: &Authority, shown: &Pair) -> Option<TlsPostgres> {
+        let programs = programs().with_tls()?;
         let folder = Scratch::new("tls").unwrap();
         let server = start(&programs, folder.path()).await;
         let mut server = TlsPostgres { server, folder };
@@ -83,6 +105,10 @@ impl TlsPostgres {
     pub(super) fn url(&self, role: &str, host: &str, parameters: &str) -> String {
         format!("postgres://{role}:{PASSWORD}@{host}:{}/postgres?{parameters}", self.server.port())
     }
+}
+
+fn no_openssl(test: &str) {
+    crate::drills::skipped(test, "no PostgreSQL here does TLS: apt install postgresql");
 }
 
 async fn start(programs: &Programs, folder: &Path) -> Postgres {
