@@ -172,7 +172,8 @@ pub(super) fn survey(file: &File, marker: Marker, payloads: bool) -> io::Result<
             continue;
         }
         survey.synced = survey.synced.max(u64::from(header.synced));
-        if payloads && !window.payload_intact(&header, start) {
+        let is_whole = at <= window.length;
+        if !is_whole || payloads && !window.payload_intact(&header, start) {
             // Its header is authentic, so the next record is where it says, unless the file ends first. If nothing
             // intact follows, this is the tail.
             continue;

@@ -241,6 +241,22 @@ async fn a_record_that_claims_an_impossible_place_makes_no_entries_up() {
 }
 
 #[tokio::test]
+async fn a_record_that_claims_more_bytes_than_the_file_has_is_none() {
+    let pristine = Pristine::make(false).await;
+    let (number, intact) = &pristine.segments[2];
+    let start = pristine.written.values().filter(|written| written.segment == 2).last().unwrap().record.start;
+    let marker = super::super::format::Marker(intact[16..24].try_into().unwrap());
+    let header = RecordHeader::decode(&intact[start..], marker, start as u64).unwrap();
+    let mut content = intact.clone();
+    let forged = RecordHeader { body_length: u32::MAX, ..header }.encode(marker, start as u64);
+    content[start..start + RECORD_HEADER].copy_from_slice(&forged);
+    let dir = tempdir().unwrap();
+    fs::write(files::segment(dir.path(), *number), content).unwrap();
+    // Nobody may try to read it: that would take four gigabytes.
+    assert_eq!(super::super::Snapshot::of(dir.path()).unwrap().entries().count(), 2);
+}
+
+#[tokio::test]
 async fn names_that_no_journal_writes_are_left_alone() {
     let pristine = Pristine::make(true).await;
     let dir = tempdir().unwrap();
