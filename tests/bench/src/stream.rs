@@ -7,9 +7,11 @@ use anyhow::Context as _;
 use async_nats::jetstream::{self, stream};
 use bytes::Bytes;
 use shared::delivery::{Delivery, DeliveryId, Resource};
+use shared::nats::NATS_URL;
 use shared::receipt::ReceiptTo;
 use shared::settings::Reader;
-use shared::stream::{CONSUMER, NATS_MAX_BYTES, NATS_URL, NatsSettings, ensure_stream};
+use shared::stream::{CONSUMER, NATS_MAX_BYTES, NatsSettings, ensure_stream};
+use shared::trace::TraceContext;
 use time::OffsetDateTime;
 
 use crate::bodies::Deliveries;
@@ -123,6 +125,7 @@ pub(crate) fn delivery(salt: u64, n: u64, body: Bytes) -> anyhow::Result<Deliver
         resource: Resource::of(Some("error")),
         request_id: Some(format!("{salt:016x}{n:016x}")),
         hook_timestamp: Some("1700000000".into()),
+        trace: TraceContext::parse(&format!("00-{salt:016x}{n:016x}-{:016x}-00", n + 1)),
         body,
     })
 }
