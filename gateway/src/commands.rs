@@ -190,6 +190,7 @@ async fn redrive_one(
     let delivery = Delivery::from_journal(&meta, body)?;
     let headers = delivery.headers(repeat, &ReceiptTo::new(gateway, place));
     context.publish_with_headers(delivery.subject(), headers, delivery.body.clone()).await?.await?;
+    tracing::debug!(delivery.id = %delivery.id, trace.id = delivery.trace_id(), %place, "published a delivery again");
     Ok(())
 }
 

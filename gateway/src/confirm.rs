@@ -14,7 +14,7 @@ use std::time::Duration;
 use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use async_nats::jetstream::stream::{self, LastRawMessageErrorKind};
 use futures_util::{StreamExt as _, stream as streams};
-use shared::delivery::DELIVERY_ID;
+use shared::delivery::{DELIVERY_ID, Delivery};
 use shared::receipt;
 use shared::stream::CONSUMER;
 
@@ -78,18 +78,27 @@ pub async fn look_after(
                 Fate::Waits => journal.mark_published(entry.place, entry.sequence), // looked at again after another while
                 Fate::Unknown => {}
                 Fate::Repeat(cause) => {
-                    tracing::warn!(
-                        place = %entry.place,
-                        sequence = entry.sequence,
-                        cause = cause.as_str(),
-                        "a delivery has no receipt and is published again"
-                    );
+                    tell_repeat(journal, &entry, cause).await;
                     metrics.repeated(cause);
                     journal.mark_lost(entry.place);
                 }
             }
         }
     }
+}
+
+/// Which delivery that is stands on disk, and is read for this line; it is about to be read to be published anyway.
+async fn tell_repeat(journal: &Journal, entry: &Unconfirmed, cause: Repeat) {
+    let read = journal.read(entry.place).await.ok();
+    let delivery = read.and_then(|stored| Delivery::from_journal(&stored.meta, stored.body).ok());
+    tracing::warn!(
+        delivery.id = delivery.as_ref().map(|delivery| display(&delivery.id)),
+        trace.id = delivery.as_ref().and_then(Delivery::trace_id),
+        place = %entry.place,
+        sequence = entry.sequence,
+        cause = cause.as_str(),
+        "a delivery has no receipt and is published again"
+    );
 }
 
 fn wait_factor(repeats: u8) -> u32 {
@@ -144,7 +153,7 @@ impl Broker {
             },
         };
         let Ok(stored) = journal.read(entry.place).await else { return Fate::Unknown };
-        let Ok(delivery) = shared::delivery::Delivery::from_journal(&stored.meta, stored.body) else {
+        let Ok(delivery) = Delivery::from_journal(&stored.meta, stored.body) else {
             return Fate::Unknown;
         };
         let there = message.headers.get(DELIVERY_ID).is_some_and(|id| id.as_str() == delivery.id.as_str());

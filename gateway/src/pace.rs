@@ -7,13 +7,12 @@
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
-use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 use crate::said::Said;
@@ -27,55 +26,58 @@ enum Phase {
     Waiting { until: Instant },
     /// A request has begun, and its headers are not whole.
     Headers { until: Instant },
-    /// A request is handled.
-    Request,
+    /// A request is handled: the so-manieth of this connection.
+    Request(u64),
 }
 
 /// The pace of one connection.
 #[derive(Debug)]
 pub struct Pace {
     phase: Mutex<Phase>,
-    /// A request has begun: there is an earlier deadline than before.
-    begun: Notify,
+    requests: AtomicU64,
     header_timeout: Duration,
     idle_timeout: Duration,
 }
 
-/// While this lives, a request is handled: its answer is not ready, or the rest of its body is still being read.
+/// While this lives, a request is handled: its answer is not ready, or the rest of its body is still being read. The next
+/// request may begin a moment before this ends, and is then not touched by its end.
 #[derive(Debug)]
-pub struct InRequest(Arc<Pace>);
+pub struct InRequest {
+    pace: Arc<Pace>,
+    number: u64,
+}
 
 impl Pace {
     /// A connection that was just made. Who has sent nothing yet has no claim to the idle time-out: the headers of a first
     /// request have to come at once.
     pub fn new(header_timeout: Duration, idle_timeout: Duration) -> Arc<Self> {
         let phase = Mutex::new(Phase::Fresh { until: Instant::now() + header_timeout });
-        Arc::new(Pace { phase, begun: Notify::new(), header_timeout, idle_timeout })
+        Arc::new(Pace { phase, requests: AtomicU64::new(0), header_timeout, idle_timeout })
     }
 
     /// Headers are whole, and the request is handled from here on.
     pub fn request(self: &Arc<Self>) -> InRequest {
-        *self.phase() = Phase::Request;
-        InRequest(self.clone())
+        let number = self.requests.fetch_add(1, Ordering::Relaxed);
+        *self.phase() = Phase::Request(number);
+        InRequest { pace: self.clone(), number }
     }
 
     /// Returns when the connection is somewhere for longer than it may be.
     pub async fn overdue(&self) {
         loop {
-            let phase = *self.phase();
-            let until = match phase {
-                Phase::Fresh { until } | Phase::Waiting { until } | Phase::Headers { until } => until,
-                // Looked at again rather than told when it ends: a request then costs no wake-up, and what follows it has
-                // no earlier deadline.
-                Phase::Request => Instant::now() + self.header_timeout.min(self.idle_timeout),
+            let (phase, now) = (*self.phase(), Instant::now());
+            // Looked at again, rather than told, when the next phase begins: so a request costs no timer and no wake-up. No
+            // phase that begins later has an earlier deadline than that.
+            let next_phase = now + self.header_timeout.min(self.idle_timeout);
+            let (deadline, look_at) = match phase {
+                Phase::Fresh { until } | Phase::Headers { until } => (Some(until), until),
+                Phase::Waiting { until } => (Some(until), until.min(next_phase)),
+                Phase::Request(_) => (None, next_phase),
             };
-            if until <= Instant::now() {
+            if deadline.is_some_and(|deadline| deadline <= now) {
                 return;
             }
-            tokio::select! {
-                () = self.begun.notified() => {}
-                () = sleep_until(until) => {}
-            }
+            sleep_until(look_at).await;
         }
     }
 
@@ -86,14 +88,13 @@ impl Pace {
 
     /// Whether a request is handled.
     pub fn is_in_request(&self) -> bool {
-        matches!(*self.phase(), Phase::Request)
+        matches!(*self.phase(), Phase::Request(_))
     }
 
     fn bytes_came(&self) {
         let mut phase = self.phase();
         if let Phase::Fresh { .. } | Phase::Waiting { .. } = *phase {
             *phase = Phase::Headers { until: Instant::now() + self.header_timeout };
-            self.begun.notify_one();
         }
     }
 
@@ -105,22 +106,25 @@ impl Pace {
 
 impl Drop for InRequest {
     fn drop(&mut self) {
-        *self.0.phase() = Phase::Waiting { until: Instant::now() + self.0.idle_timeout };
+        let mut phase = self.pace.phase();
+        if matches!(*phase, Phase::Request(number) if number == self.number) {
+            *phase = Phase::Waiting { until: Instant::now() + self.pace.idle_timeout };
+        }
     }
 }
 
 /// A socket that tells its [`Pace`] when bytes come, and keeps back what is none of our words (see [`crate::said`]).
 #[derive(Debug)]
-pub struct Paced {
+pub struct Paced<S> {
     /// The socket.
-    pub socket: TcpStream,
+    pub socket: S,
     /// Its pace.
     pub pace: Arc<Pace>,
     /// What is on its way out.
     pub said: Arc<Said>,
 }
 
-impl AsyncRead for Paced {
+impl<S: AsyncRead + Unpin> AsyncRead for Paced<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.socket).poll_read(cx, buffer))?;
@@ -131,7 +135,7 @@ impl AsyncRead for Paced {
     }
 }
 
-impl AsyncWrite for Paced {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Paced<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         if self.said.is_all() {
             return Poll::Ready(Ok(bytes.len()));
@@ -162,5 +166,23 @@ impl AsyncWrite for Paced {
 
     fn is_write_vectored(&self) -> bool {
         self.socket.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is left of a refused body may still be read when the next request is whole already.
+    #[test]
+    fn the_end_of_one_request_is_not_that_of_the_next() {
+        let second = Duration::from_secs(1);
+        let pace = Pace::new(second, second);
+        let (first, next) = (pace.request(), pace.request());
+        drop(first);
+        pace.bytes_came(); // of the next one's body
+        assert!(matches!(*pace.phase(), Phase::Request(_)), "{pace:?}");
+        drop(next);
+        assert!(matches!(*pace.phase(), Phase::Waiting { .. }), "{pace:?}");
     }
 }

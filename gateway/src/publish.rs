@@ -191,6 +191,7 @@ impl Shared {
         };
         let receipt_to = ReceiptTo::new(self.journal.gateway_id(), place);
         let headers = delivery.headers(u32::from(repeats), &receipt_to);
+        let (id, trace) = (&delivery.id, delivery.trace_id());
         let backoff = ExponentialBuilder::default()
             .with_min_delay(Duration::from_millis(50))
             .with_max_delay(Duration::from_secs(5))
@@ -200,10 +201,15 @@ impl Shared {
         let published = (|| self.try_publish(&subject, &headers, &delivery.body))
             .retry(backoff)
             .when(|error| matches!(error, NotPublished::Later(_)))
-            .notify(|error, _| tracing::debug!(delivery.id = %delivery.id, %error, "not published yet, will try again"))
+            .notify(|error, _| {
+                tracing::debug!(delivery.id = %id, trace.id = trace, %error, "not published yet, will try again");
+            })
             .await;
         match published {
-            Ok(sequence) => self.journal.mark_published(place, sequence),
+            Ok(sequence) => {
+                tracing::debug!(delivery.id = %id, trace.id = trace, %place, sequence, "published a delivery");
+                self.journal.mark_published(place, sequence);
+            }
             Err(error) => self.set_aside(place, &delivery, &error),
         }
     }
@@ -214,6 +220,7 @@ impl Shared {
         };
         tracing::error!(
             delivery.id = %delivery.id,
+            trace.id = delivery.trace_id(),
             bytes = delivery.body.len(),
             reason = refusal.as_str(),
             "NATS refuses a delivery; it is kept in the journal and tried again when NATS's limits change: {error}"

@@ -9,9 +9,10 @@ use hyper::header::{CONNECTION, CONTENT_TYPE, EXPECT, HOST, HeaderValue, TRANSFE
 use hyper::http::request::Parts;
 use hyper::{Method, Request, Response, StatusCode, Version};
 use shared::delivery::{Delivery, DeliveryId, HOOK_RESOURCE, HOOK_TIMESTAMP, REQUEST_ID};
+use shared::trace::{TraceContext, TraceId};
 
 use crate::body::Bodies;
-use crate::journal::{Entry, Journal};
+use crate::journal::{AppendError, Entry, Journal};
 use crate::metrics::Metrics;
 use crate::pace::InRequest;
 use crate::reject::Reject;
@@ -47,14 +48,14 @@ impl Gateway {
     /// Answers one request. It lasts, for the connection's pace, until nothing of it is left to read.
     pub async fn handle(self: Arc<Self>, request: Request<Incoming>, lasts: InRequest) -> Response<Full<Bytes>> {
         let (head, mut body) = request.into_parts();
-        let result = self.receive(&head, &mut body).await;
+        let trace = TraceContext::of_request(&head.headers);
+        let trace_id = trace.trace_id();
+        let result = self.receive(&head, &mut body, trace).await;
         self.metrics.answered(result.as_ref().err());
         let mut response = match result {
             Ok(accepted) => accepted.to_response(),
             Err(reject) => {
-                if let Reject::NotJournalled(cause) = &reject {
-                    tracing::warn!(%cause, "a delivery could not be journalled and was answered 503");
-                }
+                tell(&reject, trace_id);
                 if wants_discarding(&head, &body, &reject) {
                     tokio::spawn(async move {
                         self.bodies.discard(body).await;
@@ -84,22 +85,44 @@ impl Gateway {
 
     /// The way of one delivery through this process. Nothing that was not verified goes on, and nothing is accepted
     /// before it is on disk.
-    async fn receive(&self, head: &Parts, body: &mut Incoming) -> Result<Accepted, Reject> {
+    async fn receive(&self, head: &Parts, body: &mut Incoming, trace: TraceContext) -> Result<Accepted, Reject> {
         route(head)?;
         let signature = Signature::of(&head.headers)?;
         let (body, _budget) = self.bodies.read(body).await?;
         let body = self.verifier.verify(body, &signature).await?;
         let header = |name| Some(head.headers.get(name)?.as_bytes());
-        let delivery =
-            Delivery::received(body.into_bytes(), header(REQUEST_ID), header(HOOK_RESOURCE), header(HOOK_TIMESTAMP));
+        let (request_id, resource, timestamp) = (header(REQUEST_ID), header(HOOK_RESOURCE), header(HOOK_TIMESTAMP));
+        let delivery = Delivery::received(body.into_bytes(), request_id, resource, timestamp).in_trace(trace);
         let entry = Entry {
             received_at: delivery.received_at.into(),
             meta: delivery.to_journal(),
             body: delivery.body.clone(),
         };
-        self.journal.append(entry).await.map_err(Reject::NotJournalled)?; // on disk when this returns
-        tracing::debug!(delivery.id = %delivery.id, bytes = delivery.body.len(), "accepted a delivery");
+        let appended = self.journal.append(entry).await;
+        let place = appended.map_err(|cause| not_journalled(&delivery, cause))?; // on disk when this returns
+        let bytes = delivery.body.len();
+        tracing::debug!(delivery.id = %delivery.id, trace.id = delivery.trace_id(), %place, bytes, "accepted a delivery");
         Ok(Accepted(delivery.id))
+    }
+}
+
+/// The log's line on a delivery that is lost to its sender through no fault of the sender's.
+fn not_journalled(delivery: &Delivery, cause: AppendError) -> Reject {
+    let (id, trace) = (&delivery.id, delivery.trace_id());
+    tracing::warn!(delivery.id = %id, trace.id = trace, %cause, "a delivery could not be journalled and was answered 503");
+    Reject::NotJournalled(cause)
+}
+
+/// What the log says of a request that was refused. What is the sender's doing is counted; a line for each would let
+/// anybody fill the disk.
+fn tell(reject: &Reject, trace_id: TraceId) {
+    let (status, reason) = (reject.status().as_u16(), reject.reason());
+    match reject {
+        Reject::NotJournalled(_) => {} // told where it happened
+        reject if reject.is_ours() => {
+            tracing::warn!(trace.id = %trace_id, reason, "a request was answered {status}: {reject}");
+        }
+        _ => tracing::debug!(trace.id = %trace_id, status, reason, "refused a request"),
     }
 }
 

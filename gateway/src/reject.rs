@@ -64,6 +64,11 @@ impl Reject {
         }
     }
 
+    /// Whether it is we who fail: a delivery may be lost to its sender, and somebody here should know.
+    pub fn is_ours(&self) -> bool {
+        self.status().is_server_error()
+    }
+
     /// Its name in metrics.
     pub fn reason(&self) -> &'static str {
         match self {

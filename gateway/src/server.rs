@@ -9,7 +9,7 @@ use hyper::header::{CONNECTION, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -46,7 +46,13 @@ pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, limits: &Limits, 
     let tasks = TaskTracker::new();
     let take = |socket: TcpStream| {
         if let Ok(slot) = connections.clone().try_acquire_owned() {
-            tasks.spawn(serve(socket, gateway.clone(), limits.clone(), ending.clone(), slot));
+            // Answers are one small write each; waiting to fill a packet would only delay them. A failure costs just that.
+            let _ = socket.set_nodelay(true);
+            let (gateway, limits, ending) = (gateway.clone(), limits.clone(), ending.clone());
+            tasks.spawn(async move {
+                serve(socket, gateway, &limits, ending).await;
+                drop(slot);
+            });
         } else if let Ok(slot) = turned_away.clone().try_acquire_owned() {
             gateway.refused(&Reject::TooManyConnections);
             tasks.spawn(turn_away(socket, slot));
@@ -76,10 +82,13 @@ pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, limits: &Limits, 
     tasks.wait().await;
 }
 
-/// One connection, request by request.
-async fn serve(socket: TcpStream, gateway: Arc<Gateway>, limits: Limits, ending: Ending, slot: OwnedSemaphorePermit) {
-    // Answers are one small write each; waiting to fill a packet would only delay them. A failure costs just that.
-    let _ = socket.set_nodelay(true);
+/// Serves one connection, request by request, until it has ended. On any stream of bytes, so that fuzzing needs no network.
+pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
+    socket: S,
+    gateway: Arc<Gateway>,
+    limits: &Limits,
+    ending: Ending,
+) {
     let (pace, said) = (Pace::new(limits.header_timeout, limits.idle_timeout), Arc::<Said>::default());
     // Boxed, because only a connection that may be moved gives its socket back after a time-out.
     let service = service_fn(|request| {
@@ -138,7 +147,6 @@ async fn serve(socket: TcpStream, gateway: Arc<Gateway>, limits: Limits, ending:
         }
     }
     close(socket).await;
-    drop(slot);
 }
 
 /// Tells a connection that there are too many, and closes it.
@@ -152,7 +160,7 @@ async fn turn_away(mut socket: TcpStream, slot: OwnedSemaphorePermit) {
 /// Closes a connection so that its sender can read the last answer: our side first, the whole once the sender has
 /// closed its own or after a moment. Closed at once with bytes still unread, it would be reset and the answer lost
 /// (RFC 9112 section 9.6).
-async fn close(mut socket: TcpStream) {
+async fn close(mut socket: impl AsyncRead + AsyncWrite + Unpin) {
     let read_out = async {
         socket.shutdown().await?;
         let mut discarded = [0; 4096];

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use shared::nats;
 use shared::settings::{self, BadSettings, SHUTDOWN_GRACE, Setting};
 use shared::stream::{self, NatsSettings};
 use shared::telemetry::LogSettings;
@@ -78,12 +79,12 @@ const GATEWAY_MAX_CANONICAL: Setting = Setting::bare(
 );
 const GATEWAY_SHUTDOWN_DELAY: Setting = Setting::new(
     "GATEWAY_SHUTDOWN_DELAY",
-    "5s",
-    "How long a stopping gateway takes deliveries while /readyz says 503 already; part of SHUTDOWN_GRACE, 0 for not at all",
+    "0",
+    "How long a stopping gateway takes deliveries while /readyz says 503 already, such as 5s behind a load balancer; part of SHUTDOWN_GRACE",
 );
 
 /// Every setting of the gateway, in the order of `--help`.
-pub const SETTINGS: [&[Setting]; 3] = [
+pub const SETTINGS: [&[Setting]; 4] = [
     &[
         SENTRY_CLIENT_SECRET,
         SENTRY_CLIENT_SECRET_FILE,
@@ -105,6 +106,7 @@ pub const SETTINGS: [&[Setting]; 3] = [
         GATEWAY_MAX_CANONICAL,
         GATEWAY_SHUTDOWN_DELAY,
     ],
+    &nats::SETTINGS,
     &stream::SETTINGS,
     &settings::PROCESS,
 ];

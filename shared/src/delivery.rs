@@ -10,9 +10,12 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use tracing::field::{DisplayValue, display};
+use twox_hash::XxHash3_128;
 use uuid::Uuid;
 
 use crate::receipt::{RECEIPT_TO, ReceiptTo};
+use crate::trace::{TRACEPARENT, TRACESTATE, TraceContext, TraceId};
 
 /// Message header: the [`DeliveryId`].
 pub const DELIVERY_ID: &str = "Delivery-Id";
@@ -78,13 +81,21 @@ impl DeliveryId {
     /// name a row in its answer that the worker writes later.
     fn derived(&self, what: &str) -> String {
         let digest = Sha256::new().chain_update(what).chain_update([0]).chain_update(&self.0).finalize();
-        let mut left = u128::from_be_bytes(digest[..16].try_into().expect("SHA-256 has 32 bytes"));
-        let mut take = |base: u8| {
-            let digit = u8::try_from(left % u128::from(base)).expect("a remainder below 36");
-            left /= u128::from(base);
+        let digest = u128::from_be_bytes(digest[..16].try_into().expect("SHA-256 has 32 bytes"));
+        // Divided by 26 * 36^11 once, because a division of 128 bits costs as much as the 24 of 64 bits together.
+        let first = 26 * 36_u128.pow(11);
+        let half = |part: u128| u64::try_from(part % 36_u128.pow(12)).expect("less than 2^63");
+        let (mut low, mut high) = (half(digest % first), half(digest / first));
+        let take = |left: &mut u64, base: u8| {
+            let digit = u8::try_from(*left % u64::from(base)).expect("a remainder below 36");
+            *left /= u64::from(base);
             char::from(if digit < 26 { b'a' + digit } else { b'0' + digit - 26 })
         };
-        std::iter::once(take(26)).chain(std::iter::repeat_with(|| take(36)).take(23)).collect()
+        let mut id = String::with_capacity(24);
+        id.push(take(&mut low, 26));
+        id.extend(std::iter::repeat_with(|| take(&mut low, 36)).take(11));
+        id.extend(std::iter::repeat_with(|| take(&mut high, 36)).take(12));
+        id
     }
 }
 
@@ -95,12 +106,16 @@ impl fmt::Display for DeliveryId {
 }
 
 /// A UUIDv8 over what `kind` of key, the key (length first, so that no two pairs read the same) and the body.
+///
+/// Of the body, its XXH3 goes in (128 bits): a second SHA-256 over all of it would cost each delivery as much as its
+/// signature does. It only has to tell apart what comes, not to withstand a forger: two bodies that collide would both
+/// have to be signed by the client secret and sent under one `Request-ID`, which Sentry makes anew for each.
 fn digest(kind: &str, key: &[u8], body: &[u8]) -> Uuid {
     let digest = Sha256::new()
         .chain_update(kind)
         .chain_update((key.len() as u64).to_be_bytes())
         .chain_update(key)
-        .chain_update(body)
+        .chain_update(XxHash3_128::oneshot(body).to_be_bytes())
         .finalize();
     uuid::Builder::from_custom_bytes(digest[..16].try_into().expect("SHA-256 has 32 bytes")).into_uuid()
 }
@@ -137,6 +152,8 @@ pub struct Delivery {
     pub request_id: Option<String>,
     /// Sentry's `Sentry-Hook-Timestamp`, likewise.
     pub hook_timestamp: Option<String>,
+    /// The trace that it belongs to. None where an older gateway took it, or somebody else published it.
+    pub trace: Option<TraceContext>,
     /// The raw request body, byte for byte.
     pub body: Bytes,
 }
@@ -156,8 +173,20 @@ impl Delivery {
             resource: Resource::of(hook_resource.and_then(travelling).as_deref()),
             request_id: request_id.and_then(travelling),
             hook_timestamp: hook_timestamp.and_then(travelling),
+            trace: None,
             body,
         }
+    }
+
+    /// As part of this trace.
+    #[must_use]
+    pub fn in_trace(self, trace: TraceContext) -> Self {
+        Delivery { trace: Some(trace), ..self }
+    }
+
+    /// For the field `trace.id`, which every log line about this delivery has.
+    pub fn trace_id(&self) -> Option<DisplayValue<TraceId>> {
+        self.trace.as_ref().map(|trace| display(trace.trace_id()))
     }
 
     /// The subject it is published on: `signals.sentry.<resource>`.
@@ -178,10 +207,16 @@ impl Delivery {
         headers.insert(RECEIVED_AT, rfc3339(self.received_at));
         headers.insert(HOOK_RESOURCE, self.resource.as_str());
         headers.insert(RECEIPT_TO, receipt_to.to_string());
-        let optional = [(REQUEST_ID, &self.request_id), (HOOK_TIMESTAMP, &self.hook_timestamp)];
+        let traceparent = self.trace.as_ref().map(TraceContext::to_string);
+        let optional = [
+            (REQUEST_ID, self.request_id.as_deref()),
+            (HOOK_TIMESTAMP, self.hook_timestamp.as_deref()),
+            (TRACEPARENT, traceparent.as_deref()),
+            (TRACESTATE, self.trace.as_ref().and_then(TraceContext::state)),
+        ];
         for (name, value) in optional {
             if let Some(value) = value {
-                headers.insert(name, value.as_str());
+                headers.insert(name, value);
             }
         }
         headers
@@ -195,6 +230,8 @@ impl Delivery {
             resource: self.resource.as_str().into(),
             request_id: self.request_id.as_deref().map(Into::into),
             hook_timestamp: self.hook_timestamp.as_deref().map(Into::into),
+            traceparent: self.trace.as_ref().map(|trace| trace.to_string().into()),
+            tracestate: self.trace.as_ref().and_then(TraceContext::state).map(Into::into),
         };
         serde_json::to_vec(&kept).expect("strings and a date are JSON").into()
     }
@@ -211,6 +248,7 @@ impl Delivery {
             resource: Resource::of(Some(&kept.resource)),
             request_id: kept.request_id.map(Cow::into_owned),
             hook_timestamp: kept.hook_timestamp.map(Cow::into_owned),
+            trace: trace(kept.traceparent.as_deref(), kept.tracestate.as_deref()),
             body,
         })
     }
@@ -227,12 +265,24 @@ impl Delivery {
             resource: Resource::of(message.subject.as_str().rsplit('.').next()),
             request_id: header(REQUEST_ID).map(str::to_owned),
             hook_timestamp: header(HOOK_TIMESTAMP).map(str::to_owned),
+            trace: trace_of_message(message.headers.as_ref()),
             body: message.payload.clone(),
         }
     }
 }
 
-/// What the journal keeps of a delivery beside its body.
+/// The trace that a message's headers name.
+pub fn trace_of_message(headers: Option<&HeaderMap>) -> Option<TraceContext> {
+    let header = |name: &str| Some(headers?.get(name)?.as_str());
+    trace(header(TRACEPARENT), header(TRACESTATE))
+}
+
+fn trace(parent: Option<&str>, state: Option<&str>) -> Option<TraceContext> {
+    Some(TraceContext::parse(parent?)?.with_state(state))
+}
+
+/// What the journal keeps of a delivery beside its body. What versions before did not write is optional, and what later
+/// ones add is passed over.
 #[derive(Serialize, Deserialize)]
 struct Kept<'a> {
     #[serde(borrow)]
@@ -245,6 +295,10 @@ struct Kept<'a> {
     request_id: Option<Cow<'a, str>>,
     #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
     hook_timestamp: Option<Cow<'a, str>>,
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    traceparent: Option<Cow<'a, str>>,
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    tracestate: Option<Cow<'a, str>>,
 }
 
 /// A header block of the journal that no version known here wrote.
@@ -325,10 +379,12 @@ mod tests {
     #[test]
     fn derived_ids_never_change() {
         // A worker of a later version must name the rows that a gateway of this version promised.
-        let id = DeliveryId::of_request(Some(b"request"), b"body");
-        assert_eq!(id.as_str(), "7a2a9da4-5265-8c06-815b-133483823384");
+        let id = DeliveryId::parse("7a2a9da4-5265-8c06-815b-133483823384").unwrap();
         assert_eq!(id.signal_id(), "osju16k5nml4s8ihbqha6wgc");
         assert_eq!(id.issue_id(), "fdhcnj0dx41ufyxb89f1xudi");
+        // The same request must be the same delivery for gateways of two versions.
+        let id = DeliveryId::of_request(Some(b"request"), b"body");
+        assert_eq!(id.as_str(), "d9e133ca-d33a-83b5-8387-bf969228eb93");
     }
 
     #[test]
@@ -345,7 +401,8 @@ mod tests {
 
     #[test]
     fn a_delivery_comes_back_from_its_message() {
-        let sent = Delivery::received(Bytes::from_static(b"{}"), Some(b"abc"), Some(b"issue"), Some(b"1700000000"));
+        let sent = Delivery::received(Bytes::from_static(b"{}"), Some(b"abc"), Some(b"issue"), Some(b"1700000000"))
+            .in_trace(a_trace());
         let message = async_nats::Message {
             subject: sent.subject().into(),
             reply: None,
@@ -359,6 +416,7 @@ mod tests {
         assert_eq!((&back.id, back.received_at), (&sent.id, sent.received_at));
         assert_eq!((&back.resource, &back.request_id), (&sent.resource, &sent.request_id));
         assert_eq!((&back.hook_timestamp, &back.body), (&sent.hook_timestamp, &sent.body));
+        assert_eq!(back.trace, sent.trace);
     }
 
     #[test]
@@ -374,14 +432,35 @@ mod tests {
     #[test]
     fn a_delivery_comes_back_from_the_journal() {
         for request_id in [Some(&b"a \"quoted\" one"[..]), None] {
-            let sent = Delivery::received(Bytes::from_static(b"{}"), request_id, Some(b"issue"), Some(b"1700000000"));
+            let sent = Delivery::received(Bytes::from_static(b"{}"), request_id, Some(b"issue"), Some(b"1700000000"))
+                .in_trace(a_trace());
             let back = Delivery::from_journal(&sent.to_journal(), sent.body.clone()).unwrap();
             assert_eq!((&back.id, back.received_at), (&sent.id, sent.received_at));
             assert_eq!((&back.resource, &back.request_id), (&sent.resource, &sent.request_id));
             assert_eq!((&back.hook_timestamp, &back.body), (&sent.hook_timestamp, &sent.body));
+            assert_eq!(back.trace, sent.trace);
         }
         for bad in [&b""[..], b"{}", b"\xff", br#"{"id":"a b","received_at":"2026-01-01T00:00:00Z","resource":"x"}"#] {
             assert_eq!(Delivery::from_journal(bad, Bytes::new()).unwrap_err(), NotADelivery);
+        }
+    }
+
+    fn a_trace() -> TraceContext {
+        let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        TraceContext::parse(parent).unwrap().with_state(Some("vendor=\"quoted\""))
+    }
+
+    #[test]
+    fn entries_of_other_versions_are_read() {
+        // What the version before traces wrote, and what a later one might write.
+        let before = br#"{"id":"a","received_at":"2026-01-01T00:00:00Z","resource":"issue","request_id":"r"}"#;
+        let later =
+            br#"{"id":"a","received_at":"2026-01-01T00:00:00Z","resource":"issue","traceparent":"no","new":[1]}"#;
+        for kept in [&before[..], later] {
+            let delivery = Delivery::from_journal(kept, Bytes::new()).unwrap();
+            assert_eq!((delivery.id.as_str(), &delivery.trace), ("a", &None));
+            let headers = delivery.headers(0, &ReceiptTo::new("gw", 1));
+            assert!(headers.get(TRACEPARENT).is_none() && headers.get(TRACESTATE).is_none());
         }
     }
 

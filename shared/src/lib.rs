@@ -18,13 +18,18 @@
 //! A crash between any two steps repeats a step. The delivery id, made in 1 and the ledger's primary key in 6, makes
 //! the repeat harmless. And 7 closes the circle: whatever goes wrong between 3 and 6, in a broker that forgets what it
 //! acknowledged, say, an entry without a receipt is looked after until it has one (gateway `confirm`).
+//!
+//! The trace that begins or goes on in 1 travels along ([`trace`]), onto every log line about the delivery.
 
 pub mod check;
 pub mod delivery;
 pub mod json;
+pub mod nats;
 pub mod ops;
 pub mod receipt;
 pub mod settings;
 pub mod shutdown;
 pub mod stream;
 pub mod telemetry;
+pub mod tls;
+pub mod trace;

@@ -189,6 +189,11 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// The same for a setting that may be absent. `None` where it is, and where it is wrong and [`Reader::finish`] fails.
+    pub fn optional<T>(&mut self, setting: &Setting, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
+        self.text(setting).and_then(|_| self.parse(setting, parse))
+    }
+
     /// Remembers a mistake that no single setting makes. Must not hold a value.
     pub fn mistake(&mut self, mistake: String) {
         self.mistakes.push(mistake);

@@ -4,18 +4,16 @@
 //! is never changed: a [`Difference`] is told, and where it would break a promise the process waits until it is mended.
 
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::Context as _;
 use async_nats::jetstream::consumer::{self, AckPolicy, DeliverPolicy, PullConsumer, ReplayPolicy, pull};
 use async_nats::jetstream::context::{GetStreamError, GetStreamErrorKind};
 use async_nats::jetstream::stream::{self, DiscardPolicy, RetentionPolicy, StorageType};
 use async_nats::jetstream::{self, ErrorCode};
-use async_nats::{Client, ConnectOptions, Event, ServerAddr};
+use async_nats::{Client, Event};
 use backon::{ExponentialBuilder, Retryable as _};
-use percent_encoding::percent_decode_str;
 
+use crate::nats::{CannotConnect, Connection};
 use crate::ops::Readiness;
 use crate::settings::{self, Setting};
 
@@ -34,11 +32,6 @@ const MAX_ACK_PENDING: i64 = 16_384;
 /// How long one JetStream request may take.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often the client asks a silent server for a sign of life; at the third time without one it connects again.
-const PING_INTERVAL: Duration = Duration::from_secs(5);
-
-/// Where NATS is.
-pub const NATS_URL: Setting = Setting::new("NATS_URL", "nats://127.0.0.1:4222", "NATS servers, separated by commas");
 /// The stream's name.
 pub const NATS_STREAM: Setting = Setting::new("NATS_STREAM", "SIGNALS", "Name of the stream");
 /// How many servers hold each message.
@@ -51,14 +44,14 @@ pub const NATS_MAX_BYTES: Setting =
 pub const NATS_MAX_AGE: Setting =
     Setting::new("NATS_MAX_AGE", "30d", "How long the stream keeps messages, where it is made");
 
-/// The settings that both programs have.
-pub const SETTINGS: [Setting; 5] = [NATS_URL, NATS_STREAM, NATS_REPLICAS, NATS_MAX_BYTES, NATS_MAX_AGE];
+/// The settings that both programs have, besides those of the connection ([`crate::nats::SETTINGS`]).
+pub const SETTINGS: [Setting; 4] = [NATS_STREAM, NATS_REPLICAS, NATS_MAX_BYTES, NATS_MAX_AGE];
 
 /// Where NATS is, and what the stream there should be.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct NatsSettings {
-    /// `NATS_URL`. May hold a password.
-    servers: Vec<ServerAddr>,
+    /// Where it is and how to log in.
+    connection: Connection,
     /// `NATS_STREAM`
     pub stream: String,
     replicas: usize,
@@ -67,14 +60,9 @@ pub struct NatsSettings {
 }
 
 impl NatsSettings {
-    /// Reads [`SETTINGS`].
+    /// Reads [`crate::nats::SETTINGS`] and [`SETTINGS`].
     pub fn read(reader: &mut settings::Reader<'_>) -> Option<Self> {
-        let servers = reader.parse(&NATS_URL, |text| {
-            let servers = text.split(',').map(|server| server.trim().parse::<ServerAddr>());
-            servers
-                .collect::<Result<_, _>>()
-                .map_err(|_| "NATS URLs separated by commas, such as nats://nats:4222".into())
-        });
+        let connection = Connection::read(reader);
         let stream = reader.parse(&NATS_STREAM, |text| {
             let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
             let named = text.bytes().all(allowed).then(|| text.to_owned());
@@ -86,7 +74,7 @@ impl NatsSettings {
         });
         let max_age = reader.parse(&NATS_MAX_AGE, settings::duration);
         Some(NatsSettings {
-            servers: servers?,
+            connection: connection?,
             stream: stream?,
             replicas: replicas?,
             max_bytes: max_bytes?,
@@ -94,14 +82,14 @@ impl NatsSettings {
         })
     }
 
-    /// `NATS_URL`, server by server. May hold a password.
-    pub(crate) fn servers(&self) -> &[ServerAddr] {
-        &self.servers
+    /// How to reach NATS.
+    pub(crate) fn connection(&self) -> &Connection {
+        &self.connection
     }
 
     /// `NATS_URL` without what logs in.
     pub fn url_to_show(&self) -> String {
-        self.servers.iter().map(crate::check::nats::without_login).collect::<Vec<_>>().join(",")
+        self.connection.servers().iter().map(crate::check::nats::shown).collect::<Vec<_>>().join(",")
     }
 
     /// The stream as the gateway makes it: keeps everything (limits retention), refuses what is new when it is full
@@ -132,84 +120,15 @@ impl NatsSettings {
         readiness: &Readiness,
         observe: impl Fn(&Event) + Send + Sync + 'static,
     ) -> anyhow::Result<Client> {
-        let readiness = readiness.clone();
-        readiness.set("nats", Err("not connected yet".into()));
-        let told = Mutex::new(String::new());
-        let options = self
-            .login()
-            .name(program)
-            .retry_on_initial_connect()
-            .max_reconnects(None)
-            .ping_interval(PING_INTERVAL)
-            .reconnect_delay_callback(reconnect_delay)
-            .event_callback(move |event| {
-                tell(&event, &readiness, &told);
-                observe(&event);
-                std::future::ready(())
-            });
-        options.connect(&self.servers[..]).await.context("cannot set up the NATS client")
+        self.connection.connect(program, readiness, observe).await
     }
 
-    /// Logs in as `nats://user:password@host` or `nats://token@host` says; the client itself does not look there.
-    pub(crate) fn login(&self) -> ConnectOptions {
-        let decoded = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
-        let named = self.servers.iter().find_map(|server| Some((server.username()?, server.password())));
-        match named {
-            Some((user, Some(password))) => ConnectOptions::with_user_and_password(decoded(user), decoded(password)),
-            Some((token, None)) => ConnectOptions::with_token(decoded(token)),
-            None => ConnectOptions::new(),
-        }
-    }
-}
-
-impl fmt::Debug for NatsSettings {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let NatsSettings { servers: _, stream, replicas, max_bytes, max_age } = self; // a URL may hold a password
-        f.debug_struct("NatsSettings")
-            .field("stream", stream)
-            .field("replicas", replicas)
-            .field("max_bytes", max_bytes)
-            .field("max_age", max_age)
-            .finish_non_exhaustive()
-    }
-}
-
-/// At once, then up to two seconds, so that an outage's end is noticed soon; spread out, so that many clients do not come
-/// back in step.
-fn reconnect_delay(attempt: usize) -> Duration {
-    if attempt <= 1 {
-        return Duration::ZERO;
-    }
-    let longest = 100 << attempt.min(4);
-    let jitter = u64::from(std::process::id()).wrapping_mul(2_654_435_761).wrapping_add(attempt as u64 * 7919) % 400;
-    Duration::from_millis(longest + jitter)
-}
-
-/// Tells what happens to the connection, in the log and on `/readyz`; once, though the client says at every attempt why it
-/// cannot connect (`told` is the last of these).
-fn tell(event: &Event, readiness: &Readiness, told: &Mutex<String>) {
-    match event {
-        Event::Connected => {
-            tracing::info!("connected to NATS");
-            readiness.set("nats", Ok("connected".into()));
-        }
-        Event::Disconnected => {
-            tracing::warn!("lost the connection to NATS, connecting again");
-            readiness.set("nats", Err("not connected".into()));
-        }
-        Event::ServerError(error) => tracing::warn!(%error, "NATS reports an error"),
-        Event::ClientError(error) => {
-            let error = error.to_string();
-            let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
-            if *told != error {
-                tracing::warn!(%error, "cannot use NATS at the moment");
-                *told = error;
-            }
-        }
-        Event::SlowConsumer(subscription) => tracing::warn!(subscription, "a NATS subscription is read too slowly"),
-        Event::LameDuckMode => tracing::info!("this NATS server is about to stop, moving to another"),
-        // We are leaving.
-        Event::Draining | Event::Closed => {}
+    /// Tries each server once, in order; the client knows the first that works. For a person who waits for the answer.
+    ///
+    /// # Errors
+    /// What is wrong with each server and what to do, where none works.
+    pub async fn try_connect(&self, program: &str) -> Result<Client, CannotConnect> {
+        self.connection.try_connect(program).await
     }
 }
 

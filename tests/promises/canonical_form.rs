@@ -14,7 +14,7 @@ fn folder() -> PathBuf {
 }
 
 /// As the oracle answers: the form in hex, or `not JSON`.
-fn answer(body: &[u8]) -> String {
+pub(crate) fn answer(body: &[u8]) -> String {
     canonical(body).map_or_else(|_| "not JSON".into(), hex::encode)
 }
 
@@ -72,7 +72,7 @@ fn node_agrees_on_nasty_bodies() {
 }
 
 /// The answers of `oracle.mjs`, `None` without Node.
-fn ask_node(bodies: &[Vec<u8>]) -> Option<Vec<String>> {
+pub(crate) fn ask_node(bodies: &[Vec<u8>]) -> Option<Vec<String>> {
     let mut node = Command::new("node");
     node.arg(folder().join("oracle.mjs")).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut node = match node.spawn() {

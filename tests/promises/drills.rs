@@ -13,7 +13,7 @@ mod memory;
 
 use std::io::Write as _;
 
-/// Says that a drill was skipped, past the test runner, which shows nothing of a test that passes.
+/// Says that a drill or a test was skipped, past the test runner, which shows nothing of a test that passes.
 pub(crate) fn skipped(drill: &str, because: &str) {
     let _ = writeln!(std::io::stderr(), "SKIPPED {drill}: {because}");
 }

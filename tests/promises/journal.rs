@@ -3,11 +3,12 @@
 //! Each drill has a short form, run by the suite. `DRILLS=long` makes each the size that its promise speaks of:
 //! `DRILLS=long cargo test --release -p tests --test promises journal:: -- --test-threads 1`.
 
+use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull};
 use futures_util::StreamExt as _;
-use world::{Connection, Post, eventually};
+use world::{Connection, Post, SmallDisk, eventually};
 
 use crate::load::{Load, copy, exactly_once, percentile, post, repeats, size, watchful};
 use crate::{fixture, setup};
@@ -217,6 +218,58 @@ async fn a_delivery_that_nats_refuses_for_its_size_delays_no_other_and_goes_when
     world.nats.start_again().await.unwrap();
     world.stored(&large).await;
     world.until_confirmed().await;
+}
+
+/// A configuration in which whoever says no name is `door`, who may not publish some subjects.
+fn denying(subjects: &str) -> String {
+    let user = format!("{{ user: door, password: door, permissions: {{ publish: {{ deny: [{subjects}] }} }} }}");
+    format!("no_auth_user: door\nauthorization {{ users: [{user}] }}")
+}
+
+#[tokio::test]
+async fn a_delivery_that_this_account_may_not_publish_delays_no_other_and_goes_when_it_may() {
+    let mut world = watchful().nats(|nats| nats.extra = denying("signals.sentry.error")).start().await;
+    let error = Post::signed(fixture!("error_created")).header("Sentry-Hook-Resource", "error");
+    let denied = error.send(world.port()).await.accepted();
+    for id in &post(&world, 20).await {
+        world.stored(id).await;
+    }
+    let aside = || async { (world.metric("gateway_journal_entries{state=\"set_aside\"}").await == 1.0).then_some(()) };
+    eventually("the denied one to be set aside", aside).await;
+    let log = world.gateway.log();
+    assert!(log.contains("may not publish to signals.sentry.error") && log.contains("permission"), "{log}");
+    world.nats.stop().await.unwrap();
+    world.nats.options.extra = denying("");
+    world.nats.start_again().await.unwrap();
+    world.stored(&denied).await;
+    world.until_confirmed().await;
+}
+
+#[tokio::test]
+async fn a_broker_whose_disk_is_full_delays_and_loses_nothing() {
+    let mut world = watchful().start().await;
+    world.nats.stop().await.unwrap();
+    let Some(disk) = SmallDisk::mount(&world.nats.options.dir.join("jetstream"), "24m") else {
+        let test = "a_broker_whose_disk_is_full_delays_and_loses_nothing";
+        let _ = writeln!(std::io::stderr(), "SKIPPED {test}: this process may not mount a tmpfs");
+        return;
+    };
+    world.nats.start_again().await.unwrap(); // on an empty disk: the stream is made anew
+    let mut ids = post(&world, 1).await;
+    world.stored(&ids[0]).await;
+    for number in 0..400 {
+        let body = format!(r#"{{"data":{{"issue":{{"id":"{number}","title":"{}"}}}}}}"#, "x".repeat(100_000));
+        ids.push(world.post(body).await.accepted());
+    }
+    let full = || async { disk.is_full().then_some(()) };
+    eventually("the broker's disk to be full", full).await;
+    ids.extend(post(&world, 5).await);
+    assert!(world.metric("gateway_deliveries_unconfirmed").await > 100.0);
+    disk.resize("200m");
+    // NATS goes on only after a restart; until then its stream is broken.
+    world.nats.kill().await;
+    world.nats.start_again().await.unwrap();
+    exactly_once(&world, &ids, 0).await;
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@ mod contract;
 mod dead_letters;
 mod drills;
 mod existing_stream;
+mod fuzzed;
 mod hard_bodies;
 mod history;
 mod identity;
@@ -25,6 +26,8 @@ mod replay;
 mod rotation;
 mod signature_forms;
 mod store;
+mod tls;
+mod trace;
 mod worker_outages;
 
 use world::{Binaries, Setup};
@@ -40,7 +43,7 @@ fn setup() -> Setup {
 /// A fixture: a payload of Sentry's shape, as it stands on the wire.
 macro_rules! fixture {
     ($name:literal) => {
-        include_str!(concat!("../fixtures/", $name, ".json"))
+        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/", $name, ".json"))
     };
 }
 use fixture;

@@ -63,7 +63,7 @@ fn every_command_has_every_flag_in_its_help() {
     let gateway = [&[][..], &["check"], &["journal", "status"], &["journal", "redrive"], &["journal", "drain"]];
     let worker = [&[][..], &["check"], &["migrate"], &["status"], &["audit"], &["replay"], &["dead-letters", "list"]];
     let more = [&["dead-letters", "show"][..], &["dead-letters", "retry"], &["dead-letters", "discard"]];
-    let settings = [gateway::settings::SETTINGS, worker::settings::SETTINGS];
+    let settings = [gateway::settings::SETTINGS.as_slice(), worker::settings::SETTINGS.as_slice()];
     let worker = [worker.as_slice(), &more].concat();
     for (program, name, commands, settings) in
         [(GATEWAY, "gateway", gateway.as_slice(), settings[0]), (WORKER, "worker", &worker, settings[1])]
@@ -71,7 +71,7 @@ fn every_command_has_every_flag_in_its_help() {
         for command in commands {
             let (code, stdout, _) = run(program, &[*command, &["--help"]].concat(), &[]);
             assert_eq!(code, Some(0), "{name} {command:?}");
-            for setting in settings.into_iter().flatten() {
+            for setting in settings.iter().copied().flatten() {
                 let flag = format!("--{} <VALUE>", setting.flag(name));
                 assert_eq!(stdout.contains(&flag), !setting.secret, "{name} {command:?} {flag}: {stdout}");
                 let default = setting.default.map(|default| format!(", default: {default}]")).unwrap_or_default();
@@ -95,7 +95,8 @@ fn an_address_that_is_taken_is_told_with_its_setting() {
 #[test]
 fn the_readme_lists_every_setting_as_it_is() {
     let mut rows: Vec<String> = Vec::new();
-    for setting in [gateway::settings::SETTINGS, worker::settings::SETTINGS].into_iter().flatten().flatten() {
+    let groups = gateway::settings::SETTINGS.into_iter().chain(worker::settings::SETTINGS);
+    for setting in groups.flatten() {
         let default = setting.default.map(|default| format!("`{default}`")).unwrap_or_default();
         let row = format!("| `{}` | {default} | {} |", setting.variable, setting.help);
         if !rows.contains(&row) {

@@ -11,7 +11,7 @@ use worker::migrate::MigrateError;
 use worker::store::{Batch, Dead, Origin, Record, Store};
 
 /// A database of its own for each test.
-struct Database {
+pub(crate) struct Database {
     url: String,
     name: String,
     /// As the superuser, for looking and for mischief.
@@ -28,7 +28,7 @@ impl Database {
     }
 
     /// One that `worker migrate` has been over.
-    async fn migrated() -> Database {
+    pub(crate) async fn migrated() -> Database {
         let database = Database::empty().await;
         database.store().migrate().await.unwrap();
         database
@@ -41,7 +41,7 @@ impl Database {
         database
     }
 
-    fn store(&self) -> Store {
+    pub(crate) fn store(&self) -> Store {
         Store::new(&self.url.parse().unwrap(), 4)
     }
 
@@ -62,7 +62,7 @@ impl Database {
         self.admin.query(sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
     }
 
-    async fn text(&self, sql: &str) -> String {
+    pub(crate) async fn text(&self, sql: &str) -> String {
         self.texts(sql).await.remove(0)
     }
 
@@ -73,7 +73,7 @@ impl Database {
     }
 
     /// Signals, issues, ledger rows, dead letters.
-    async fn counts(&self) -> [i64; 4] {
+    pub(crate) async fn counts(&self) -> [i64; 4] {
         let count = async |table: &str| {
             self.admin.query_one(&format!("SELECT count(*) FROM {table}"), &[]).await.unwrap().get(0)
         };

@@ -11,7 +11,7 @@ use async_nats::jetstream::consumer::{PullConsumer, pull};
 use futures_util::StreamExt as _;
 use local::{Postgres, PostgresOptions, Scratch};
 use tokio::task::JoinSet;
-use world::{Connection, Post, World, eventually, programs};
+use world::{Connection, Post, SmallDisk, World, eventually, programs};
 
 use crate::{fixture, setup};
 
@@ -376,31 +376,6 @@ async fn what_a_worker_holds_through_an_outage_is_delivered_to_nobody_else() {
         world.stored(id).await;
     }
     world.all_acknowledged().await;
-}
-
-/// A small disk of its own below a folder, mounted as long as this lives.
-struct SmallDisk(std::path::PathBuf);
-
-impl SmallDisk {
-    /// None where this process may not mount; then the test that needs it is skipped, and says so.
-    fn mount(folder: &std::path::Path, size: &str) -> Option<Self> {
-        std::fs::create_dir(folder).unwrap();
-        let options = format!("size={size}");
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(folder).output();
-        mounted.is_ok_and(|mounted| mounted.status.success()).then(|| SmallDisk(folder.to_owned()))
-    }
-
-    fn resize(&self, size: &str) {
-        let options = format!("remount,size={size}");
-        assert!(Command::new("mount").args(["-o", &options]).arg(&self.0).status().unwrap().success());
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // Lazily: PostgreSQL may still have files open there.
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
 }
 
 #[tokio::test]

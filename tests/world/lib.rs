@@ -7,6 +7,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a harness that panics says enough")]
 
+mod disk;
 mod post;
 mod setup;
 
@@ -20,6 +21,7 @@ use nix::sys::signal::Signal;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, NoTls, Row};
 
+pub use disk::SmallDisk;
 pub use post::{Answer, Connection, Post, sign};
 pub use setup::{Binaries, Setup, postgres, programs};
 

@@ -193,7 +193,6 @@ impl Setup {
                 ("GATEWAY_LISTEN", format!("127.0.0.1:{}", ports.0)),
                 ("GATEWAY_OPS_LISTEN", format!("127.0.0.1:{}", ports.1)),
                 ("GATEWAY_JOURNAL_DIR", folder.join(&name).display().to_string()),
-                ("GATEWAY_SHUTDOWN_DELAY", "0".to_owned()), // no load balancer has to hear of it
             ];
             start(&folder, &name, &command, [environment(own), settings.clone()].concat(), ports)
         }

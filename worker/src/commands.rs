@@ -96,7 +96,10 @@ pub(crate) async fn jetstream(config: &Config) -> anyhow::Result<jetstream::Cont
     let client = config.nats.connect("worker", &Readiness::default(), |_| ()).await?;
     match tokio::time::timeout(CONNECT_WITHIN, client.flush()).await {
         Ok(flushed) => flushed.context("NATS does not answer; NATS_URL says where it is")?,
-        Err(_) => bail!("NATS does not answer within {CONNECT_WITHIN:?}; NATS_URL says where it is"),
+        Err(_) => match tokio::time::timeout(CONNECT_WITHIN, config.nats.try_connect("worker")).await {
+            Ok(Err(error)) => bail!("{error}; NATS_URL says where it is"),
+            Ok(Ok(_)) | Err(_) => bail!("NATS does not answer within {CONNECT_WITHIN:?}; NATS_URL says where it is"),
+        },
     }
     // A client that is dropped reports the connection as lost. This one lasts as long as the process.
     static CLIENT: OnceLock<async_nats::Client> = OnceLock::new();

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use crate::dead_letters::DeadLetter;
 use crate::read::read;
 use crate::receipt;
-use crate::store::{Batch, Origin, Record, Stored};
+use crate::store::{Batch, Origin, Record, tell};
 
 pub use database::Database;
 use requests::Requests;
@@ -87,7 +87,7 @@ impl Puller<'_> {
             self.session.acknowledge(&messages).await;
             // Also where the ack came too late: it is stored, and a receipt names the gateway's place, no sequence.
             receipt::send(self.session.client(), &messages).await;
-            tell(&stored);
+            tell(&stored, &batch);
         }
     }
 
@@ -95,13 +95,6 @@ impl Puller<'_> {
     fn progress_every(&self) -> Duration {
         let ack_wait = self.consumer.cached_info().config.ack_wait;
         if ack_wait.is_zero() { ACK_WAIT } else { ack_wait }.div_f64(3.0).max(Duration::from_millis(10))
-    }
-}
-
-fn tell(stored: &Stored) {
-    tracing::debug!(fresh = stored.fresh.len(), known = stored.known.len(), "stored a batch");
-    for dead in &stored.dead {
-        tracing::warn!(delivery.id = dead.delivery_id, reason = dead.reason, "a delivery became a dead letter");
     }
 }
 

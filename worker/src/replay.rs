@@ -24,7 +24,7 @@ use crate::Config;
 use crate::commands::{self, Ending, Progress, count, patiently};
 use crate::dead_letters::DeadLetter;
 use crate::reading::Reading;
-use crate::store::{Batch, Dead, Record, Store, StoreError};
+use crate::store::{Batch, Dead, Record, Store, StoreError, tell};
 
 use findings::{Found, Outcome, Totals, find};
 use options::Options;
@@ -167,6 +167,7 @@ impl Replay<'_> {
             let (records, dead_letters): (&[Record], &[DeadLetter]) = (records, letters);
             let part = Batch { records: records.to_vec(), dead_letters: dead_letters.to_vec() };
             let stored = patiently(|| self.store.persist(&part)).await?;
+            tell(&stored, &part);
             done.extend(stored.fresh);
             done.extend(stored.dead.iter().map(|dead| dead.delivery_id.clone()));
             dead.extend(stored.dead);

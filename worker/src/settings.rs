@@ -3,11 +3,12 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use shared::nats;
 use shared::settings::{self, BadSettings, SHUTDOWN_GRACE, Setting};
 use shared::stream::{self, NatsSettings};
 use shared::telemetry::LogSettings;
 
-use crate::store::DatabaseUrl;
+use crate::store::{DatabaseUrl, TLS_SETTINGS};
 
 const DATABASE_URL: Setting =
     Setting::bare("DATABASE_URL", "Loop's PostgreSQL, such as postgres://user:password@host:5432/loop");
@@ -24,8 +25,11 @@ const WORKER_MIGRATE: Setting = Setting::new(
 );
 
 /// Every setting of the worker, in the order of `--help`.
-pub const SETTINGS: [&[Setting]; 3] = [
-    &[DATABASE_URL, WORKER_OPS_LISTEN, WORKER_BATCH_MAX, WORKER_CONCURRENCY, WORKER_MIGRATE],
+pub const SETTINGS: [&[Setting]; 6] = [
+    &[DATABASE_URL],
+    &TLS_SETTINGS,
+    &[WORKER_OPS_LISTEN, WORKER_BATCH_MAX, WORKER_CONCURRENCY, WORKER_MIGRATE],
+    &nats::SETTINGS,
     &stream::SETTINGS,
     &settings::PROCESS,
 ];
@@ -58,9 +62,7 @@ impl Config {
     /// All mistakes at once.
     pub fn load(lookup: &dyn Fn(&str) -> Option<String>) -> Result<Self, BadSettings> {
         let mut reader = settings::Reader::new(lookup);
-        let database = reader.parse(&DATABASE_URL, |text| {
-            text.parse().map_err(|_| "a PostgreSQL URL, such as postgres://user:password@host:5432/loop".into())
-        });
+        let database = database(&mut reader);
         let ops_listen = reader.parse(&WORKER_OPS_LISTEN, settings::address);
         let batch_max = reader.parse(&WORKER_BATCH_MAX, |text| settings::number(text, 1..=10_000));
         let concurrency = reader.parse(&WORKER_CONCURRENCY, |text| settings::number(text, 1..=64));
@@ -86,6 +88,20 @@ impl Config {
         };
         let config = config();
         reader.finish(config)
+    }
+}
+
+/// Where the database is, and how the connection to it is encrypted.
+fn database(reader: &mut settings::Reader<'_>) -> Option<DatabaseUrl> {
+    let url = reader.parse(&DATABASE_URL, |text| Ok(text.to_owned()))?;
+    let tls = TLS_SETTINGS.map(|setting| (setting.variable, reader.text(&setting)));
+    let variable = |name: &str| tls.iter().find(|(variable, _)| *variable == name)?.1.clone();
+    match DatabaseUrl::read(&url, variable) {
+        Ok(database) => Some(database),
+        Err(bad) => {
+            bad.mistakes().into_iter().for_each(|mistake| reader.mistake(mistake));
+            None
+        }
     }
 }
 

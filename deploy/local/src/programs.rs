@@ -37,6 +37,21 @@ impl Programs {
     pub fn find_or_fetch(say: &mut dyn FnMut(&str)) -> anyhow::Result<Programs> {
         Search::of_this_process().run(say)
     }
+
+    /// The same with a PostgreSQL that does TLS: these if they do (the pinned build has no OpenSSL), else what the machine
+    /// has. None where it has none.
+    pub fn with_tls(&self) -> Option<Programs> {
+        let installed = || Search::of_this_process().installed_postgres_bin();
+        let mut folders = [Some(self.postgres_bin.clone()), installed()].into_iter().flatten();
+        let postgres_bin = folders.find(|folder| does_tls(folder))?;
+        Some(Programs { postgres_bin, ..self.clone() })
+    }
+}
+
+/// Whether the server in this folder was built with OpenSSL, and so names its library.
+fn does_tls(folder: &Path) -> bool {
+    let program = fs::read(folder.join("postgres").canonicalize().unwrap_or_default()).unwrap_or_default();
+    program.windows(6).any(|bytes| bytes == b"libssl")
 }
 
 /// What the search depends on, so that tests can say it.

@@ -183,7 +183,6 @@ fn services(
             "GATEWAY_LISTEN" => Some(format!("0.0.0.0:{port}")),
             "GATEWAY_OPS_LISTEN" => Some(format!("127.0.0.1:{}", ports.gateway_ops)),
             "GATEWAY_JOURNAL_DIR" => Some(inside("journal")),
-            "GATEWAY_SHUTDOWN_DELAY" => Some("0".to_owned()), // who presses Ctrl-C has no load balancer
             "SENTRY_CLIENT_SECRET_FILE" => Some(inside(SECRET_FILE)),
             "NATS_URL" => Some(env.nats_url.clone()),
             "DATABASE_URL" => Some(env.database_url.clone()),

@@ -52,7 +52,11 @@ pub(super) fn list(dir: &Path) -> io::Result<Vec<(Kind, u64)>> {
             "marks.new" => Kind::Unfinished,
             _ => continue,
         };
-        if let Ok(number) = number.parse() {
+        // Only names that are written here: `7.journal` is somebody else's, and after the last number there is none.
+        if let Ok(number) = number.parse()
+            && named(dir, number, extension).file_name() == Some(&name)
+            && number < u64::MAX
+        {
             files.push((kind, number));
         }
     }

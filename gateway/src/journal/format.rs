@@ -214,14 +214,18 @@ impl Trailer {
     }
 
     /// Offsets and times of arrival from `bytes`, which run from [`Trailer::end`] to the end of the file. `None` where
-    /// anything is not as [`encode_index`] wrote it.
+    /// anything is not as [`encode_index`] wrote it, whatever the checksum says: records follow each other.
     pub(super) fn decode_index(&self, bytes: &[u8]) -> Option<(Vec<u32>, Vec<u32>)> {
         let index = self.entries as usize * INDEX_ENTRY;
         if bytes.len() != index + TRAILER || crc32c::crc32c(&bytes[..bytes.len() - 4]) != self.crc {
             return None;
         }
         let entries = bytes[..index].chunks_exact(INDEX_ENTRY);
-        Some(entries.map(|entry| (u32_at(entry, 0), u32_at(entry, 4))).unzip())
+        let (offsets, received): (Vec<_>, Vec<_>) = entries.map(|entry| (u32_at(entry, 0), u32_at(entry, 4))).unzip();
+        let in_order = offsets.is_sorted()
+            && offsets.first().is_none_or(|&first| u64::from(first) >= FIRST_RECORD)
+            && offsets.last().is_none_or(|&last| u64::from(last) < self.end);
+        in_order.then_some((offsets, received))
     }
 }
 
@@ -333,6 +337,18 @@ mod tests {
         assert_eq!(read(&bytes), Some((vec![4096, 4500], vec![17, 18])));
         // The marker is checked against the header's by the reader, and is part of the checksum all the same.
         assert!(flips(&bytes).all(|flipped| read(&flipped).is_none()));
+    }
+
+    #[test]
+    fn an_index_whose_records_do_not_follow_each_other_is_none() {
+        let read = |offsets: &[u32]| {
+            let bytes = encode_index(MARKER, 5000, offsets, &vec![17; offsets.len()]);
+            Trailer::decode(&bytes[bytes.len() - TRAILER..])?.decode_index(&bytes)
+        };
+        assert!(read(&[]).is_some() && read(&[4096, 4999]).is_some());
+        for offsets in [&[4500, 4096][..], &[4095], &[4096, 5000], &[u32::MAX]] {
+            assert_eq!(read(offsets), None, "{offsets:?}");
+        }
     }
 
     #[test]

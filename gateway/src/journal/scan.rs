@@ -164,8 +164,11 @@ pub(super) fn survey(file: &File, marker: Marker, payloads: bool) -> io::Result<
     let mut at = FIRST_RECORD;
     while let Some((start, header)) = record_from(&mut window, marker, at) {
         at = start + header.record_length();
-        if (header.index as usize) < survey.offsets.len() {
-            at = start + 1; // nothing writes this; do not let it stand for an entry that is known
+        // Those that are missing before it lay in the gap.
+        let missing = (header.index as usize).checked_sub(survey.offsets.len());
+        let room = start.saturating_sub(survey.end) / RECORD_HEADER as u64;
+        if missing.is_none_or(|missing| missing as u64 > room) || u32::try_from(start).is_err() {
+            at = start + 1; // nothing writes this; let it neither stand for an entry that is known nor make up others
             continue;
         }
         survey.synced = survey.synced.max(u64::from(header.synced));

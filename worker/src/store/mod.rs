@@ -14,13 +14,17 @@
 //! row's: the batch is run once more with a savepoint a row, and what PostgreSQL refuses becomes a dead letter in that
 //! same transaction, next to the rows of all the others.
 
+mod connect;
 mod ledger;
 mod pool;
 mod restore;
 mod retry;
 mod rows;
 mod sqlstate;
+mod tls;
+mod told;
 mod trial;
+mod url;
 
 use std::collections::HashSet;
 
@@ -36,11 +40,13 @@ use crate::migrate::{self, MigrateError, Report};
 
 pub use ledger::{Fate, Known};
 pub(crate) use pool::ANSWER_WITHIN;
-pub use pool::{BadDatabaseUrl, DatabaseUrl};
+
 pub use restore::Restored;
 pub use retry::Retried;
 use rows::{Claim, Statements};
 pub(crate) use rows::{JsonText, bigint};
+pub(crate) use told::tell;
+pub use url::{BadDatabaseUrl, DatabaseUrl, TLS_SETTINGS};
 
 /// Claims deliveries: `$1` to `$10` are columns, one array each. Returns the ids that nobody had claimed before. Where
 /// another worker is claiming the same id right now, this waits for its COMMIT or ROLLBACK, and so never answers

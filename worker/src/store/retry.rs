@@ -5,7 +5,8 @@ use async_nats::header::{HeaderName, HeaderValue};
 use bytes::Bytes;
 use deadpool_postgres::Transaction;
 use serde_json::Value;
-use shared::delivery::{Delivery, DeliveryId};
+use shared::delivery::{Delivery, DeliveryId, trace_of_message};
+use tracing::field::display;
 
 use super::rows::{Claim, Statements};
 use super::{LEDGER, Origin, SETTINGS, Store, StoreError, UNLESS_THERE, begin, within};
@@ -59,6 +60,7 @@ impl Store {
         within(tx.batch_execute("SET CONSTRAINTS ALL IMMEDIATE")).await?;
         let Some(letter) = take(&tx, delivery_id).await? else { return Ok(Retried::NotThere) };
         let attempts = letter.origin.attempts + 1;
+        let trace = trace_of_message(Some(&letter.origin.headers)).map(|trace| display(trace.trace_id()));
         let read = tokio::task::spawn_blocking(move || read_again(letter)).await.expect("reading does not panic");
         let mut dead = match read {
             Ok(record) => {
@@ -74,6 +76,7 @@ impl Store {
                     Ok(claimed) => {
                         within(savepoint.commit()).await?;
                         within(tx.commit()).await?;
+                        tracing::debug!(delivery.id = delivery_id, trace.id = trace, "stored what was a dead letter");
                         return Ok(if claimed { Retried::Stored } else { Retried::Settled });
                     }
                     Err(StoreError::Refused(reason)) => {
@@ -88,6 +91,7 @@ impl Store {
         dead.origin.attempts = attempts;
         dead_letters::bury(&tx, &[&dead]).await?;
         within(tx.commit()).await?;
+        tracing::debug!(delivery.id = delivery_id, trace.id = trace, reason = dead.reason, "still a dead letter");
         Ok(Retried::StillDead(dead.reason))
     }
 

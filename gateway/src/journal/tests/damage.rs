@@ -222,6 +222,39 @@ async fn the_number_of_lost_entries_is_reported() {
 }
 
 #[tokio::test]
+async fn a_record_that_claims_an_impossible_place_makes_no_entries_up() {
+    let pristine = Pristine::make(false).await;
+    let (_, intact) = &pristine.segments[2];
+    let records = pristine.written.values().filter(|written| written.segment == 2).collect::<Vec<_>>();
+    let marker = super::super::format::Marker(intact[16..24].try_into().unwrap());
+    // Every checksum holds, as no damage could make it.
+    for index in [1, 3, u32::MAX] {
+        let start = records[2].record.start;
+        let header = RecordHeader::decode(&intact[start..], marker, start as u64).unwrap();
+        let mut content = intact.clone();
+        content[start..start + RECORD_HEADER]
+            .copy_from_slice(&RecordHeader { index, ..header }.encode(marker, start as u64));
+        let found = pristine.broken(2, &content);
+        pristine
+            .check(&found, &format!("index {index}"), |written| written.record.start != start || written.segment != 2);
+    }
+}
+
+#[tokio::test]
+async fn names_that_no_journal_writes_are_left_alone() {
+    let pristine = Pristine::make(true).await;
+    let dir = tempdir().unwrap();
+    let names =
+        ["7.journal", "+00000000007.journal", "18446744073709551615.journal", "0000000000007.marks", "x.journal"];
+    for name in names {
+        fs::write(dir.path().join(name), &pristine.segments[0].1).unwrap();
+    }
+    let (table, recovered) = recover(dir.path()).unwrap();
+    assert!(table.segments.is_empty() && recovered.damages.is_empty());
+    assert!(names.iter().all(|name| dir.path().join(name).exists()));
+}
+
+#[tokio::test]
 async fn a_record_inside_a_body_is_no_record() {
     let dir = tempdir().unwrap();
     let (journal, _) = open(dir.path(), limits(4000)).await;

@@ -1,0 +1,105 @@
+//! How many deliveries a second are accepted, against servers that do less.
+//!
+//! **NATS away**: the gateway, journal synced, against a bare hyper server that reads the body and forgets it, and against
+//! the same with the raw signature checked. Same hyper, same runtime, same load, one after the other in turns, each time
+//! a fresh process. What the gateway does more: the signature, ids, limits, and one synced write a batch of requests.
+//!
+//! **Publishing at the same time**: with a broker that has no worker behind it. A gateway that merely let its backlog grow
+//! would accept as fast as without a broker, and prove nothing. So the load holds back while more than [`BACKLOG`]
+//! deliveries wait to be published, and the rate over the whole time is one that could go on for ever.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Bench, CONNECTIONS, Moment, Sample, absolutes, ratios, throughput};
+use crate::bodies::Deliveries;
+use crate::load;
+use crate::load::closed::Load;
+use crate::process;
+use crate::report::{Goal, Line, Report};
+use crate::servers::{Nats, Server, no_nats};
+use crate::stats::Rounds;
+
+/// Body sizes, and the goal for each: at least so many times the bare server's rate.
+const SIZES: [(usize, f64); 3] = [(2 << 10, 0.55), (16 << 10, 0.65), (128 << 10, 0.45)];
+/// From so many unpublished deliveries on, the load holds back.
+const BACKLOG: f64 = 10_000.0;
+
+pub(crate) async fn run(bench: &Bench) -> anyhow::Result<Report> {
+    let mut report = Report::default();
+    for (size, goal) in SIZES {
+        journalled(bench, size, goal, &mut report).await?;
+    }
+    published(bench, &mut report).await?;
+    Ok(report)
+}
+
+async fn journalled(bench: &Bench, size: usize, goal: f64, report: &mut Report) -> anyhow::Result<()> {
+    let deliveries = Arc::new(Deliveries::of_size(size, 1));
+    let (warm_up, measure) = times(bench);
+    let (mut bare, mut verifying, mut gateway) = (vec![], vec![], vec![]);
+    for _ in 0..bench.rounds() {
+        for (samples, verify) in [(&mut bare, false), (&mut verifying, true)] {
+            let server = Server::bare_hyper(&bench.built, verify).await?;
+            samples.push(throughput(&server, &deliveries, CONNECTIONS, warm_up, measure).await?);
+        }
+        let server = Server::gateway(&bench.built, &no_nats()?, &[]).await?;
+        gateway.push(throughput(&server, &deliveries, CONNECTIONS, warm_up, measure).await?);
+    }
+    let kb = size >> 10;
+    report.note(absolutes(&format!("{kb} KB, bare hyper"), &bare));
+    report.note(absolutes(&format!("{kb} KB, bare hyper + raw HMAC"), &verifying));
+    report.note(absolutes(&format!("{kb} KB, gateway, NATS away"), &gateway));
+    let reached = ratios(rates(&gateway), rates(&bare));
+    report.line(Line::new(format!("accept {kb} KB, NATS away / bare hyper"), Goal::AtLeast(goal), "x", reached));
+    Ok(())
+}
+
+async fn published(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
+    let deliveries = Arc::new(Deliveries::of_size(16 << 10, 2));
+    let (warm_up, measure) = times(bench);
+    let (mut bare, mut gateway, mut backlogs) = (vec![], vec![], vec![]);
+    for _ in 0..bench.rounds() {
+        let server = Server::bare_hyper(&bench.built, false).await?;
+        bare.push(throughput(&server, &deliveries, CONNECTIONS, warm_up, measure).await?);
+        drop(server);
+        let (sample, backlog) = sustained(bench, &deliveries).await?;
+        gateway.push(sample);
+        backlogs.push(backlog);
+    }
+    report.note(absolutes("16 KB, bare hyper", &bare));
+    report.note(absolutes("16 KB, gateway, publishing", &gateway));
+    report.note(format!("the longest backlog under that load was {} deliveries", Rounds::of(backlogs).max()));
+    let reached = ratios(rates(&gateway), rates(&bare));
+    report.line(Line::new("accept and publish 16 KB / bare hyper", Goal::AtLeast(0.40), "x", reached));
+    Ok(())
+}
+
+/// The rate at which the gateway accepts and publishes, and its longest backlog.
+async fn sustained(bench: &Bench, deliveries: &Arc<Deliveries>) -> anyhow::Result<(Sample, f64)> {
+    let nats = Nats::start("").await?;
+    // More than is sent, so that the stream is not what ends it.
+    let server = Server::gateway(&bench.built, &nats.url(), &[("NATS_MAX_BYTES", "60GiB")]).await?;
+    server.until("publishing", async || Ok(server.metric("gateway_publish_seconds_count").await? >= 0.0)).await?;
+    let load = Load::start(server.port, deliveries, CONNECTIONS, None);
+    let end = Instant::now() + bench.size(Duration::from_secs(1), Duration::from_secs(30));
+    let (before, mut longest) = (Moment::now(&server, &load), 0_f64);
+    while Instant::now() < end {
+        let backlog = server.backlog().await?;
+        load.hold(backlog > BACKLOG);
+        longest = longest.max(backlog);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let after = Moment::now(&server, &load);
+    load::all_accepted(&load.stop().await?)?;
+    Ok((after.since(before, process::rss(server.pid())), longest))
+}
+
+fn times(bench: &Bench) -> (Duration, Duration) {
+    let ms = Duration::from_millis;
+    bench.size((ms(50), ms(200)), (ms(500), ms(3000)))
+}
+
+fn rates(samples: &[Sample]) -> impl Iterator<Item = f64> {
+    samples.iter().map(|sample| sample.rate)
+}
