@@ -115,11 +115,6 @@ impl Connection {
         Some(Connection { servers: servers.into_iter().filter_map(without_login).collect(), login, ca, client })
     }
 
-    /// `NATS_URL`, server by server, without user and password.
-    pub(crate) fn servers(&self) -> &[ServerAddr] {
-        &self.servers
-    }
-
     /// What the client is told but for what happens when it fails.
     pub(crate) fn options(&self, program: &str) -> ConnectOptions {
         tls::provider();
@@ -194,9 +189,52 @@ impl Connection {
         Err(CannotConnect(failed.join("; ")))
     }
 
+    /// `NATS_URL`, server by server, without what logs in.
+    pub(crate) fn servers(&self) -> &[ServerAddr] {
+        &self.servers
+    }
+
+    /// Connects once, to this server and no other; `observe` sees every event.
+    ///
+    /// # Errors
+    /// What is wrong, and what to do, where that is known.
+    pub(crate) async fn try_one(
+        &self,
+        program: &str,
+        server: &ServerAddr,
+        within: Duration,
+        observe: impl Fn(Event) + Send + Sync + 'static,
+    ) -> Result<Client, (String, Option<String>)> {
+        let options = self.options(program).connection_timeout(within * 2).ignore_discovered_servers();
+        let options = options.event_callback(move |event| {
+            observe(event);
+            ready(())
+        });
+        // Our time limit is the shorter one, for its words.
+        match tokio::time::timeout(within, options.connect(server)).await {
+            Ok(connected) => connected.map_err(|error| {
+                let error = error.to_string();
+                let (error, advice) = self.advise(&error);
+                (error.to_owned(), advice)
+            }),
+            Err(_) => {
+                let seconds = within.as_secs();
+                Err((format!("no word within {seconds} s: it hangs, or what is sent to it is lost"), None))
+            }
+        }
+    }
+
     /// Which server cannot be used, why, and what to do. `error` is all that the client keeps of a failure: its text.
     pub(crate) fn explain(&self, server: &ServerAddr, error: &str) -> String {
         let (host, port) = (server.host(), server.port());
+        match self.advise(error) {
+            (error, Some(advice)) => format!("{host}:{port}: {advice} ({error})"),
+            (error, None) => format!("{host}:{port}: {error}"),
+        }
+    }
+
+    /// What of the client's text matters, and what to do, where that is known.
+    fn advise<'a>(&self, error: &'a str) -> (&'a str, Option<String>) {
         // What our own callbacks said, without the client's wrapping.
         let ours = error.strip_prefix("failed signing nonce: AuthError(").and_then(|rest| rest.strip_suffix(')'));
         let error = ours.or_else(|| error.strip_prefix("IO error: ")).unwrap_or(error);
@@ -206,10 +244,7 @@ impl Connection {
             // "TLS error" is the client's word for what it finds wrong with our own files.
             self.spoilt_file().filter(|_| error.starts_with("TLS error")).or_else(|| tls::explain(error, TLS))
         };
-        match advice {
-            Some(advice) => format!("{host}:{port}: {advice} ({error})"),
-            None => format!("{host}:{port}: {error}"),
-        }
+        (error, advice)
     }
 }
 

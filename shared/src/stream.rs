@@ -82,14 +82,14 @@ impl NatsSettings {
         })
     }
 
-    /// How NATS is reached.
+    /// How to reach NATS.
     pub(crate) fn connection(&self) -> &Connection {
         &self.connection
     }
 
     /// `NATS_URL` without what logs in.
     pub fn url_to_show(&self) -> String {
-        self.connection.servers().iter().map(crate::check::nats::without_login).collect::<Vec<_>>().join(",")
+        self.connection.servers().iter().map(crate::check::nats::shown).collect::<Vec<_>>().join(",")
     }
 
     /// The stream as the gateway makes it: keeps everything (limits retention), refuses what is new when it is full

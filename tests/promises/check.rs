@@ -195,20 +195,26 @@ async fn what_runs_is_well_and_not_disturbed() {
 async fn a_cluster_is_looked_at_server_by_server() {
     let mut world = setup().cluster().workers(0).gateway("GATEWAY_JOURNAL_MAX_BYTES", "64MiB").start().await;
     let checked = async |world: &world::World| {
-        let (code, out, err) = world.gateway_command_async(&["check", "--json"]).await;
-        let checked = Checked { code, json: serde_json::from_str(&out).unwrap() };
-        assert_eq!(code, Some(0), "{}{err}", checked.found("problem"));
-        checked
+        let (code, out, _) = world.gateway_command_async(&["check", "--json"]).await;
+        Checked { code, json: serde_json::from_str(&out).unwrap() }
     };
     world.on_stream(0).await; // there, and its servers agree on who leads
     let whole = checked(&world).await;
-    assert_eq!(whole.found("ok").matches("NATS nats://").count(), 6, "each, and its max_payload: {:#}", whole.json);
+    assert_eq!(
+        whole.well().found("ok").matches("NATS nats://").count(),
+        6,
+        "each, and its max_payload: {:#}",
+        whole.json
+    );
     let gone = world.other_nats.pop().unwrap();
     gone.kill().await;
+    // Also until the others have found another leader, when JetStream does not answer, which is a problem as long.
     eventually("the missing server to be named", async || {
-        let warnings = checked(&world).await.found("warning");
+        let now = checked(&world).await;
+        let warnings = now.found("warning");
         let as_server = warnings.contains(&format!("NATS nats://127.0.0.1:{}", gone.port()));
-        (as_server && warnings.contains("stream SIGNALS, replicas: away or not up to date")).then_some(())
+        let as_replica = warnings.contains("stream SIGNALS, replicas: away or not up to date");
+        (now.code == Some(0) && as_server && as_replica).then_some(())
     })
     .await;
 }
@@ -272,9 +278,9 @@ async fn a_login_that_may_too_little_is_named_with_what_it_lacks() {
     );
     let servers = Servers::start(|options| options.extra = users).await;
     let as_user = |user: &str| format!("nats://{user}:{SECRET}@127.0.0.1:{}", servers.nats.port());
-    servers.gateway(&[]).await.fails_for(&["NATS nats://", "refuses this login"]);
+    servers.gateway(&[]).await.fails_for(&["NATS nats://", "it wants a login"]);
     let wrong = format!("nats://all:{SECRET}x@127.0.0.1:{}", servers.nats.port());
-    servers.worker(&[("NATS_URL", &wrong)]).await.fails_for(&["NATS nats://", "refuses this login"]);
+    servers.worker(&[("NATS_URL", &wrong)]).await.fails_for(&["NATS nats://", "it refuses the user and the password"]);
     let all = as_user("all");
     servers.gateway(&[("NATS_URL", &all)]).await.fails_for(&["NATS account, storage", "lower NATS_MAX_BYTES"]);
     let fits = [("NATS_URL", all.as_str()), ("NATS_MAX_BYTES", "100MB")];

@@ -95,6 +95,8 @@ fn away(what: &str, error: &StoreError) -> Finding {
         "make the database, or name another in DATABASE_URL"
     } else if says("53300") {
         "the server has no connection left: end some, or raise its max_connections"
+    } else if says("tls") || says("ssl") || says("certificate") {
+        "look at sslmode in DATABASE_URL, PGSSLROOTCERT and the server's certificate"
     } else {
         "start it, or let this machine reach it; DATABASE_URL says where it is"
     };

@@ -48,22 +48,21 @@ struct Link {
     denied: Arc<Mutex<Vec<String>>>,
 }
 
-/// Connects once to this one server, as the program would.
-async fn connect_once(nats: &NatsSettings, server: &ServerAddr) -> Result<Link, String> {
+/// Connects once to this one server, as the program would; else what is wrong, and what to do.
+async fn connect_once(nats: &NatsSettings, server: &ServerAddr) -> Result<Link, (String, String)> {
     let denied = Arc::<Mutex<Vec<String>>>::default();
     let heard = denied.clone();
-    let options = nats.connection().options("check").connection_timeout(TRY_WITHIN * 2).ignore_discovered_servers();
-    let options = options.event_callback(move |event| {
+    let observe = move |event| {
         if let Event::ServerError(ServerError::Other(text)) = event {
             heard.lock().unwrap_or_else(PoisonError::into_inner).push(text);
         }
-        std::future::ready(())
-    });
-    // Our time limit is the shorter one, for its words.
-    match timeout(TRY_WITHIN, options.connect(server.clone())).await {
-        Ok(Ok(client)) => Ok(Link { client, denied }),
-        Ok(Err(error)) => Err(nats.connection().explain(server, &error.to_string())),
-        Err(_) => Err(format!("no word within {} s: it hangs, or what is sent to it is lost", TRY_WITHIN.as_secs())),
+    };
+    match nats.connection().try_one("check", server, TRY_WITHIN, observe).await {
+        Ok(client) => Ok(Link { client, denied }),
+        Err((error, advice)) => {
+            let reach = || "start it, or let this machine reach it; NATS_URL says where it is".to_owned();
+            Err((error, advice.unwrap_or_else(reach)))
+        }
     }
 }
 
@@ -79,15 +78,15 @@ pub async fn look(nats: &NatsSettings, side: Side<'_>) -> Vec<Finding> {
     // One of several may be away: the programs go to the next.
     let all_away = tries.iter().all(|(_, connected, _)| connected.is_err());
     for (server, connected, took) in tries {
-        let what = format!("NATS {}", without_login(server));
+        let what = format!("NATS {}", shown(server));
         match connected {
             Ok(link) => {
                 findings.push(tell_server(&what, &link.client.server_info(), took));
                 findings.extend(payload(&what, &link.client.server_info(), side));
                 first.get_or_insert(link);
             }
-            Err(error) if all_away => findings.push(Finding::problem(what, &error, connect_advice(&error))),
-            Err(error) => findings.push(Finding::warning(what, &error, connect_advice(&error))),
+            Err((error, advice)) if all_away => findings.push(Finding::problem(what, error, advice)),
+            Err((error, advice)) => findings.push(Finding::warning(what, error, advice)),
         }
     }
     let Some(link) = first else { return findings };
@@ -97,19 +96,8 @@ pub async fn look(nats: &NatsSettings, side: Side<'_>) -> Vec<Finding> {
     findings
 }
 
-fn connect_advice(error: &str) -> &'static str {
-    let error = error.to_ascii_lowercase();
-    if error.contains("auth") {
-        "look at the login (NATS_CREDS_FILE, NATS_NKEY_FILE, or the user in NATS_URL) and at the server's users"
-    } else if ["tls", "certificate"].into_iter().any(|word| error.contains(word)) {
-        "look at NATS_CA_FILE, at the client certificate, and at the certificate of the server"
-    } else {
-        "start it, or let this machine reach it; NATS_URL says where it is"
-    }
-}
-
 /// `nats://host:port`, whatever else stands in the URL.
-pub fn without_login(server: &ServerAddr) -> String {
+pub fn shown(server: &ServerAddr) -> String {
     let host = server.host();
     let host = if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host.to_owned() };
     format!("{}://{host}:{}", server.scheme(), server.port())
@@ -381,7 +369,7 @@ mod tests {
 
     #[test]
     fn a_server_is_shown_without_its_login() {
-        let shown = |url: &str| without_login(&url.parse().unwrap());
+        let shown = |url: &str| shown(&url.parse().unwrap());
         assert_eq!(shown("nats://user:hunter2@nats:4333"), "nats://nats:4333");
         assert_eq!(shown("tls://hunter2@nats"), "tls://nats:4222");
         assert_eq!(shown("nats://[::1]:4222"), "nats://[::1]:4222");

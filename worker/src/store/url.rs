@@ -112,9 +112,7 @@ impl DatabaseUrl {
     pub fn user(&self) -> Option<&str> {
         self.config.get_user()
     }
-}
 
-impl DatabaseUrl {
     /// Reads `DATABASE_URL`; what it does not say of TLS, `variable` does, which gives the value of one of
     /// [`TLS_SETTINGS`].
     ///
