@@ -14,12 +14,12 @@ use anyhow::Context as _;
 use hdrhistogram::Histogram;
 use tokio_postgres::Client;
 
-use super::{Bench, CONNECTIONS};
+use super::{Bench, CONNECTIONS, spread};
 use crate::bodies::Deliveries;
 use crate::database;
 use crate::load;
 use crate::load::open::{self, Latencies, Plan};
-use crate::report::{Goal, Line, Report, short};
+use crate::report::{Goal, Line, Report};
 use crate::servers::{Database, Nats, Server};
 use crate::stats::Rounds;
 
@@ -41,7 +41,7 @@ pub(crate) async fn run(bench: &Bench) -> anyhow::Result<Report> {
         warm_up: bench.size(Duration::ZERO, Duration::from_secs(2)),
         measure: bench.size(Duration::from_secs(1), Duration::from_secs(10)),
     };
-    let (mut p50, mut p99, mut answered) = (vec![], vec![], vec![]);
+    let (mut p50, mut p99, mut answered, mut flushes) = (vec![], vec![], vec![], vec![]);
     for _ in 0..bench.rounds() {
         let clocks = (Instant::now(), SystemTime::now());
         let latencies = open::run(gateway.port, &deliveries, plan).await?;
@@ -52,16 +52,13 @@ pub(crate) async fn run(bench: &Bench) -> anyhow::Result<Report> {
         p50.push(stored.value_at_quantile(0.5) as f64 / 1e6);
         p99.push(stored.value_at_quantile(0.99) as f64 / 1e6);
         answered.push(latencies.ms(0.99));
+        flushes.push(flush.as_secs_f64() * 1e3);
     }
-    report.note(format!("16 KB at {RATE}/s, answered 202: p99 {} ms", super::spread(answered)));
+    report.note(format!("16 KB at {RATE}/s, answered 202: p99 {} ms", spread(answered)));
+    report.note(format!("16 KB at {RATE}/s, the flush of a commit record: {} ms", spread(flushes)));
     report.line(Line::new("POST to COMMIT at 200/s, p50", Goal::AtMost(8.0), "ms", Rounds::of(p50)));
     report.line(Line::new("POST to COMMIT at 200/s, p99", Goal::AtMost(40.0), "ms", Rounds::of(p99)));
-    report.note(format!("of that the flush of the commit record: {} ms", short(flush_ms(&client).await?)));
     Ok(report)
-}
-
-async fn flush_ms(client: &Client) -> anyhow::Result<f64> {
-    Ok(flush(client, 20).await?.as_secs_f64() * 1e3)
 }
 
 /// What the flush of a commit record takes: the median of small transactions that wait for it, less that of such that do
