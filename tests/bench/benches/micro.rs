@@ -1,5 +1,5 @@
-//! `cargo bench -p bench`: what the parts of a delivery's way cost by themselves, on one thread. To see what a change does;
-//! what it is worth is in the scenarios.
+//! `cargo bench -p bench`: what the parts of a delivery's way cost by themselves, on one thread. To see what a change
+//! does; what it is worth is in the scenarios.
 
 use bytes::Bytes;
 use divan::counter::{BytesCount, ItemsCount};

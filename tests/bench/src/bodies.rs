@@ -18,23 +18,25 @@ const POOL_BYTES: usize = 4 << 20;
 const FEWEST: usize = 8;
 const MOST: usize = 1024;
 
-const WORDS: &str = "account action adapter address agent alias array asset attempt audit auth avatar backend backoff badge \
-    balance bank batch bearer berth billing binding block bridge broker bucket buffer build bundle button cache calendar \
-    canvas card cargo cart catalog channel chart checkout child chunk cipher client clock cluster codec column command \
-    commit config consumer context cookie counter coupon courier credit cursor customer daemon dashboard database deadline \
-    decoder default deploy device digest dispatch docket document domain draft driver editor email encoder endpoint engine \
-    entity entry envelope event exchange export factory failure feature feed field filter finance flag folder forecast \
-    format frame gateway gauge geometry grant graph guard handler harbor header health history hook import index inbox \
-    ingest inspector invoice issuer item journal kernel keyring label lambda latch layer ledger lease legacy limit link \
-    listener loader locale locker login lookup mailer manifest mapper margin marker matrix member memory merge message meter \
-    migration mirror model module monitor mutex namespace network node notify object offer operator option order origin \
-    outbox owner packet pager parcel parser partner patch payload payment permit pipeline pivot planner plugin policy pool \
-    portal prefix preview price printer probe process profile project promise proxy publish quantity query queue quota \
-    ranking reader receipt record redirect refund region registry release render replica report request reserve resolver \
-    resource response retry return revision role rollback route runner schedule schema scope search secret segment sender \
-    sequence serializer server session settings shard shipment signal sink snapshot socket source stage statement status \
-    storage stream subject summary supplier support switch symbol tariff tenant terminal thread ticket timeout token topic \
-    trace tracker transfer trigger tunnel update upload vault vendor vessel viewport voucher wallet warehouse watcher \
+const WORDS: &str = "\
+    account action adapter address agent alias array asset attempt audit auth avatar backend backoff badge balance \
+    bank batch bearer berth billing binding block bridge broker bucket buffer build bundle button cache calendar \
+    canvas card cargo cart catalog channel chart checkout child chunk cipher client clock cluster codec column \
+    command commit config consumer context cookie counter coupon courier credit cursor customer daemon dashboard \
+    database deadline decoder default deploy device digest dispatch docket document domain draft driver editor email \
+    encoder endpoint engine entity entry envelope event exchange export factory failure feature feed field filter \
+    finance flag folder forecast format frame gateway gauge geometry grant graph guard handler harbor header health \
+    history hook import index inbox ingest inspector invoice issuer item journal kernel keyring label lambda latch \
+    layer ledger lease legacy limit link listener loader locale locker login lookup mailer manifest mapper margin \
+    marker matrix member memory merge message meter migration mirror model module monitor mutex namespace network \
+    node notify object offer operator option order origin outbox owner packet pager parcel parser partner patch \
+    payload payment permit pipeline pivot planner plugin policy pool portal prefix preview price printer probe \
+    process profile project promise proxy publish quantity query queue quota ranking reader receipt record redirect \
+    refund region registry release render replica report request reserve resolver resource response retry return \
+    revision role rollback route runner schedule schema scope search secret segment sender sequence serializer \
+    server session settings shard shipment signal sink snapshot socket source stage statement status storage stream \
+    subject summary supplier support switch symbol tariff tenant terminal thread ticket timeout token topic trace \
+    tracker transfer trigger tunnel update upload vault vendor vessel viewport voucher wallet warehouse watcher \
     webhook widget window worker workflow wrapper writer yard zone";
 
 /// Deliveries of one size, signed with [`SECRET`].

@@ -1,15 +1,16 @@
 //! How many deliveries a second are accepted, against servers that do less.
 //!
-//! **NATS away**: the gateway, journal synced, against a bare hyper server that reads the body and forgets it, and against
-//! the same with the raw signature checked. Same hyper, same runtime, same load, one after the other in turns, each time
-//! a fresh process. What the gateway does more: the signature, ids, limits, and one synced write a batch of requests.
+//! **NATS away**: the gateway, journal synced, against a bare hyper server that reads the body and forgets it, and
+//! against the same with the raw signature checked. Same hyper, same runtime, same load, one after the other in turns,
+//! each time a fresh process. What the gateway does more: the signature, ids, limits, and one synced write a batch of
+//! requests.
 //!
-//! **Publishing at the same time**: with a broker that has no worker behind it. A gateway that merely let its backlog grow
-//! would accept as fast as without a broker, and prove nothing. So the load holds back while more than [`BACKLOG`]
+//! **Publishing at the same time**: with a broker that has no worker behind it. A gateway that merely let its backlog
+//! grow would accept as fast as without a broker, and prove nothing. So the load holds back while more than [`BACKLOG`]
 //! deliveries wait to be published, and the rate over the whole time is one that could go on for ever. Beside it the
-//! usual alternative, an aiohttp server that answers when nats-py has the broker's acknowledgement, with the broker as it
-//! comes (it syncs every two minutes: an acknowledged message may be lost) and with one that syncs each message, which
-//! is what a 202 of the gateway promises.
+//! usual alternative, an aiohttp server that answers when nats-py has the broker's acknowledgement, with the broker as
+//! it comes (it syncs every two minutes: an acknowledged message may be lost) and with one that syncs each message,
+//! which is what a 202 of the gateway promises.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,10 +1,10 @@
 //! How long it takes from the POST to the COMMIT, at a modest rate.
 //!
-//! Everything is there: gateway, broker, one worker, a PostgreSQL that waits for its disk. Requests have their times (an
-//! open loop), and a delivery's time runs from when its request was to be sent until PostgreSQL recorded its COMMIT
+//! Everything is there: gateway, broker, one worker, a PostgreSQL that waits for its disk. Requests have their times
+//! (an open loop), and a delivery's time runs from when its request was to be sent until PostgreSQL recorded its COMMIT
 //! (`pg_xact_commit_timestamp`), by the same machine's clock; asking the table again and again would disturb what is
-//! measured. PostgreSQL takes that time just before it flushes the commit record, so what a flush takes here is measured
-//! at the end, and added.
+//! measured. PostgreSQL takes that time just before it flushes the commit record, so what a flush takes here is
+//! measured at the end, and added.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -61,8 +61,8 @@ pub(crate) async fn run(bench: &Bench) -> anyhow::Result<Report> {
     Ok(report)
 }
 
-/// What the flush of a commit record takes: the median of small transactions that wait for it, less that of such that do
-/// not.
+/// What the flush of a commit record takes: the median of small transactions that wait for it, less that of such that
+/// do not.
 async fn flush(client: &Client, count: usize) -> anyhow::Result<Duration> {
     client.batch_execute("CREATE TABLE IF NOT EXISTS public.bench_flush (n integer)").await?;
     let mut medians = vec![];
@@ -80,7 +80,8 @@ async fn flush(client: &Client, count: usize) -> anyhow::Result<Duration> {
     Ok(Duration::from_secs_f64((medians[0] - medians[1]).max(0.0)))
 }
 
-/// Nanoseconds from when each delivery was to be sent until it was committed. `clocks` are the two clocks at one moment.
+/// Nanoseconds from when each delivery was to be sent until it was committed. `clocks` are the two clocks at one
+/// moment.
 async fn until_committed(
     client: &Client,
     latencies: &Latencies,

@@ -78,8 +78,8 @@ pub(crate) async fn throughput(
     Ok(after.since(before, process::peak_rss(server.pid())))
 }
 
-/// Waits until there are answers enough to tell a rate: on a machine that is busy with other things, the little time of a
-/// quick run may pass without any.
+/// Waits until there are answers enough to tell a rate: on a machine that is busy with other things, the little time of
+/// a quick run may pass without any.
 ///
 /// # Errors
 /// Where there are none.
