@@ -17,7 +17,10 @@ use tokio::net::{TcpListener, TcpStream};
 use world::SECRET;
 
 /// As long as the gateway's.
-const ANSWER: &str = r#"{"data":{"deliveryId":"7a2a9da4-5265-8c06-815b-133483823384","signalId":"osju16k5nml4s8ihbqha6wgc","issueId":"fdhcnj0dx41ufyxb89f1xudi","status":"accepted"}}"#;
+const ANSWER: &str = concat!(
+    r#"{"data":{"deliveryId":"7a2a9da4-5265-8c06-815b-133483823384","signalId":"osju16k5nml4s8ihbqha6wgc","#,
+    r#""issueId":"fdhcnj0dx41ufyxb89f1xudi","status":"accepted"}}"#
+);
 
 /// The least that a server made of hyper can do with a delivery: reads the body and answers 202. The same version of
 /// hyper as the gateway's, the same runtime with the same settings, hyper's own buffer sizes, no limits, nothing kept.

@@ -14,6 +14,8 @@
 
 mod baselines;
 mod bodies;
+#[cfg(test)]
+mod bodies_tests;
 mod database;
 mod load;
 mod process;

@@ -14,8 +14,8 @@ pub(crate) struct Built {
 }
 
 impl Built {
-    /// Has cargo build the two beside this program, in the same profile: `cargo run` builds only the program it runs, and
-    /// a gateway of last week would be measured without a word. Where they are fresh, that takes a moment.
+    /// Has cargo build the two beside this program, in the same profile: `cargo run` builds only the program it runs,
+    /// and a gateway of last week would be measured without a word. Where they are fresh, that takes a moment.
     ///
     /// # Errors
     /// Where they cannot be built.

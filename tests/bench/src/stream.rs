@@ -58,8 +58,8 @@ impl Stream {
         Ok(Stream { context, settings })
     }
 
-    /// Publishes deliveries number `0` to `count` as the gateway publishes them (the same headers and subjects), as fast
-    /// as async-nats does it from memory. Returns when all are acknowledged.
+    /// Publishes deliveries number `0` to `count` as the gateway publishes them (the same headers and subjects), as
+    /// fast as async-nats does it from memory. Returns when all are acknowledged.
     pub(crate) async fn publish(&self, deliveries: &Arc<Deliveries>, count: u64) -> anyhow::Result<()> {
         // Made before, so that publishing is all that happens: bodies are shared, not copied.
         let bodies: Vec<Bytes> = (0..deliveries.distinct()).map(|n| deliveries.body(n)).collect();

@@ -1,8 +1,8 @@
 //! The load generator: keep-alive connections that send signed deliveries, and count the answers by status.
 //!
 //! It is the measuring device, and shares the machine with what it measures. So it speaks HTTP on bare sockets: what a
-//! request is made of is there before the clock starts ([`crate::bodies`]), a request is one `writev` and an answer, as a
-//! rule, one `read`. It takes at most one of the machine's cores, in a process that is not the server's, so that its
+//! request is made of is there before the clock starts ([`crate::bodies`]), a request is one `writev` and an answer, as
+//! a rule, one `read`. It takes at most one of the machine's cores, in a process that is not the server's, so that its
 //! CPU is never taken for the server's.
 //!
 //! - [`closed`]: each connection sends its next request when it has the answer to the last. For throughput.

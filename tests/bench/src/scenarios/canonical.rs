@@ -1,7 +1,7 @@
 //! How fast the canonical form of a body is made, against what one would otherwise make it with.
 //!
-//! On the same bodies, which are written as Sentry writes them: by the gateway; by reading into serde_json's `Value` and
-//! writing that (which gives another text: keys sorted, duplicates gone, numbers as Rust prints them; floats read
+//! On the same bodies, which are written as Sentry writes them: by the gateway; by reading into serde_json's `Value`
+//! and writing that (which gives another text: keys sorted, duplicates gone, numbers as Rust prints them; floats read
 //! exactly, as this workspace has it); and by Node, whose `JSON.stringify(JSON.parse(...))` the form is. Node is timed
 //! inside Node, warm, from bytes to bytes as a server has them. One thread each.
 

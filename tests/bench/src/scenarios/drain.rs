@@ -1,9 +1,9 @@
 //! How fast a backlog goes to the stream once NATS is back, against async-nats publishing from memory.
 //!
-//! The gateway takes the backlog while the broker is away; then the broker is started. Both are timed by the stream's own
-//! clock, from its first message to its last: when the gateway notices that the broker is back is a note, not part of
-//! the rate. Alone, async-nats publishes the same messages with as many in flight, from bodies that lie in memory; the
-//! gateway reads them from its journal, and marks each as published.
+//! The gateway takes the backlog while the broker is away; then the broker is started. Both are timed by the stream's
+//! own clock, from its first message to its last: when the gateway notices that the broker is back is a note, not part
+//! of the rate. Alone, async-nats publishes the same messages with as many in flight, from bodies that lie in memory;
+//! the gateway reads them from its journal, and marks each as published.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,7 +1,8 @@
 //! What memory the gateway takes, and whether a delivery costs more where there are many already.
 //!
-//! - Memory is the most the process ever took (`VmHWM`): under the usual load with the broker there, and with a thousand
-//!   senders of a megabyte each at once. There `GATEWAY_MAX_BYTES_IN_FLIGHT` turns some away, so 503 counts as an answer.
+//! - Memory is the most the process ever took (`VmHWM`): under the usual load with the broker there, and with a
+//!   thousand senders of a megabyte each at once. There `GATEWAY_MAX_BYTES_IN_FLIGHT` turns some away, so 503 counts as
+//!   an answer.
 //! - A backlog grows to a million while the broker is away: memory at its end against its beginning, and the CPU that a
 //!   delivery costs then and there. (CPU, not time: the disk has its moods over gigabytes.)
 //! - One worker stores into tables of 10^4 and of 10^6 rows, filled by SQL, each run into a fresh copy of them.

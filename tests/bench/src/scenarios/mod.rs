@@ -10,11 +10,11 @@ pub(crate) mod persist;
 pub(crate) mod replay;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::bodies::Deliveries;
+use crate::load;
 use crate::load::closed::Load;
-use crate::load::{self};
 use crate::process;
 use crate::programs::Built;
 use crate::report::short;
@@ -78,8 +78,8 @@ pub(crate) async fn throughput(
     Ok(after.since(before, process::peak_rss(server.pid())))
 }
 
-/// Waits until there are answers enough to tell a rate: on a machine that is busy with other things, the little time of a
-/// quick run may pass without any.
+/// Waits until there are answers enough to tell a rate: on a machine that is busy with other things, the little time of
+/// a quick run may pass without any.
 ///
 /// # Errors
 /// Where there are none.
@@ -90,20 +90,25 @@ pub(crate) async fn enough(server: &Server, load: &Load, before: Moment) -> anyh
 /// What the counters say at one time.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Moment {
-    at: std::time::Instant,
+    at: Instant,
     answered: u64,
     cpu: Option<Duration>,
 }
 
 impl Moment {
     pub(crate) fn now(server: &Server, load: &Load) -> Moment {
-        Moment { at: std::time::Instant::now(), answered: load.answered(), cpu: process::cpu(server.pid()) }
+        Moment { at: Instant::now(), answered: load.answered(), cpu: process::cpu(server.pid()) }
     }
 
+    pub(crate) fn seconds_since(self, before: Moment) -> f64 {
+        (self.at - before.at).as_secs_f64()
+    }
+
+    /// What happened between two moments.
     pub(crate) fn since(self, before: Moment, rss: Option<f64>) -> Sample {
         let count = (self.answered - before.answered) as f64;
         let cpu = self.cpu.zip(before.cpu).map(|(after, before)| after.saturating_sub(before).as_secs_f64() * 1e6);
-        Sample { rate: count / (self.at - before.at).as_secs_f64(), cpu_us: cpu.map(|cpu| cpu / count), rss }
+        Sample { rate: count / self.seconds_since(before), cpu_us: cpu.map(|cpu| cpu / count), rss }
     }
 }
 

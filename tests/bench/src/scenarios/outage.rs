@@ -1,8 +1,9 @@
 //! What callers notice of an outage of NATS: nothing, it is promised.
 //!
-//! The same gateway, the same load at half of what it can take with the broker there (found first, in a closed loop that
-//! holds the backlog down); its p99 with the broker stopped against its p99 with the broker there. An open loop: a
-//! gateway that stalls pays for what should have been sent meanwhile. Each round has a fresh broker and a fresh gateway.
+//! The same gateway, the same load at half of what it can take with the broker there (found first, in a closed loop
+//! that holds the backlog down); its p99 with the broker stopped against its p99 with the broker there. An open loop: a
+//! gateway that stalls pays for what should have been sent meanwhile. Each round has a fresh broker and a fresh
+//! gateway.
 
 use std::sync::Arc;
 use std::time::Duration;

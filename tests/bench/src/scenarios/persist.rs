@@ -2,8 +2,8 @@
 //!
 //! Both write to the same server and the same tables, each run to a database of its own, on as many connections and in
 //! batches as large as the worker's defaults. What the worker does more: it pulls from NATS, reads JSON, acknowledges,
-//! and survives. Rates are of COMMITs, by PostgreSQL's own record of when each was, so starting up is in neither; rows are
-//! counted afterwards.
+//! and survives. Rates are of COMMITs, by PostgreSQL's own record of when each was, so starting up is in neither; rows
+//! are counted afterwards.
 
 use std::sync::Arc;
 use std::time::Duration;
