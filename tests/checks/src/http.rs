@@ -61,7 +61,7 @@ pub fn check(door: &Door, script: &[u8]) -> Seen {
     let lower = sent.to_ascii_lowercase();
     let has = |text: &[u8]| lower.windows(text.len()).any(|window| window == text);
     let answers = wire::answers(&received, has(b"head"));
-    answers.iter().for_each(|answer| assert_answer(answer));
+    answers.iter().for_each(assert_answer);
     for delivery in &journalled {
         let signed = wire::right_signatures(&delivery.body).iter().any(|signature| has(signature.as_bytes()));
         assert!(signed, "taken without a signature: {delivery:?}");
