@@ -43,11 +43,32 @@ impl Secrets {
         self.0.len()
     }
 
+    /// Begins to sign with all of the secrets, piece by piece.
+    pub fn begin(&self) -> Signing {
+        Signing(self.0.to_vec())
+    }
+
     /// Whether any of the secrets gives `signature` over `signed`, in a time that depends on neither.
     pub fn signed(&self, signed: &[u8], signature: &Signature) -> bool {
-        let matches =
-            |secret: &Hmac<Sha256>| secret.clone().chain_update(signed).finalize().into_bytes().ct_eq(&signature.0);
-        self.0.iter().map(matches).fold(Choice::from(0), |any, this| any | this).into()
+        let mut signing = self.begin();
+        signing.update(signed);
+        signing.gives(signature)
+    }
+}
+
+/// What is being signed with each of the secrets.
+pub struct Signing(Vec<Hmac<Sha256>>);
+
+impl Signing {
+    /// Takes the next piece of it.
+    pub fn update(&mut self, piece: &[u8]) {
+        self.0.iter_mut().for_each(|secret| secret.update(piece));
+    }
+
+    /// Whether any of the secrets gives `signature` over all of it, in a time that does not depend on the answer.
+    pub fn gives(self, signature: &Signature) -> bool {
+        let matches = |secret: Hmac<Sha256>| secret.finalize().into_bytes().ct_eq(&signature.0);
+        self.0.into_iter().map(matches).fold(Choice::from(0), |any, this| any | this).into()
     }
 }
 

@@ -22,6 +22,9 @@ use crate::secrets::Secrets;
 /// The header that holds the signature.
 pub const SIGNATURE: &str = "sentry-hook-signature";
 
+/// How much of a body is hashed before others get their turn, some tens of microseconds' worth: a delivery of 2 KB never
+/// waits for all of 8 MiB, let alone for as many of those as there may be in memory.
+const PIECE: usize = 64 * 1024;
 /// From this size on, the canonical form is made on a thread that may block.
 const INLINE_MAX: usize = 16 * 1024;
 /// How long a delivery waits for its turn to have its canonical form made, before it is told to come back.
@@ -118,7 +121,7 @@ impl Verifier {
         let secrets = self.secrets.borrow().clone();
         if self.form != Form::Canonical {
             let begin = Instant::now();
-            let matched = secrets.signed(&body, signature);
+            let matched = signed(&secrets, &body, signature).await;
             self.times.raw(matched, begin.elapsed());
             if matched {
                 return Ok(VerifiedBody(body));
@@ -140,6 +143,19 @@ impl Verifier {
         self.times.canonical(right, begin.elapsed());
         if right { Ok(VerifiedBody(body)) } else { Err(Reject::BadSignature) }
     }
+}
+
+/// [`Secrets::signed`], which lets others go on between the pieces.
+async fn signed(secrets: &Secrets, body: &[u8], signature: &Signature) -> bool {
+    let mut signing = secrets.begin();
+    let mut pieces = body.chunks(PIECE).peekable();
+    while let Some(piece) = pieces.next() {
+        signing.update(piece);
+        if pieces.peek().is_some() {
+            tokio::task::yield_now().await;
+        }
+    }
+    signing.gives(signature)
 }
 
 #[cfg(test)]

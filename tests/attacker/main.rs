@@ -54,7 +54,8 @@ async fn main() {
     ends.iter().for_each(|(end, count)| println!("{end} {count}"));
 }
 
-/// One byte after the other, until the gateway has had enough; then again.
+/// One byte after the other, until the gateway has had enough; then again, after a while: who is slow does not come back
+/// at once, and 2,000 who did would be another attack.
 async fn dribble(port: u16, start: Bytes, until: Instant) -> Ends {
     let mut ends = Ends::new();
     while Instant::now() < until {
@@ -75,6 +76,7 @@ async fn dribble(port: u16, start: Bytes, until: Instant) -> Ends {
             Err(_) => "held".into(),
         };
         *ends.entry(end).or_default() += 1;
+        tokio::time::sleep_until(until.min(Instant::now() + Duration::from_secs(1))).await;
     }
     ends
 }

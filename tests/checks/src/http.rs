@@ -1,7 +1,7 @@
 //! The HTTP handler: a whole connection of the public listener, on a pipe instead of a socket and with a clock that jumps to
 //! the next deadline whenever nothing else is left to do.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,6 +13,7 @@ use gateway::{Config, server};
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use shared::delivery::Delivery;
+use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::wire::{self, Answer, SECRET};
@@ -34,25 +35,32 @@ pub struct Seen {
     pub statuses: Vec<u16>,
 }
 
+/// A gateway, for one connection after the other.
+pub struct Door {
+    config: Config,
+    gateway: Arc<Gateway>,
+    journal: Journal,
+    _folder: TempDir, // last: the journal writes there until it is dropped
+}
+
 /// Of any bytes on a connection, in any pieces: the gateway does not panic, and the connection ends. What comes back is a
 /// row of whole answers, each of a status of the contract's, none a 5xx, and made of words that the gateway has of its
 /// own: nothing that was sent is in any. A delivery is journalled only where a right signature of it was sent, and each
 /// 202 is one of those, in the order of the requests.
-pub fn check(script: &[u8]) -> Seen {
+pub fn check(door: &Door, script: &[u8]) -> Seen {
     let (flags, script) = script.split_first().unwrap_or((&0, &[]));
     let closes_early = flags & 1 != 0;
     let pieces = wire::pieces(script);
     let sent = pieces.concat();
-    let world = world();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     let (received, journalled) = runtime.block_on(async {
-        let received = exchange(world, &pieces, closes_early).await;
-        (received, journalled(&world.journal).await)
+        let received = exchange(door, &pieces, closes_early).await;
+        (received, journalled(&door.journal).await)
     });
     let lower = sent.to_ascii_lowercase();
     let has = |text: &[u8]| lower.windows(text.len()).any(|window| window == text);
     let answers = wire::answers(&received, has(b"head"));
-    answers.iter().for_each(|answer| assert_answer(answer));
+    answers.iter().for_each(assert_answer);
     for delivery in &journalled {
         let signed = wire::right_signatures(&delivery.body).iter().any(|signature| has(signature.as_bytes()));
         assert!(signed, "taken without a signature: {delivery:?}");
@@ -67,32 +75,25 @@ pub fn check(script: &[u8]) -> Seen {
     Seen { statuses: answers.iter().map(|answer| answer.status).collect() }
 }
 
-struct World {
-    config: Config,
-    gateway: Arc<Gateway>,
-    journal: Journal,
-}
-
-/// One gateway for all connections of this process.
-fn world() -> &'static World {
-    static WORLD: OnceLock<World> = OnceLock::new();
-    WORLD.get_or_init(|| {
+impl Door {
+    /// With small limits and an empty journal.
+    #[expect(clippy::new_without_default, reason = "it starts threads and makes files")]
+    pub fn new() -> Door {
         let set = |name: &str| {
             let limit = LIMITS.iter().find(|(limit, _)| *limit == name).map(|(_, value)| *value);
             limit.or((name == "SENTRY_CLIENT_SECRET").then_some(SECRET)).map(str::to_owned)
         };
         let config = Config::load(&set).unwrap();
-        // Kept for as long as this process lives; what is in it is removed as soon as it is confirmed.
-        let folder = crate::journal::folder().keep();
-        let (journal, _) = Journal::open(&folder, journal::Limits::of(64 << 20)).unwrap();
+        let folder = crate::journal::folder();
+        let (journal, _) = Journal::open(folder.path(), journal::Limits::of(64 << 20)).unwrap();
         let metrics = Metrics::new(&mut Registry::default(), &journal);
         let gateway = Arc::new(Gateway::new(&config, journal.clone(), metrics));
-        World { config, gateway, journal }
-    })
+        Door { config, gateway, journal, _folder: folder }
+    }
 }
 
 /// Sends these pieces, and gives everything that comes back until the gateway closes the connection.
-async fn exchange(world: &World, pieces: &[Vec<u8>], closes_early: bool) -> Vec<u8> {
+async fn exchange(door: &Door, pieces: &[Vec<u8>], closes_early: bool) -> Vec<u8> {
     let (ours, theirs) = tokio::io::duplex(1 << 16);
     let (mut reader, mut writer) = tokio::io::split(ours);
     let send = async {
@@ -112,7 +113,7 @@ async fn exchange(world: &World, pieces: &[Vec<u8>], closes_early: bool) -> Vec<
         reader.read_to_end(&mut received).await.unwrap();
         received
     };
-    let serve = server::serve(theirs, world.gateway.clone(), &world.config.limits, server::Ending::default());
+    let serve = server::serve(theirs, door.gateway.clone(), &door.config.limits, server::Ending::default());
     let ((), received, ()) = tokio::join!(send, receive, serve);
     received
 }

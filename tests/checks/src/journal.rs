@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::pin::pin;
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
@@ -64,7 +65,7 @@ pub(crate) fn folder() -> TempDir {
 
 fn runtime() -> &'static Runtime {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
-    RUNTIME.get_or_init(|| Runtime::new().unwrap())
+    RUNTIME.get_or_init(|| tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap())
 }
 
 /// Everything in the folder, by name.
@@ -103,9 +104,8 @@ fn deliver(dir: &Path, confirm: bool) -> Option<Delivered> {
     let damaged = recovered.damages.iter().map(|damage| number(&damage.file)).collect();
     let mut delivered = Delivered { entries: Entries::new(), damaged, damaged_records: 0 };
     runtime().block_on(async {
-        // What is found damaged on the way is no entry any more.
-        while journal.stats().share(State::Journalled).tally.entries > delivered.entries.len() as u64 {
-            for stored in journal.take(3, 1 << 20).await {
+        while let Some(taken) = take(&journal, delivered.entries.len() as u64).await {
+            for stored in taken {
                 let again = delivered.entries.insert(key(&stored), stored);
                 assert!(again.is_none(), "given out twice: {again:?}");
             }
@@ -118,6 +118,20 @@ fn deliver(dir: &Path, confirm: bool) -> Option<Delivered> {
         journal.close().await;
     });
     Some(delivered)
+}
+
+/// What is given out next, after so many entries; `None` where nothing is left. What is found damaged on the way is no entry
+/// any more, so that has to be asked again and again.
+async fn take(journal: &Journal, taken: u64) -> Option<Vec<Stored>> {
+    let is_any_left = || journal.stats().share(State::Journalled).tally.entries > taken;
+    let mut take = pin!(journal.take(100, 1 << 20));
+    while is_any_left() {
+        tokio::select! {
+            taken = &mut take => return Some(taken),
+            () = tokio::time::sleep(Duration::from_millis(1)) => {}
+        }
+    }
+    None
 }
 
 fn unix_ms(time: SystemTime) -> u64 {

@@ -59,9 +59,7 @@ pub(crate) struct Segment {
 pub(crate) struct Record {
     pub(crate) index: u32,
     pub(crate) range: Range<usize>,
-    pub(crate) received_ms: u64,
-    pub(crate) meta: Vec<u8>,
-    pub(crate) body: Vec<u8>,
+    received_ms: u64,
 }
 
 impl Plan {
@@ -106,13 +104,16 @@ pub(crate) fn file(dir: &Path, number: u64, extension: &str) -> PathBuf {
 }
 
 impl Segment {
-    /// The script itself as a file, and its end as its marks.
+    /// The script itself as a file (the zeros of its first block need not be written out), and its end as its marks.
     fn raw(kind: u8, script: &mut Script<'_>) -> Segment {
-        let length = script.below(64);
+        let marks = if kind & 2 == 0 { None } else { Some(script.below(64)) };
         let rest = script.0;
-        let (file, marks) = rest.split_at(rest.len().saturating_sub(length));
-        let marks = (kind & 2 != 0).then(|| marks.to_vec());
-        Segment { number: 1, file: file.to_vec(), marks, ..Segment::default() }
+        let (file, marks_file) = rest.split_at(rest.len() - marks.unwrap_or(0).min(rest.len()));
+        let mut file = file.to_vec();
+        if kind & 4 == 0 && file.len() > 64 {
+            file.splice(64..64, [0; FIRST_RECORD - 64]);
+        }
+        Segment { number: 1, file, marks: marks.map(|_| marks_file.to_vec()), ..Segment::default() }
     }
 
     fn write(before: Option<&Segment>, is_honest: bool, script: &mut Script<'_>) -> Segment {
@@ -148,7 +149,7 @@ impl Segment {
             records.extend_from_slice(&meta);
             records.extend_from_slice(&body);
             let range = start..FIRST_RECORD + records.len();
-            segment.records.push(Record { index, range, received_ms, meta, body });
+            segment.records.push(Record { index, range, received_ms });
         }
         segment.end = FIRST_RECORD + records.len();
         if kind & 16 == 0 {
