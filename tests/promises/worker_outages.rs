@@ -222,10 +222,7 @@ async fn a_database_that_hangs_for_a_minute() {
 }
 
 /// The primary hangs and the standby takes its place.
-///
-/// `cargo test -p tests a_primary_that_hangs_is_left -- --ignored`
 #[tokio::test]
-#[ignore = "takes up to a minute"]
 async fn a_primary_that_hangs_is_left_for_the_one_that_took_its_place() {
     let scratch = Scratch::new("failover").unwrap();
     let server = async |name: &str| {

@@ -23,6 +23,9 @@ const PROVEN_FOR: Duration = Duration::from_secs(3);
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 /// A server that has answered no question for so long is not waited for: another may have taken its place.
 const SILENT_FOR: Duration = Duration::from_secs(15);
+/// A batch that takes so long, though questions are answered, is tried a second time beside the first: its connection may
+/// lead to a server that hangs, and the answers come from the one that took its place.
+const SLOW_AFTER: Duration = Duration::from_secs(15);
 /// How often is looked whether a question is due.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -109,10 +112,22 @@ impl Database {
         let begin = Instant::now();
         let outcome = tokio::select! {
             stored = self.store.persist(batch) => stored,
+            stored = self.second_try(batch) => Ok(stored),
             () = silence => Err(silent(SILENT_FOR)),
         };
         self.metrics.tried(&outcome, begin.elapsed());
         outcome
+    }
+
+    /// The same batch on a new connection, begun when the first try takes long, and worth its end only if it succeeds. At a
+    /// server that is merely slow it waits for the first one's COMMIT, and finds everything known.
+    async fn second_try(&self, batch: &Batch) -> Stored {
+        sleep(SLOW_AFTER).await;
+        self.store.forget_idle(); // they may lead to the same server
+        match self.store.persist(batch).await {
+            Ok(stored) => stored,
+            Err(_) => std::future::pending().await,
+        }
     }
 
     /// Asks whether it answers, whenever no batch has shown it for a while. Never returns.

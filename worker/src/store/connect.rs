@@ -8,12 +8,14 @@ use std::pin::Pin;
 use deadpool_postgres::Connect;
 use shared::tls;
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Client, Config, Error, NoTls, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
+use super::pool::CLIENT_WITHIN;
 use super::tls::{Mode, NAMES};
 use super::url::{DatabaseUrl, Server};
 use super::{Outage, sqlstate};
@@ -29,16 +31,17 @@ impl Connect for Connector {
         let config = config.clone();
         Box::pin(async move {
             // In any order: a primary that hangs takes connections and says nothing, and may not be the first each time.
+            // And none of several gets all the time there is.
             let mut servers: Vec<_> = self.0.servers().iter().collect();
             fastrand::shuffle(&mut servers);
-            let mut failed = None;
+            let share = CLIENT_WITHIN / u32::try_from(servers.len()).unwrap_or(u32::MAX);
+            let last = servers.pop().expect("a DatabaseUrl has a server");
             for server in servers {
-                match self.server(server, &server.configure(&config)).await {
-                    Ok(connected) => return Ok(connected),
-                    Err(error) => failed = Some(error),
+                if let Ok(Ok(connected)) = timeout(share, self.server(server, &server.configure(&config))).await {
+                    return Ok(connected);
                 }
             }
-            Err(failed.expect("a DatabaseUrl has a server"))
+            self.server(last, &last.configure(&config)).await
         })
     }
 }

@@ -309,6 +309,11 @@ impl Store {
         Connections { idle, used: status.size - idle, waiting: status.waiting }
     }
 
+    /// Closes the connections that nobody uses.
+    pub fn forget_idle(&self) {
+        self.pool.retain(|_, _| false);
+    }
+
     /// A connection, for the commands that read.
     ///
     /// # Errors

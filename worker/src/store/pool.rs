@@ -12,7 +12,7 @@ use super::{Class, Outage, StoreError};
 /// How long one host may take to accept a connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 /// How long a new connection may take, over all hosts, login included; and how long a caller waits for a free one.
-const CLIENT_WITHIN: Duration = Duration::from_secs(10);
+pub(super) const CLIENT_WITHIN: Duration = Duration::from_secs(10);
 /// How long the server may take to answer one statement, or two that were sent together. Longer than twice its own
 /// `statement_timeout`, so that it is the server that gives up first and says why.
 pub(crate) const ANSWER_WITHIN: Duration = Duration::from_secs(130);
