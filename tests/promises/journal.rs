@@ -210,9 +210,13 @@ async fn a_delivery_that_nats_refuses_for_its_size_delays_no_other_and_goes_when
     }
     let aside = || async { (world.metric("gateway_journal_entries{state=\"set_aside\"}").await == 1.0).then_some(()) };
     eventually("the large one to be set aside", aside).await;
-    let (code, status, _) = world.gateway_command(&["journal", "status"]);
-    assert_eq!(code, Some(0));
-    assert!(status.lines().any(|line| line.starts_with("set_aside") && line.contains(" 1 ")), "{status}");
+    // The command reads what the gateway has written of it, which it does once a second.
+    let shown = || async {
+        let (code, status, _) = world.gateway_command(&["journal", "status"]);
+        assert_eq!(code, Some(0));
+        status.lines().any(|line| line.starts_with("set_aside") && line.contains(" 1 ")).then_some(())
+    };
+    eventually("the command to show it", shown).await;
     world.nats.stop().await.unwrap();
     world.nats.options.max_payload = None;
     world.nats.start_again().await.unwrap();
