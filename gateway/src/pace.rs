@@ -26,7 +26,7 @@ enum Phase {
     Waiting { until: Instant },
     /// A request has begun, and its headers are not whole.
     Headers { until: Instant },
-    /// A request is handled: the so-manieth of this connection.
+    /// A request is handled, the connection's request of this number.
     Request(u64),
 }
 

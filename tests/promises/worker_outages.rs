@@ -244,9 +244,11 @@ async fn a_primary_that_hangs_is_left_for_the_one_that_took_its_place() {
     world.all_acknowledged().await;
 
     primary.process().freeze().unwrap();
-    looking.batch_execute("ALTER DATABASE door RESET default_transaction_read_only").await.unwrap();
     let begin = Instant::now();
     let id = world.post(fixture!("issue_created")).await.accepted();
+    // Nobody takes its place at once: by now the worker has found nobody that does.
+    wait_for_outage(&world, "").await;
+    looking.batch_execute("ALTER DATABASE door RESET default_transaction_read_only").await.unwrap();
     eventually("the new primary to have it", || async {
         let stored = "SELECT 1 FROM ingest.deliveries WHERE delivery_id = $1";
         looking.query_opt(stored, &[&id]).await.unwrap()

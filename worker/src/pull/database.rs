@@ -119,14 +119,17 @@ impl Database {
         outcome
     }
 
-    /// The same batch on a new connection, begun when the first try takes long, and worth its end only if it succeeds. At a
-    /// server that is merely slow it waits for the first one's COMMIT, and finds everything known.
+    /// The same batch on a new connection, begun when the first try takes long, and again until it succeeds: another server
+    /// may still be taking the first one's place. At one that is merely slow it waits for the first try's COMMIT, and finds
+    /// everything known.
     async fn second_try(&self, batch: &Batch) -> Stored {
         sleep(SLOW_AFTER).await;
-        self.store.forget_idle(); // they may lead to the same server
-        match self.store.persist(batch).await {
-            Ok(stored) => stored,
-            Err(_) => std::future::pending().await,
+        loop {
+            self.store.forget_idle(); // they may lead to the same server
+            if let Ok(stored) = self.store.persist(batch).await {
+                return stored;
+            }
+            sleep(LOOK_EVERY).await;
         }
     }
 
