@@ -165,5 +165,5 @@ fn assert_complete(plan: &Plan, delivered: &Delivered) {
 /// Whether the marks let it go. A byte that says that there is no entry is none that a gateway writes, and counts for
 /// nothing.
 fn is_settled(segment: &Segment, index: u32) -> bool {
-    segment.states.get(index as usize).is_some_and(|state| state & SETTLED != 0)
+    segment.states().get(index as usize).is_some_and(|state| state & SETTLED != 0)
 }

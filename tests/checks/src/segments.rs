@@ -46,8 +46,9 @@ pub(crate) struct Segment {
     pristine: Vec<u8>,
     pub(crate) records: Vec<Record>,
     pub(crate) marks: Option<Vec<u8>>,
-    /// What intact marks say; empty where there are none.
-    pub(crate) states: Vec<u8>,
+    pristine_marks: Option<Vec<u8>>,
+    /// What the pristine marks say.
+    states: Vec<u8>,
     /// Where the records end.
     end: usize,
     is_sealed: bool,
@@ -170,6 +171,7 @@ impl Segment {
             segment.states = states.iter().map(|state| state & written).collect();
             segment.marks = Some(marks(marker, &segment.states));
         }
+        segment.pristine_marks.clone_from(&segment.marks);
         segment.pristine.clone_from(&file);
         segment.file = file;
         segment
@@ -197,7 +199,6 @@ impl Segment {
                 if let Some(marks) = &mut self.marks {
                     let at = at % marks.len();
                     marks[at] ^= xor;
-                    self.states.clear();
                 }
             }
             _ => {
@@ -212,6 +213,11 @@ impl Segment {
         if self.file.len() < least {
             self.file.resize(least, 0);
         }
+    }
+
+    /// What intact marks say; nothing where there are none. (Damage upon damage may mend what it broke.)
+    pub(crate) fn states(&self) -> &[u8] {
+        if self.marks == self.pristine_marks { &self.states } else { &[] }
     }
 
     pub(crate) fn is_intact(&self, range: Range<usize>) -> bool {

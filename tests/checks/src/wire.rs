@@ -81,6 +81,8 @@ pub(crate) struct Answer {
     /// Names in lower case.
     pub(crate) headers: Vec<(String, String)>,
     pub(crate) body: Vec<u8>,
+    /// It announces a body and has none, as one to HEAD.
+    pub(crate) is_to_head: bool,
 }
 
 impl Answer {
@@ -109,14 +111,15 @@ pub(crate) fn answers(mut bytes: &[u8], asked_for_heads: bool) -> Vec<Answer> {
             assert!(value.bytes().all(|byte| matches!(byte, b' '..=b'~')), "{line:?}");
             (name.to_ascii_lowercase(), value.to_owned())
         };
-        let mut answer = Answer { status, headers: lines.map(header).collect(), body: Vec::new() };
+        let mut answer = Answer { status, headers: lines.map(header).collect(), body: Vec::new(), is_to_head: false };
         if status == 100 {
             assert!(answer.headers.is_empty());
             continue;
         }
         let length: usize = answer.header("content-length").expect("a length").parse().expect("a number");
-        let is_to_head = asked_for_heads && [404, 405].contains(&status) && !bytes.starts_with(b"{");
-        if !is_to_head {
+        // 400: without a host, or with two.
+        answer.is_to_head = asked_for_heads && [400, 404, 405].contains(&status) && !bytes.starts_with(b"{");
+        if !answer.is_to_head {
             let (body, rest) = bytes.split_at_checked(length).expect("a whole body");
             answer.body = body.to_vec();
             bytes = rest;
