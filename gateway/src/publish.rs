@@ -199,7 +199,6 @@ impl Shared {
             }
         };
         let receipt_to = ReceiptTo::new(self.journal.gateway_id(), place);
-        let headers = delivery.headers(u32::from(repeats), &receipt_to);
         let (id, trace) = (&delivery.id, delivery.trace_id());
         let backoff = ExponentialBuilder::default()
             .with_min_delay(Duration::from_millis(50))
@@ -207,7 +206,8 @@ impl Shared {
             .with_jitter()
             .without_max_times();
         let subject = delivery.subject();
-        let published = (|| self.try_publish(&subject, &headers, &delivery.body))
+        let headers = || delivery.headers(u32::from(repeats), &receipt_to); // the client takes them as its own
+        let published = (|| self.try_publish(&subject, headers(), &delivery.body))
             .retry(backoff)
             .when(|error| matches!(error, NotPublished::Later(..)))
             .notify(|error, _| {
@@ -242,11 +242,11 @@ impl Shared {
     }
 
     /// One try: the sequence at which JetStream has it.
-    async fn try_publish(&self, subject: &str, headers: &HeaderMap, body: &Bytes) -> Result<u64, NotPublished> {
+    async fn try_publish(&self, subject: &str, headers: HeaderMap, body: &Bytes) -> Result<u64, NotPublished> {
         let stream = self.link_is_up().await;
         let begin = Instant::now();
         let acked = async {
-            let publish = self.context.publish_with_headers(subject.to_owned(), headers.clone(), body.clone());
+            let publish = self.context.publish_with_headers(subject.to_owned(), headers, body.clone());
             publish.await?.await
         };
         match tokio::time::timeout(ACK_WITHIN, acked).await {

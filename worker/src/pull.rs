@@ -3,9 +3,10 @@
 //! pull -> interpret -> store -> ack -> receipt, and never in another order: a message is acknowledged only after the
 //! COMMIT that stores it, so a crash anywhere repeats the batch, and the ledger makes the repeat harmless.
 //!
-//! What a worker holds is what its pullers have in hand, one batch each, and no more: [`requests`] asks for nothing
-//! ahead. While a batch waits for [`database`], the server is told that it is worked on ([`session`]); when the
-//! worker is asked to stop, it is handed back.
+//! What a worker holds is what its pullers have in hand, one batch each, and no more: [`requests`] asks for the next
+//! only once the one before is stored (then it is acknowledged while the next is on its way). While a batch waits for
+//! [`database`], the server is told that it is worked on ([`session`]); when the worker is asked to stop, it is handed
+//! back.
 
 mod database;
 mod requests;
@@ -18,6 +19,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::{self, Message};
+use futures_util::future::join;
 use shared::delivery::Delivery;
 use shared::stream::ACK_WAIT;
 use time::OffsetDateTime;
@@ -56,21 +58,30 @@ impl Puller<'_> {
         let context = jetstream::new(self.session.client().clone());
         let requests = Requests::open(self.session.client(), &context, self.consumer.clone(), self.batch_max);
         let mut requests = requests.await.context("cannot pull")?;
+        let mut stored = Vec::new();
         loop {
-            let batch = tokio::select! {
-                () = shutdown.cancelled() => break,
-                () = self.session.over() => return Ok(()),
-                batch = async { self.database.available().await; requests.next().await } => batch,
+            let pulled = async {
+                tokio::select! {
+                    () = shutdown.cancelled() => None,
+                    () = self.session.over() => None,
+                    batch = async { self.database.available().await; requests.next().await } => Some(batch),
+                }
             };
-            self.take(batch.context("pulling ended")?, shutdown).await;
+            // One batch is acknowledged while the next is on its way, so that PostgreSQL waits for neither.
+            let (pulled, ()) = join(pulled, self.acknowledge(stored)).await;
+            let Some(messages) = pulled else { break };
+            stored = self.store(messages.context("pulling ended")?, shutdown).await.unwrap_or_default();
         }
-        // Delivered in the last moment: another worker can have it at once.
-        self.session.hand_back(&requests.close().await).await;
+        if !self.session.is_over() {
+            // Delivered in the last moment: another worker can have it at once.
+            self.session.hand_back(&requests.close().await).await;
+        }
         Ok(())
     }
 
-    /// One batch: read it, store it however long that takes, acknowledge it. Handed back where `shutdown` comes first.
-    async fn take(&self, messages: Vec<Message>, shutdown: &CancellationToken) {
+    /// One batch: read it, store it however long that takes. Gives its messages back once they are stored; none where
+    /// they are not, or were handed back because `shutdown` came first.
+    async fn store(&self, messages: Vec<Message>, shutdown: &CancellationToken) -> Option<Vec<Message>> {
         self.database.metrics().pulled(messages.len());
         let (messages, batch) = read_all(messages).await;
         // Tried again for as long as the session lasts; what is not stored by then comes again in the next.
@@ -81,16 +92,25 @@ impl Puller<'_> {
         };
         let stored = tokio::select! {
             stored = stored => stored,
-            () = shutdown.cancelled() => return self.session.hand_back(&messages).await,
+            () = shutdown.cancelled() => {
+                self.session.hand_back(&messages).await;
+                None
+            }
             () = kept => unreachable!("it never ends"),
         };
-        if let Some(stored) = stored {
-            let unconfirmed = self.session.acknowledge(&messages).await;
-            self.database.metrics().acks_unconfirmed(unconfirmed);
-            // Also where the ack came too late: it is stored, and a receipt names the gateway's place, no sequence.
-            receipt::send(self.session.client(), &messages).await;
-            tell(&stored, &batch);
+        tell(&stored?, &batch);
+        Some(messages)
+    }
+
+    /// Acknowledges messages that are stored, and tells the gateways that they are.
+    async fn acknowledge(&self, stored: Vec<Message>) {
+        if stored.is_empty() {
+            return;
         }
+        let unconfirmed = self.session.acknowledge(&stored).await;
+        self.database.metrics().acks_unconfirmed(unconfirmed);
+        // Also where the ack came too late: it is stored, and a receipt names the gateway's place, no sequence.
+        receipt::send(self.session.client(), &stored).await;
     }
 
     /// Three times within the consumer's ack wait, which somebody may have set to less than ours.

@@ -339,14 +339,16 @@ impl Journal {
     /// Reads entries from disk, away from the threads that serve requests. Those that cannot be read are left out.
     async fn fetch(&self, located: Vec<Located>) -> Vec<Stored> {
         let handle = self.clone();
-        let read = move || located.iter().filter_map(|entry| handle.read_or_report(entry).ok()).collect();
+        let read = move || {
+            let read = read::read_each(&located);
+            read.filter_map(|(entry, read)| handle.reported(entry.place, read).ok()).collect()
+        };
         // Cancelled only when the runtime goes down, and then nobody publishes any more.
         tokio::task::spawn_blocking(read).await.unwrap_or_default()
     }
 
-    fn read_or_report(&self, entry: &Located) -> Result<Stored, ReadError> {
-        let read = read::read(entry);
-        let place = entry.place;
+    /// Counts and tells what is wrong with an entry, where something is.
+    fn reported(&self, place: Place, read: Result<Stored, ReadError>) -> Result<Stored, ReadError> {
         match &read {
             Ok(_) | Err(ReadError::Unknown) => {}
             Err(ReadError::Damaged) => {
@@ -374,7 +376,7 @@ impl Journal {
     pub async fn read(&self, place: Place) -> Result<Stored, ReadError> {
         let located = self.0.shared.table().locate(place).ok_or(ReadError::Unknown)?;
         let handle = self.clone();
-        let read = tokio::task::spawn_blocking(move || handle.read_or_report(&located)).await;
+        let read = tokio::task::spawn_blocking(move || handle.reported(place, read::read(&located))).await;
         read.unwrap_or(Err(ReadError::Unknown))
     }
 

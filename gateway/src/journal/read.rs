@@ -1,8 +1,10 @@
-//! Fetches one entry from disk.
+//! Fetches entries from disk.
 
-use std::fs::File;
 use std::io;
+use std::iter;
 use std::os::unix::fs::FileExt;
+use std::slice;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::{Bytes, BytesMut};
@@ -10,6 +12,10 @@ use bytes::{Bytes, BytesMut};
 use super::format::{self, Marker, RECORD_HEADER, RecordHeader};
 use super::place::Place;
 use super::table::Located;
+
+/// Records that follow each other are read together, up to so many bytes. Together they also stay in memory, until the last
+/// of them is done with.
+const RUN_BYTES: u64 = 256 * 1024;
 
 /// An entry as it was appended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,10 +48,60 @@ pub enum ReadError {
     Disk(#[source] io::Error),
 }
 
+/// Reads and checks these records, each for itself: what is wrong with one is not held against another. Blocks.
+pub(super) fn read_each(entries: &[Located]) -> impl Iterator<Item = (&Located, Result<Stored, ReadError>)> {
+    runs(entries).flat_map(|run| {
+        let mut bytes = read_run(run).ok();
+        run.iter().map(move |entry| match &mut bytes {
+            Some(bytes) => (entry, check(entry, bytes.split_to(bytes.len().min(length(entry))))),
+            None => (entry, read(entry)), // some of it the disk will not give, or the file ends early
+        })
+    })
+}
+
 /// Reads and checks the record. Blocks.
 pub(super) fn read(entry: &Located) -> Result<Stored, ReadError> {
-    let stored = read_record(&entry.file, entry.marker, entry.offset, entry.length)?;
-    let (header, meta, body) = stored;
+    let bytes = read_run(slice::from_ref(entry)).map_err(|error| {
+        let cut_short = error.kind() == io::ErrorKind::UnexpectedEof;
+        if cut_short { ReadError::Damaged } else { ReadError::Disk(error) }
+    })?;
+    check(entry, bytes)
+}
+
+/// Cuts `entries` where the next record does not lie right behind the one before, in the same file, or there are enough.
+fn runs(entries: &[Located]) -> impl Iterator<Item = &[Located]> {
+    let mut rest = entries;
+    iter::from_fn(move || {
+        let first = rest.first()?;
+        let mut end = first.offset + first.length;
+        let follows = |next: &&Located| {
+            let is_next = Arc::ptr_eq(&next.file, &first.file) && next.offset == end;
+            end = next.offset + next.length;
+            is_next && end - first.offset <= RUN_BYTES
+        };
+        let others = rest[1..].iter().take_while(follows).count();
+        let (run, left) = rest.split_at(1 + others);
+        rest = left;
+        Some(run)
+    })
+}
+
+/// The bytes of one such run.
+fn read_run(run: &[Located]) -> io::Result<Bytes> {
+    let mut bytes = BytesMut::zeroed(run.iter().map(length).sum());
+    if let Some(first) = run.first() {
+        first.file.read_exact_at(&mut bytes, first.offset)?;
+    }
+    Ok(bytes.freeze())
+}
+
+fn length(entry: &Located) -> usize {
+    usize::try_from(entry.length).expect("where a record begins is 32 bits wide, and so is how long it can be")
+}
+
+/// The entry in the bytes of its record.
+fn check(entry: &Located, bytes: Bytes) -> Result<Stored, ReadError> {
+    let (header, meta, body) = check_record(&bytes, entry.marker, entry.offset)?;
     // Its place says which entry it is; a record of another one there would be confirmed in its stead.
     if header.index != entry.place.index {
         return Err(ReadError::Damaged);
@@ -54,24 +110,13 @@ pub(super) fn read(entry: &Located) -> Result<Stored, ReadError> {
     Ok(Stored { place: entry.place, received_at, meta, body, repeats: entry.repeats })
 }
 
-/// The intact record at `offset`, of exactly `length` bytes: its header, header block and body. One read, no copy.
-pub(super) fn read_record(
-    file: &File,
-    marker: Marker,
-    offset: u64,
-    length: u64,
-) -> Result<(RecordHeader, Bytes, Bytes), ReadError> {
-    let length = usize::try_from(length).map_err(|_| ReadError::Damaged)?;
-    let mut bytes = BytesMut::zeroed(length);
-    file.read_exact_at(&mut bytes, offset).map_err(|error| {
-        let cut_short = error.kind() == io::ErrorKind::UnexpectedEof;
-        if cut_short { ReadError::Damaged } else { ReadError::Disk(error) }
-    })?;
-    let header = RecordHeader::decode(&bytes, marker, offset).ok_or(ReadError::Damaged)?;
-    if header.record_length() != length as u64 {
+/// The intact record that `bytes` are, which were read at `offset`: its header, header block and body. No copy.
+fn check_record(bytes: &Bytes, marker: Marker, offset: u64) -> Result<(RecordHeader, Bytes, Bytes), ReadError> {
+    let header = RecordHeader::decode(bytes, marker, offset).ok_or(ReadError::Damaged)?;
+    if header.record_length() != bytes.len() as u64 {
         return Err(ReadError::Damaged);
     }
-    let mut meta = bytes.freeze().split_off(RECORD_HEADER);
+    let mut meta = bytes.slice(RECORD_HEADER..);
     let body = meta.split_off(header.meta_length as usize);
     if format::payload_crc(&meta, &body) != header.payload_crc {
         return Err(ReadError::Damaged);
@@ -88,4 +133,72 @@ pub(super) fn unix_time(ms: u64) -> SystemTime {
 pub(super) fn unix_ms(time: SystemTime) -> u64 {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    const MARKER: Marker = Marker([7; 8]);
+
+    /// A file with entries of these body lengths, one behind the other.
+    fn written(lengths: &[usize]) -> (Arc<File>, Vec<Located>) {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let (mut entries, mut offset) = (Vec::new(), 0);
+        for (index, &length) in (0..).zip(lengths) {
+            let body = vec![b'x'; length];
+            let header = RecordHeader {
+                payload_crc: format::payload_crc(b"", &body),
+                index,
+                meta_length: 0,
+                body_length: u32::try_from(length).unwrap(),
+                synced: 0,
+                received_ms: 0,
+            };
+            file.write_all_at(&header.encode(MARKER, offset), offset).unwrap();
+            file.write_all_at(&body, offset + RECORD_HEADER as u64).unwrap();
+            let place = Place { segment: 1, index, check: 0 };
+            let length = header.record_length();
+            entries.push(Located { place, file: file.clone(), marker: MARKER, offset, length, repeats: 0 });
+            offset += length;
+        }
+        (file, entries)
+    }
+
+    fn lengths(entries: &[Located]) -> Vec<Option<usize>> {
+        let read = read_each(entries).zip(entries);
+        read.map(|((of, read), entry)| {
+            assert_eq!(of.place, entry.place);
+            read.ok().map(|stored| {
+                assert_eq!(stored.place, entry.place);
+                stored.body.len()
+            })
+        })
+        .collect()
+    }
+
+    #[test]
+    fn what_lies_together_is_read_together() {
+        let half = usize::try_from(RUN_BYTES / 2).unwrap();
+        let (_, mut entries) = written(&[1, 2, 3, half, half, 3 * half, 4]);
+        let cut = |entries: &[Located]| runs(entries).map(<[Located]>::len).collect::<Vec<_>>();
+        assert_eq!(cut(&entries), [4, 1, 1, 1]);
+        assert_eq!(lengths(&entries), [1, 2, 3, half, half, 3 * half, 4].map(Some));
+        entries.remove(1);
+        assert_eq!(cut(&entries), [1, 2, 1, 1, 1]);
+        entries.push(written(&[1]).1.remove(0)); // another file
+        assert_eq!(cut(&entries), [1, 2, 1, 1, 1, 1]);
+        assert!(cut(&[]).is_empty());
+    }
+
+    #[test]
+    fn what_is_wrong_with_one_is_not_held_against_another() {
+        let (file, entries) = written(&[10, 20, 30]);
+        file.write_all_at(b"y", entries[1].offset + RECORD_HEADER as u64).unwrap();
+        assert_eq!(lengths(&entries), [Some(10), None, Some(30)]);
+        file.set_len(entries[2].offset + 1).unwrap();
+        assert_eq!(lengths(&entries), [Some(10), None, None]);
+    }
 }

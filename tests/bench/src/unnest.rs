@@ -35,9 +35,8 @@ const SIGNALS: &str = "
 /// As the worker, and for its reason: a plan made while the table is empty would read the whole of it.
 const BY_KEY: &str = "SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off";
 
-/// As the worker's defaults.
+/// As the worker's default.
 const BATCH: u64 = 256;
-const CONNECTIONS: usize = 2;
 
 /// Rows ready to be sent, but for their payload.
 struct Row {
@@ -52,12 +51,17 @@ struct Row {
     payload: String,
 }
 
-/// Inserts `count` deliveries into a database that has the tables.
-pub(crate) async fn insert(database_url: &str, deliveries: &Arc<Deliveries>, count: u64) -> anyhow::Result<()> {
+/// Inserts `count` deliveries into a database that has the tables, in as many loops as there are to be connections.
+pub(crate) async fn insert(
+    database_url: &str,
+    deliveries: &Arc<Deliveries>,
+    count: u64,
+    connections: usize,
+) -> anyhow::Result<()> {
     let rows = (0..count).map(|n| row(&delivery(1, n, deliveries.body(n))?, n)).collect::<anyhow::Result<Vec<_>>>()?;
     let (rows, next) = (Arc::new(rows), Arc::new(AtomicU64::new(0)));
     let mut loops = vec![];
-    for _ in 0..CONNECTIONS {
+    for _ in 0..connections {
         let client = connect(database_url).await?;
         client.batch_execute(BY_KEY).await?;
         let statements = [client.prepare(LEDGER).await?, client.prepare(ISSUES).await?, client.prepare(SIGNALS).await?];

@@ -15,7 +15,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Bench, CONNECTIONS, Moment, Sample, absolutes, enough, ratios, throughput};
+use super::{Bench, CONNECTIONS, Moment, Sample, absolutes, enough, ratios, spread, throughput};
 use crate::bodies::Deliveries;
 use crate::load;
 use crate::load::closed::Load;
@@ -74,16 +74,17 @@ async fn published(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
     if let Err(error) = &python {
         report.note(format!("aiohttp + nats-py: SKIPPED, they are not here and could not be fetched: {error:#}"));
     }
-    let (mut bare, mut gateway, mut backlogs) = (vec![], vec![], vec![]);
+    let (mut bare, mut gateway, mut backlogs, mut broker) = (vec![], vec![], vec![], vec![]);
     let mut python_samples = SYNC.map(|_| vec![]);
     for _ in 0..bench.rounds() {
         let server = Server::bare_hyper(&bench.built, false).await?;
         bare.push(throughput(&server, &deliveries, CONNECTIONS, warm_up, measure).await?);
         drop(server);
         let span = bench.size(Duration::from_millis(500), Duration::from_secs(30));
-        let (sample, backlog) = sustained(bench, &deliveries, span).await?;
-        gateway.push(sample);
-        backlogs.push(backlog);
+        let sustained = sustained(bench, &deliveries, span).await?;
+        gateway.push(sustained.sample);
+        backlogs.push(sustained.longest);
+        broker.extend(sustained.broker_us);
         for (samples, (_, jetstream, _)) in python_samples.iter_mut().zip(SYNC) {
             let Ok(python) = &python else { continue };
             let nats = Nats::start(jetstream).await?;
@@ -93,6 +94,9 @@ async fn published(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
     }
     report.note(absolutes("16 KB, bare hyper", &bare));
     report.note(absolutes("16 KB, gateway, publishing", &gateway));
+    if !broker.is_empty() {
+        report.note(format!("16 KB, the broker behind the gateway: {} us CPU each", spread(broker)));
+    }
     report.note(format!("the longest backlog under that load was {} deliveries", Rounds::of(backlogs).max()));
     let reached = ratios(rates(&gateway), rates(&bare));
     report.line(Line::new("accept and publish 16 KB / bare hyper", Goal::AtLeast(0.40), "x", reached));
@@ -105,13 +109,22 @@ async fn published(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The rate at which the gateway accepts and publishes over that time (the CPU is for each accepted), and its longest
-/// backlog.
+/// What a gateway does that accepts and publishes.
+pub(super) struct Sustained {
+    /// Deliveries accepted and published; the CPU is the gateway's, for each accepted.
+    pub(super) sample: Sample,
+    /// Its longest backlog.
+    longest: f64,
+    /// CPU of the broker for each accepted, in microseconds, where the system tells.
+    broker_us: Option<f64>,
+}
+
+/// Has a gateway accept and publish for that time.
 pub(super) async fn sustained(
     bench: &Bench,
     deliveries: &Arc<Deliveries>,
     span: Duration,
-) -> anyhow::Result<(Sample, f64)> {
+) -> anyhow::Result<Sustained> {
     let nats = Nats::start("").await?;
     // More than is sent, so that the stream is not what ends it.
     let server = Server::gateway(&bench.built, &nats.url(), &[("NATS_MAX_BYTES", MAX_BYTES)]).await?;
@@ -119,6 +132,7 @@ pub(super) async fn sustained(
     let load = Load::start(server.port, deliveries, CONNECTIONS, None);
     let end = Instant::now() + span;
     let (before, mut longest) = (Moment::now(&server, &load), 0_f64);
+    let (answered, broker) = (load.answered(), process::cpu(nats.server.pid()));
     while Instant::now() < end {
         let backlog = server.backlog().await?;
         load.hold(backlog > BACKLOG);
@@ -128,11 +142,13 @@ pub(super) async fn sustained(
     load.hold(false);
     enough(&server, &load, before).await?;
     let after = Moment::now(&server, &load);
+    let broker = process::cpu(nats.server.pid()).zip(broker).map(|(after, before)| after.saturating_sub(before));
+    let broker_us = broker.map(|used| used.as_secs_f64() * 1e6 / (load.answered() - answered) as f64);
     let unpublished = server.backlog().await?;
     load::all_accepted(&load.stop().await?)?;
     let mut sample = after.since(before, process::peak_rss(server.pid()));
     sample.rate -= unpublished / after.seconds_since(before); // what was merely put off does not count
-    Ok((sample, longest))
+    Ok(Sustained { sample, longest, broker_us })
 }
 
 fn times(bench: &Bench) -> (Duration, Duration) {

@@ -39,7 +39,7 @@ async fn usual(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
     let mut samples = vec![];
     for _ in 0..bench.rounds() {
         let span = bench.size(Duration::from_millis(500), Duration::from_secs(5));
-        samples.push(sustained(bench, &deliveries, span).await?.0);
+        samples.push(sustained(bench, &deliveries, span).await?.sample);
     }
     let what = format!("gateway RSS, 16 KB x {CONNECTIONS} connections");
     memory(report, &what, Goal::AtMost(20.0), samples.iter().map(|sample| sample.rss));

@@ -20,8 +20,8 @@ use crate::stream::MAX_BYTES;
 pub(crate) async fn run(bench: &Bench) -> anyhow::Result<Report> {
     let mut report = Report::default();
     let deliveries = Arc::new(Deliveries::of_size(16 << 10, 5));
-    let (most, _) =
-        sustained(bench, &deliveries, bench.size(Duration::from_millis(500), Duration::from_secs(10))).await?;
+    let span = bench.size(Duration::from_millis(500), Duration::from_secs(10));
+    let most = sustained(bench, &deliveries, span).await?.sample;
     let plan = Plan {
         rate: most.rate / 2.0,
         connections: u32::try_from(CONNECTIONS)?,
