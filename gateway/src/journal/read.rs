@@ -15,7 +15,7 @@ use super::table::Located;
 
 /// Records that follow each other are read together, up to so many bytes. Together they also stay in memory, until the last
 /// of them is done with.
-const RUN_BYTES: u64 = 256 * 1024;
+const RUN_BYTES: u64 = 64 * 1024;
 
 /// An entry as it was appended.
 #[derive(Debug, Clone, PartialEq, Eq)]
