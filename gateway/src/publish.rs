@@ -98,10 +98,12 @@ impl Publisher {
         let noted = denied.clone();
         let client = nats.connect("gateway", readiness, move |event| note_denied(event, &noted)).await?;
         readiness.set("stream", Err("not looked at yet".into()));
+        let mut context = jetstream(client.clone());
+        context.set_timeout(ACK_WITHIN);
         Ok(Publisher(Arc::new(Shared {
             journal,
             nats: nats.clone(),
-            context: jetstream(client.clone()),
+            context,
             client,
             metrics,
             fit: watch::Sender::new(None),
@@ -255,15 +257,14 @@ impl Shared {
         let begin = Instant::now();
         let acked = async {
             let publish = self.context.publish_with_headers(subject.to_owned(), headers, body.clone());
-            publish.await?.await
+            publish.await?.await // within ACK_WITHIN, or TimedOut
         };
-        match tokio::time::timeout(ACK_WITHIN, acked).await {
-            Ok(Ok(ack)) => {
+        match acked.await {
+            Ok(ack) => {
                 self.metrics.published(begin.elapsed());
                 Ok(ack.sequence)
             }
-            Ok(Err(error)) => Err(self.judge(&error, subject, &stream)),
-            Err(_) => Err(self.timed_out(subject)),
+            Err(error) => Err(self.judge(&error, subject, &stream)),
         }
     }
 
@@ -311,12 +312,12 @@ impl Shared {
 
     /// Waits until NATS is connected and the stream fit. Gives the stream as it was last seen.
     async fn link_is_up(&self) -> Arc<stream::Config> {
-        let mut fit = self.fit.subscribe();
         loop {
-            let stream = fit.wait_for(Option::is_some).await.ok().and_then(|fit| fit.clone());
+            let stream = self.fit.borrow().clone();
             if let (Some(stream), Link::Connected) = (stream, self.client.connection_state()) {
                 return stream;
             }
+            let _ = self.fit.subscribe().wait_for(Option::is_some).await; // the sender is ours, so it is there
             // The client tells of a connection by event only; a look now and then is simpler and costs nothing.
             tokio::time::sleep(Duration::from_millis(20)).await;
         }

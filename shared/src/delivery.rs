@@ -31,6 +31,20 @@ pub const HOOK_TIMESTAMP: &str = "Sentry-Hook-Timestamp";
 /// Longest sender's header value that travels along; a longer one is left out.
 const HEADER_VALUE_MAX: usize = 200;
 
+/// The names as async-nats keeps them, made once: from a string it makes, checks and allocates them anew for each message.
+mod name {
+    use async_nats::HeaderName;
+
+    pub(super) static DELIVERY_ID: HeaderName = HeaderName::from_static(super::DELIVERY_ID);
+    pub(super) static RECEIVED_AT: HeaderName = HeaderName::from_static(super::RECEIVED_AT);
+    pub(super) static REQUEST_ID: HeaderName = HeaderName::from_static(super::REQUEST_ID);
+    pub(super) static HOOK_RESOURCE: HeaderName = HeaderName::from_static(super::HOOK_RESOURCE);
+    pub(super) static HOOK_TIMESTAMP: HeaderName = HeaderName::from_static(super::HOOK_TIMESTAMP);
+    pub(super) static RECEIPT_TO: HeaderName = HeaderName::from_static(super::RECEIPT_TO);
+    pub(super) static TRACEPARENT: HeaderName = HeaderName::from_static(super::TRACEPARENT);
+    pub(super) static TRACESTATE: HeaderName = HeaderName::from_static(super::TRACESTATE);
+}
+
 /// More bytes than the headers of a message ever take: what a stream's server must take beside the largest body.
 pub const HEADERS_MAX: usize = 2048;
 
@@ -203,20 +217,20 @@ impl Delivery {
             0 => headers.insert(NATS_MESSAGE_ID, self.id.as_str()),
             n => headers.insert(NATS_MESSAGE_ID, format!("{}.{n}", self.id)),
         }
-        headers.insert(DELIVERY_ID, self.id.as_str());
-        headers.insert(RECEIVED_AT, rfc3339(self.received_at));
-        headers.insert(HOOK_RESOURCE, self.resource.as_str());
-        headers.insert(RECEIPT_TO, receipt_to.to_string());
+        headers.insert(name::DELIVERY_ID.clone(), self.id.as_str());
+        headers.insert(name::RECEIVED_AT.clone(), rfc3339(self.received_at));
+        headers.insert(name::HOOK_RESOURCE.clone(), self.resource.as_str());
+        headers.insert(name::RECEIPT_TO.clone(), receipt_to.to_string());
         let traceparent = self.trace.as_ref().map(TraceContext::to_string);
         let optional = [
-            (REQUEST_ID, self.request_id.as_deref()),
-            (HOOK_TIMESTAMP, self.hook_timestamp.as_deref()),
-            (TRACEPARENT, traceparent.as_deref()),
-            (TRACESTATE, self.trace.as_ref().and_then(TraceContext::state)),
+            (&name::REQUEST_ID, self.request_id.as_deref()),
+            (&name::HOOK_TIMESTAMP, self.hook_timestamp.as_deref()),
+            (&name::TRACEPARENT, traceparent.as_deref()),
+            (&name::TRACESTATE, self.trace.as_ref().and_then(TraceContext::state)),
         ];
         for (name, value) in optional {
             if let Some(value) = value {
-                headers.insert(name, value);
+                headers.insert(name.clone(), value);
             }
         }
         headers

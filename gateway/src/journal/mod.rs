@@ -203,6 +203,7 @@ struct Shared {
     /// Something waits for a publisher that did not before.
     appended: Notify,
     waiting: AtomicUsize,
+    buffers: Arc<read::Buffers>,
     opened: Instant,
     _lock: files::Lock,
 }
@@ -262,6 +263,7 @@ impl Journal {
             table: Mutex::new(table),
             appended: Notify::new(),
             waiting: AtomicUsize::new(0),
+            buffers: Arc::default(),
             opened: Instant::now(),
             _lock: lock,
         });
@@ -340,7 +342,7 @@ impl Journal {
     async fn fetch(&self, located: Vec<Located>) -> Vec<Stored> {
         let handle = self.clone();
         let read = move || {
-            let read = read::read_each(&located);
+            let read = read::read_each(&located, &handle.0.shared.buffers);
             read.filter_map(|(entry, read)| handle.reported(entry.place, read).ok()).collect()
         };
         // Cancelled only when the runtime goes down, and then nobody publishes any more.

@@ -3,11 +3,10 @@
 use std::io;
 use std::iter;
 use std::os::unix::fs::FileExt;
-use std::slice;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
 use super::format::{self, Marker, RECORD_HEADER, RecordHeader};
 use super::place::Place;
@@ -15,7 +14,9 @@ use super::table::Located;
 
 /// Records that follow each other are read together, up to so many bytes. Together they also stay in memory, until the last
 /// of them is done with.
-const RUN_BYTES: u64 = 64 * 1024;
+const RUN_BYTES: usize = 64 * 1024;
+/// Unused buffers for such runs that are kept: as many as are filled between two looks at what came back.
+const BUFFERS_KEPT: usize = 64;
 
 /// An entry as it was appended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,10 +49,56 @@ pub enum ReadError {
     Disk(#[source] io::Error),
 }
 
+/// Memory that records are read into, used again and again: new memory for each run would cost the kernel as much in page
+/// faults as the reading does.
+#[derive(Debug, Default)]
+pub(super) struct Buffers {
+    /// [`RUN_BYTES`] each, at most [`BUFFERS_KEPT`] of them.
+    unused: Mutex<Vec<Vec<u8>>>,
+}
+
+impl Buffers {
+    fn unused(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.unused.lock().unwrap_or_else(PoisonError::into_inner) // nothing that holds this can panic half-way
+    }
+
+    /// A buffer of that many bytes, with anything in it.
+    fn lend(self: &Arc<Self>, length: usize) -> Lent {
+        let unused = if length <= RUN_BYTES { self.unused().pop() } else { None };
+        let buffer = unused.unwrap_or_else(|| vec![0; length.max(RUN_BYTES)]);
+        Lent { buffer, length, home: Arc::clone(self) }
+    }
+}
+
+/// A buffer in use, until nobody looks at any of its bytes any more.
+struct Lent {
+    buffer: Vec<u8>,
+    length: usize,
+    home: Arc<Buffers>,
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        &self.buffer[..self.length]
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let mut unused = self.home.unused();
+        if self.buffer.len() == RUN_BYTES && unused.len() < BUFFERS_KEPT {
+            unused.push(std::mem::take(&mut self.buffer));
+        }
+    }
+}
+
 /// Reads and checks these records, each for itself: what is wrong with one is not held against another. Blocks.
-pub(super) fn read_each(entries: &[Located]) -> impl Iterator<Item = (&Located, Result<Stored, ReadError>)> {
-    runs(entries).flat_map(|run| {
-        let mut bytes = read_run(run).ok();
+pub(super) fn read_each<'e>(
+    entries: &'e [Located],
+    buffers: &Arc<Buffers>,
+) -> impl Iterator<Item = (&'e Located, Result<Stored, ReadError>)> {
+    runs(entries).flat_map(move |run| {
+        let mut bytes = read_run(run, buffers).ok();
         run.iter().map(move |entry| match &mut bytes {
             Some(bytes) => (entry, check(entry, bytes.split_to(bytes.len().min(length(entry))))),
             None => (entry, read(entry)), // some of it the disk will not give, or the file ends early
@@ -61,11 +108,12 @@ pub(super) fn read_each(entries: &[Located]) -> impl Iterator<Item = (&Located, 
 
 /// Reads and checks the record. Blocks.
 pub(super) fn read(entry: &Located) -> Result<Stored, ReadError> {
-    let bytes = read_run(slice::from_ref(entry)).map_err(|error| {
+    let mut bytes = vec![0; length(entry)];
+    entry.file.read_exact_at(&mut bytes, entry.offset).map_err(|error| {
         let cut_short = error.kind() == io::ErrorKind::UnexpectedEof;
         if cut_short { ReadError::Damaged } else { ReadError::Disk(error) }
     })?;
-    check(entry, bytes)
+    check(entry, bytes.into())
 }
 
 /// Cuts `entries` where the next record does not lie right behind the one before, in the same file, or there are enough.
@@ -77,7 +125,7 @@ fn runs(entries: &[Located]) -> impl Iterator<Item = &[Located]> {
         let follows = |next: &&Located| {
             let is_next = Arc::ptr_eq(&next.file, &first.file) && next.offset == end;
             end = next.offset + next.length;
-            is_next && end - first.offset <= RUN_BYTES
+            is_next && end - first.offset <= RUN_BYTES as u64
         };
         let others = rest[1..].iter().take_while(follows).count();
         let (run, left) = rest.split_at(1 + others);
@@ -87,12 +135,12 @@ fn runs(entries: &[Located]) -> impl Iterator<Item = &[Located]> {
 }
 
 /// The bytes of one such run.
-fn read_run(run: &[Located]) -> io::Result<Bytes> {
-    let mut bytes = BytesMut::zeroed(run.iter().map(length).sum());
+fn read_run(run: &[Located], buffers: &Arc<Buffers>) -> io::Result<Bytes> {
+    let mut lent = buffers.lend(run.iter().map(length).sum());
     if let Some(first) = run.first() {
-        first.file.read_exact_at(&mut bytes, first.offset)?;
+        first.file.read_exact_at(&mut lent.buffer[..lent.length], first.offset)?;
     }
-    Ok(bytes.freeze())
+    Ok(Bytes::from_owner(lent))
 }
 
 fn length(entry: &Located) -> usize {
@@ -168,7 +216,8 @@ mod tests {
     }
 
     fn lengths(entries: &[Located]) -> Vec<Option<usize>> {
-        let read = read_each(entries).zip(entries);
+        let buffers = Arc::default();
+        let read = read_each(entries, &buffers).zip(entries);
         read.map(|((of, read), entry)| {
             assert_eq!(of.place, entry.place);
             read.ok().map(|stored| {
@@ -181,7 +230,7 @@ mod tests {
 
     #[test]
     fn what_lies_together_is_read_together() {
-        let half = usize::try_from(RUN_BYTES / 2).unwrap();
+        let half = RUN_BYTES / 2;
         let (_, mut entries) = written(&[1, 2, 3, half, half, 3 * half, 4]);
         let cut = |entries: &[Located]| runs(entries).map(<[Located]>::len).collect::<Vec<_>>();
         assert_eq!(cut(&entries), [4, 1, 1, 1]);
@@ -191,6 +240,24 @@ mod tests {
         entries.push(written(&[1]).1.remove(0)); // another file
         assert_eq!(cut(&entries), [1, 2, 1, 1, 1, 1]);
         assert!(cut(&[]).is_empty());
+    }
+
+    #[test]
+    fn a_buffer_is_used_again_when_nobody_looks_at_it_any_more() {
+        let (_, entries) = written(&[10, 20, RUN_BYTES]);
+        let buffers = Arc::<Buffers>::default();
+        let bodies: Vec<_> = read_each(&entries, &buffers).map(|(_, read)| read.unwrap().body).collect();
+        assert_eq!(buffers.unused().len(), 0);
+        let [first, second, third] = bodies.try_into().unwrap();
+        drop(first);
+        assert_eq!(buffers.unused().len(), 0, "the second lies in the same");
+        assert_eq!(second, vec![b'x'; 20]);
+        drop(second);
+        assert_eq!(buffers.unused().len(), 1);
+        drop(third);
+        assert_eq!(buffers.unused().len(), 1, "a large one is not kept");
+        let again: Vec<_> = read_each(&entries[..1], &buffers).map(|(_, read)| read.unwrap().body).collect();
+        assert_eq!((buffers.unused().len(), &again[0][..]), (0, &[b'x'; 10][..]));
     }
 
     #[test]
