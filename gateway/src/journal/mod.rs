@@ -81,6 +81,7 @@
 //! Then what is not known to be confirmed is published again, the oldest first, and a new segment is begun: none is
 //! ever appended to after a restart.
 
+mod asleep;
 mod files;
 mod format;
 mod keeper;
@@ -90,6 +91,7 @@ mod recover;
 mod scan;
 mod segment;
 mod snapshot;
+mod state;
 mod stats;
 mod table;
 mod writer;
@@ -110,8 +112,8 @@ use tokio::sync::{Notify, oneshot};
 pub use place::{NotAPlace, Place};
 pub use read::{ReadError, Stored};
 pub use recover::{Damage, OpenError, Recovered};
-pub use segment::{Refusal, State, Tally};
 pub use snapshot::{Listed, SegmentStatus, Snapshot};
+pub use state::{Refusal, State, Tally};
 pub use stats::{AppendError, SYNC_BUCKETS, Share, Stats, Syncs, Trouble, Unsettled};
 pub use table::Unconfirmed;
 
@@ -247,14 +249,7 @@ impl Journal {
         })?;
         let gateway_id = files::gateway_id(dir).map_err(OpenError::at(dir))?;
         let (table, recovered) = recover::recover(dir)?;
-        for damage in &recovered.damages {
-            tracing::error!(
-                file = %damage.file.display(),
-                entries_lost = damage.entries_lost,
-                "the journal is damaged: {}; what is intact is delivered, and the file kept as *.damaged",
-                damage.what
-            );
-        }
+        recovered.damages.iter().for_each(recover::Damage::tell);
         let shared = Arc::new(Shared {
             dir: dir.to_owned(),
             gateway_id,
@@ -321,7 +316,15 @@ impl Journal {
             let appended = shared.appended.notified();
             tokio::pin!(appended);
             appended.as_mut().enable(); // before looking, or what comes in between would go unnoticed
-            let located = shared.table().take(entries, bytes);
+            let next = shared.table().take(entries, bytes);
+            let located = match next {
+                Ok(located) => located,
+                Err(sleeper) => {
+                    let _ = self.wake(sleeper).await; // told there; its entries do not wait any more
+                    tokio::task::yield_now().await; // see below
+                    continue;
+                }
+            };
             if located.is_empty() {
                 appended.await;
                 continue;
@@ -374,7 +377,12 @@ impl Journal {
     /// # Errors
     /// [`ReadError`]. A damaged entry is counted and reported once, an unreadable one each time.
     pub async fn read(&self, place: Place) -> Result<Stored, ReadError> {
-        let located = self.0.shared.table().locate(place).ok_or(ReadError::Unknown)?;
+        let located = loop {
+            let mut table = self.0.shared.table();
+            let Some(sleeper) = table.sleeper(place) else { break table.locate(place).ok_or(ReadError::Unknown)? };
+            drop(table);
+            self.wake(sleeper).await.map_err(ReadError::Disk)?;
+        };
         let handle = self.clone();
         let read = tokio::task::spawn_blocking(move || handle.reported(place, read::read(&located))).await;
         read.unwrap_or(Err(ReadError::Unknown))
@@ -398,21 +406,42 @@ impl Journal {
 
     /// These entries are stored for good. Returns how many of them were not known to be: not those confirmed before,
     /// of another journal, or long let go.
-    pub fn mark_confirmed(&self, places: &[Place]) -> usize {
+    ///
+    /// Costs I/O only where the publish was an earlier process's: then the entry's segment may have to be woken.
+    pub async fn mark_confirmed(&self, places: &[Place]) -> usize {
+        let (mut news, mut asleep) = self.confirm(places);
+        while let Some(&first) = asleep.first() {
+            let sleeper = self.0.shared.table().sleeper(first);
+            if let Some(sleeper) = sleeper
+                && self.wake(sleeper).await.is_err()
+            {
+                asleep.retain(|place| place.segment != first.segment); // published once more after the next start
+            }
+            let (more, others) = self.confirm(&asleep);
+            news += more;
+            asleep = others;
+        }
+        news
+    }
+
+    /// How many of these were not known to be confirmed and are now; and those whose segment has to be woken first.
+    fn confirm(&self, places: &[Place]) -> (usize, Vec<Place>) {
         let mut table = self.0.shared.table();
-        let mut finished = false;
-        let mut confirm = |place| {
-            let Some((segment, index)) = table.entry(place) else { return false };
-            let news = segment.confirm(index);
-            finished |= news && !segment.active && segment.settled();
-            news
-        };
-        let news = places.iter().filter(|&&place| confirm(place)).count();
+        let (mut news, mut asleep, mut finished) = (0, Vec::new(), false);
+        for &place in places {
+            let Some((segment, index)) = table.entry(place) else { continue };
+            if segment.confirm(index) {
+                news += 1;
+                finished |= !segment.active && segment.settled();
+            } else if segment.bits(index).waits() {
+                asleep.push(place);
+            }
+        }
         drop(table);
         if finished {
             let _ = self.0.keeper.send(Nudge::Look); // gone only when the journal is closed
         }
-        news
+        (news, asleep)
     }
 
     /// NATS refuses this entry, and waiting does not mend it. It stays until [`Journal::retry_set_aside`].
@@ -458,11 +487,11 @@ impl Journal {
                 from = 0;
             }
             let here = segment.unconfirmed(from, until).take(at_most - found.len());
-            found.extend(here.map(|(index, sequence)| Unconfirmed {
+            found.extend(here.map(|(index, sequence, published_at)| Unconfirmed {
                 place: segment.place(index),
                 sequence,
-                published_for: Duration::from_millis(100) * now.saturating_sub(segment.published_at(index)),
-                repeats: segment.repeats(index),
+                published_for: Duration::from_millis(100) * now.saturating_sub(published_at),
+                repeats: segment.columns().map_or(0, |columns| columns.repeats(index)),
             }));
             (number, from) = (segment.number + 1, 0);
         }
