@@ -1,6 +1,7 @@
 //! Waking segments: what memory does not hold of them is read back from the index at the end of their files.
+//! [`super::segment`] says what that is, [`super::table`] which of them is to be woken.
 //!
-//! Which segments sleep, and what of them stays in memory, says [`super::segment`].
+//! Several may want the same segment awake: each reads its index, and whoever is first installs it.
 
 use std::fs::File;
 use std::io;
@@ -55,8 +56,8 @@ impl Sleeper {
         }
         let Survey { mut offsets, mut received, mut holes, end, .. } = survey;
         let last = received.last().copied().unwrap_or(0);
+        // What is lost at the end, the survey does not know.
         for index in offsets.len()..entries as usize {
-            // lost at the end, and so not known to the survey
             holes.push(u32::try_from(index).expect("below a 32-bit count"));
             offsets.push(u32::try_from(end).unwrap_or(u32::MAX));
             received.push(last);
@@ -82,24 +83,28 @@ impl Journal {
         let file = files::segment(&shared.dir, sleeper.previous.number);
         match sleeper.read() {
             Ok(found) => {
-                let (by_index, damage) = (found.by_index, found.damage);
+                let damage = found.damage;
+                let only_index = damage.is_none() && !found.by_index;
                 if !shared.table().wake(sleeper, found) {
                     return Ok(()); // somebody else was quicker
                 }
                 shared.appended.notify_waiters();
-                match damage {
-                    Some((entries_lost, what)) => recover::Damage { file, entries_lost, what }.tell(),
-                    None if by_index => {}
-                    None => {
-                        tracing::warn!(file = %file.display(), "a segment's index is damaged; its records are read instead")
-                    }
+                if let Some((entries_lost, what)) = damage {
+                    recover::Damage { file, entries_lost, what }.tell();
+                } else if only_index {
+                    tracing::warn!(file = %file.display(), "the index of a segment is damaged; none of its entries is");
                 }
                 Ok(())
             }
             Err(error) => {
                 shared.table().give_up(sleeper);
-                tracing::error!(file = %file.display(), entries = sleeper.previous.entries, %error, "the disk does not give \
-                    a segment of the journal; restart the gateway once the disk is well to have it delivered");
+                tracing::error!(
+                    file = %file.display(),
+                    entries = sleeper.previous.entries,
+                    %error,
+                    "the disk does not give a segment of the journal; restart the gateway once the disk is well to have \
+                     it delivered"
+                );
                 Err(error)
             }
         }

@@ -1,8 +1,9 @@
 //! The local write-ahead journal: every 202 rests on it.
 //!
 //! An *entry* is one accepted delivery: a header block and a body, both opaque here. It is on disk before `append`
-//! returns, it is published from here, and it is let go once the worker's receipt says that it is stored. States are
-//! bits in memory; bodies are read from disk when they are needed, so memory does not grow with what waits.
+//! returns, it is published from here, and it is let go once the worker's receipt says that it is stored. Memory holds
+//! what is being worked on: where an entry is, and its state in a byte. Bodies stay on disk, and so does the index of a
+//! segment that nobody has got to yet, so memory does not grow with what waits.
 //!
 //! # The directory
 //! | file | what |
@@ -55,6 +56,10 @@
 //!   are published again, which changes nothing in the end. They are never the reason to let an entry go that was not
 //!   confirmed: checksum and marker tie them to their segment.
 //! - Nothing in memory says more than the disk: an entry can be published, read or marked only after its sync.
+//! - A sealed segment whose entries are all alike, as new or confirmed, *sleeps*: memory has its totals only. It is
+//!   *woken*, its index read back and held against what is known of it, before one of its entries is taken or read, or
+//!   confirmed by a receipt for what an earlier process published. Any other mark is for an entry that was taken, so
+//!   its segment is awake. Nobody holds the table while a disk is read.
 //!
 //! # What `open` does with what it finds
 //! | found | done |
@@ -75,8 +80,10 @@
 //!
 //! A damaged segment is left as it is, delivered as far as it is intact, and renamed to `.damaged` when it would
 //! otherwise be removed. A record found damaged later, when it is read, is treated alike; one that the disk then does
-//! not give keeps its segment until a start that can read it. Only one thing cannot be told apart: damage in the very
-//! last batch before a crash looks like a torn tail, and is reported as one.
+//! not give keeps its segment until a start that can read it. An index found damaged when its segment is woken is no
+//! loss then either: the records are read. Where the disk does not give those, all of the segment waits for such a
+//! start. Only one thing cannot be told apart: damage in the very last batch before a crash looks like a torn tail, and
+//! is reported as one.
 //!
 //! Then what is not known to be confirmed is published again, the oldest first, and a new segment is begun: none is
 //! ever appended to after a restart.
@@ -378,10 +385,14 @@ impl Journal {
     /// [`ReadError`]. A damaged entry is counted and reported once, an unreadable one each time.
     pub async fn read(&self, place: Place) -> Result<Stored, ReadError> {
         let located = loop {
-            let mut table = self.0.shared.table();
-            let Some(sleeper) = table.sleeper(place) else { break table.locate(place).ok_or(ReadError::Unknown)? };
-            drop(table);
-            self.wake(sleeper).await.map_err(ReadError::Disk)?;
+            let (located, asleep) = {
+                let mut table = self.0.shared.table();
+                (table.locate(place), table.sleeper(place))
+            };
+            match asleep {
+                Some(sleeper) => self.wake(sleeper).await.map_err(ReadError::Disk)?,
+                None => break located.ok_or(ReadError::Unknown)?,
+            }
         };
         let handle = self.clone();
         let read = tokio::task::spawn_blocking(move || handle.reported(place, read::read(&located))).await;
@@ -397,8 +408,8 @@ impl Journal {
     /// JetStream acknowledged the entry at `sequence`. Again, for one already published, it sets sequence and time
     /// anew.
     ///
-    /// Like all marks this costs no I/O, may be repeated, and ignores a place that is not of this journal, or whose
-    /// segment is gone.
+    /// Like all marks but [`Journal::mark_confirmed`] this is for an entry that was taken, and costs no I/O. Like all
+    /// of them it may be repeated, and ignores a place that is not of this journal, or whose segment is gone.
     pub fn mark_published(&self, place: Place, sequence: u64) {
         let now = self.0.shared.ticks(Instant::now());
         self.change(place, |segment, index| segment.publish(index, sequence, now));
@@ -407,7 +418,7 @@ impl Journal {
     /// These entries are stored for good. Returns how many of them were not known to be: not those confirmed before,
     /// of another journal, or long let go.
     ///
-    /// Costs I/O only where the publish was an earlier process's: then the entry's segment may have to be woken.
+    /// Reads from the disk only where an earlier process published the entry, and this one has not come to it yet.
     pub async fn mark_confirmed(&self, places: &[Place]) -> usize {
         let (mut news, mut asleep) = self.confirm(places);
         while let Some(&first) = asleep.first() {

@@ -220,13 +220,14 @@ impl Found {
                 let cut = self.header.is_some_and(|header| length < header.capacity);
                 damage = loss(&survey, promise, cut).or(damage);
                 segment.end = survey.end;
-                let sealable = damage.is_none() && survey.holes.is_empty();
-                let index = format::encode_index(marker, segment.end, &survey.offsets, &survey.received);
+                let sealable = damage.is_none() && survey.holes.is_empty() && !survey.offsets.is_empty();
+                let index = || format::encode_index(marker, survey.end, &survey.offsets, &survey.received);
+                let index = sealable.then(index);
                 segment.fill(survey.offsets, survey.received, &survey.holes);
                 if damage.is_none() {
                     recovered.torn_bytes += survey.tail;
                 }
-                if sealable && segment.entries() > 0 {
+                if let Some(index) = index {
                     match seal(&file, marker, segment.end, &index, true) {
                         Ok(length) => (segment.on_disk, segment.sealed) = (length, true),
                         Err(error) => {

@@ -1,8 +1,8 @@
 //! What is known of one segment while the journal is open. No I/O here.
 //!
-//! A segment that is *awake* has a row in memory for each entry: where it begins, when it came, its state in a byte, and
-//! what a publisher learnt. One that is *asleep* has none: all its entries are alike, and the rest is in the index at the
-//! end of its file, from which it is woken (see [`super::asleep`]). Bodies stay on disk in any case.
+//! A segment that is *awake* has a row in memory for each entry: where it begins, when it came, its state in a byte,
+//! and what a publisher learnt. One that is *asleep* has none: all its entries are alike, and the rest is in the index
+//! at the end of its file, from which it is woken (see [`super::asleep`]). Bodies stay on disk in any case.
 
 use std::fs::File;
 use std::sync::Arc;

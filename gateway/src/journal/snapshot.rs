@@ -141,7 +141,8 @@ impl Snapshot {
 
     /// Each entry that is still there, oldest first.
     pub fn entries(&self) -> impl Iterator<Item = Listed<'_>> {
-        let awake = self.segments.iter().filter_map(|(_, segment)| Some((segment, segment.columns()?))); // all of them are
+        // All are awake: nobody puts those of a snapshot to sleep.
+        let awake = self.segments.iter().filter_map(|(_, segment)| Some((segment, segment.columns()?)));
         awake.flat_map(|(segment, columns)| {
             let entry = move |index| Some(Listed { segment, columns, index, state: segment.bits(index).state()? });
             (0..segment.entries()).filter_map(entry)

@@ -83,7 +83,7 @@ impl Bits {
         Bits(byte)
     }
 
-    /// As it is written to a marks file. A hole is left out: it is what the segment's file says, not what happened to it.
+    /// As it is written to a marks file. A hole is left out: it is what the file says, not what happened to it.
     pub(super) fn to_marks(self) -> u8 {
         if self == Bits::GONE { 0 } else { self.0 & !Bits::TAKEN }
     }
