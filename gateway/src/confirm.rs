@@ -39,7 +39,7 @@ pub async fn take_receipts(journal: &Journal, publisher: &Publisher, metrics: &M
         };
         while let Some(message) = receipts.next().await {
             let places: Vec<Place> = receipt::places(&message.payload).filter_map(|place| place.parse().ok()).collect();
-            let news = journal.mark_confirmed(&places);
+            let news = journal.mark_confirmed(&places).await;
             metrics.confirmed(news);
             tracing::debug!(places = places.len(), news, "a receipt");
         }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant, SystemTime};
 
-use super::segment::{Segment, State};
+use super::segment::Segment;
+use super::state::State;
 use super::table::Spare;
 use super::{Limits, Shared, files, format, read, recover, scan};
 
@@ -122,6 +123,7 @@ fn let_finished_go(shared: &Shared) {
         drop(table);
         remove(shared, &segment);
     }
+    shared.table().let_settled_sleep();
 }
 
 /// Removes the file of a segment that is no longer in the table, or keeps it for people if it is damaged. Its bytes

@@ -1,8 +1,9 @@
 //! The local write-ahead journal: every 202 rests on it.
 //!
 //! An *entry* is one accepted delivery: a header block and a body, both opaque here. It is on disk before `append`
-//! returns, it is published from here, and it is let go once the worker's receipt says that it is stored. States are
-//! bits in memory; bodies are read from disk when they are needed, so memory does not grow with what waits.
+//! returns, it is published from here, and it is let go once the worker's receipt says that it is stored. Memory holds
+//! what is being worked on: where an entry is, and its state in a byte. Bodies stay on disk, and so does the index of a
+//! segment that nobody has got to yet, so memory does not grow with what waits.
 //!
 //! # The directory
 //! | file | what |
@@ -55,6 +56,10 @@
 //!   are published again, which changes nothing in the end. They are never the reason to let an entry go that was not
 //!   confirmed: checksum and marker tie them to their segment.
 //! - Nothing in memory says more than the disk: an entry can be published, read or marked only after its sync.
+//! - A sealed segment whose entries are all alike, as new or confirmed, *sleeps*: memory has its totals only. It is
+//!   *woken*, its index read back and held against what is known of it, before one of its entries is taken or read, or
+//!   confirmed by a receipt for what an earlier process published. Any other mark is for an entry that was taken, so
+//!   its segment is awake. Nobody holds the table while a disk is read.
 //!
 //! # What `open` does with what it finds
 //! | found | done |
@@ -75,12 +80,15 @@
 //!
 //! A damaged segment is left as it is, delivered as far as it is intact, and renamed to `.damaged` when it would
 //! otherwise be removed. A record found damaged later, when it is read, is treated alike; one that the disk then does
-//! not give keeps its segment until a start that can read it. Only one thing cannot be told apart: damage in the very
-//! last batch before a crash looks like a torn tail, and is reported as one.
+//! not give keeps its segment until a start that can read it. An index found damaged when its segment is woken is no
+//! loss then either: the records are read. Where the disk does not give those, all of the segment waits for such a
+//! start. Only one thing cannot be told apart: damage in the very last batch before a crash looks like a torn tail, and
+//! is reported as one.
 //!
 //! Then what is not known to be confirmed is published again, the oldest first, and a new segment is begun: none is
 //! ever appended to after a restart.
 
+mod asleep;
 mod files;
 mod format;
 mod keeper;
@@ -90,6 +98,7 @@ mod recover;
 mod scan;
 mod segment;
 mod snapshot;
+mod state;
 mod stats;
 mod table;
 mod writer;
@@ -110,8 +119,8 @@ use tokio::sync::{Notify, oneshot};
 pub use place::{NotAPlace, Place};
 pub use read::{ReadError, Stored};
 pub use recover::{Damage, OpenError, Recovered};
-pub use segment::{Refusal, State, Tally};
 pub use snapshot::{Listed, SegmentStatus, Snapshot};
+pub use state::{Refusal, State, Tally};
 pub use stats::{AppendError, SYNC_BUCKETS, Share, Stats, Syncs, Trouble, Unsettled};
 pub use table::Unconfirmed;
 
@@ -248,14 +257,7 @@ impl Journal {
         })?;
         let gateway_id = files::gateway_id(dir).map_err(OpenError::at(dir))?;
         let (table, recovered) = recover::recover(dir)?;
-        for damage in &recovered.damages {
-            tracing::error!(
-                file = %damage.file.display(),
-                entries_lost = damage.entries_lost,
-                "the journal is damaged: {}; what is intact is delivered, and the file kept as *.damaged",
-                damage.what
-            );
-        }
+        recovered.damages.iter().for_each(recover::Damage::tell);
         let shared = Arc::new(Shared {
             dir: dir.to_owned(),
             gateway_id,
@@ -323,7 +325,15 @@ impl Journal {
             let appended = shared.appended.notified();
             tokio::pin!(appended);
             appended.as_mut().enable(); // before looking, or what comes in between would go unnoticed
-            let located = shared.table().take(entries, bytes);
+            let next = shared.table().take(entries, bytes);
+            let located = match next {
+                Ok(located) => located,
+                Err(sleeper) => {
+                    let _ = self.wake(sleeper).await; // told there; its entries do not wait any more
+                    tokio::task::yield_now().await; // see below
+                    continue;
+                }
+            };
             if located.is_empty() {
                 appended.await;
                 continue;
@@ -376,7 +386,16 @@ impl Journal {
     /// # Errors
     /// [`ReadError`]. A damaged entry is counted and reported once, an unreadable one each time.
     pub async fn read(&self, place: Place) -> Result<Stored, ReadError> {
-        let located = self.0.shared.table().locate(place).ok_or(ReadError::Unknown)?;
+        let located = loop {
+            let (located, asleep) = {
+                let mut table = self.0.shared.table();
+                (table.locate(place), table.sleeper(place))
+            };
+            match asleep {
+                Some(sleeper) => self.wake(sleeper).await.map_err(ReadError::Disk)?,
+                None => break located.ok_or(ReadError::Unknown)?,
+            }
+        };
         let handle = self.clone();
         let read = tokio::task::spawn_blocking(move || handle.reported(place, read::read(&located))).await;
         read.unwrap_or(Err(ReadError::Unknown))
@@ -391,8 +410,8 @@ impl Journal {
     /// JetStream acknowledged the entry at `sequence`. Again, for one already published, it sets sequence and time
     /// anew.
     ///
-    /// Like all marks this costs no I/O, may be repeated, and ignores a place that is not of this journal, or whose
-    /// segment is gone.
+    /// Like all marks but [`Journal::mark_confirmed`] this is for an entry that was taken, and costs no I/O. Like all
+    /// of them it may be repeated, and ignores a place that is not of this journal, or whose segment is gone.
     pub fn mark_published(&self, place: Place, sequence: u64) {
         let now = self.0.shared.ticks(Instant::now());
         self.change(place, |segment, index| segment.publish(index, sequence, now));
@@ -400,21 +419,42 @@ impl Journal {
 
     /// These entries are stored for good. Returns how many of them were not known to be: not those confirmed before,
     /// of another journal, or long let go.
-    pub fn mark_confirmed(&self, places: &[Place]) -> usize {
+    ///
+    /// Reads from the disk only where an earlier process published the entry, and this one has not come to it yet.
+    pub async fn mark_confirmed(&self, places: &[Place]) -> usize {
+        let (mut news, mut asleep) = self.confirm(places);
+        while let Some(&first) = asleep.first() {
+            let sleeper = self.0.shared.table().sleeper(first);
+            if let Some(sleeper) = sleeper
+                && self.wake(sleeper).await.is_err()
+            {
+                asleep.retain(|place| place.segment != first.segment); // published once more after the next start
+            }
+            let (more, others) = self.confirm(&asleep);
+            news += more;
+            asleep = others;
+        }
+        news
+    }
+
+    /// How many of these were not known to be confirmed and are now; and those whose segment has to be woken first.
+    fn confirm(&self, places: &[Place]) -> (usize, Vec<Place>) {
         let mut table = self.0.shared.table();
-        let mut finished = false;
-        let mut confirm = |place| {
-            let Some((segment, index)) = table.entry(place) else { return false };
-            let news = segment.confirm(index);
-            finished |= news && !segment.active && segment.settled();
-            news
-        };
-        let news = places.iter().filter(|&&place| confirm(place)).count();
+        let (mut news, mut asleep, mut finished) = (0, Vec::new(), false);
+        for &place in places {
+            let Some((segment, index)) = table.entry(place) else { continue };
+            if segment.confirm(index) {
+                news += 1;
+                finished |= !segment.active && segment.settled();
+            } else if segment.bits(index).waits() {
+                asleep.push(place);
+            }
+        }
         drop(table);
         if finished {
             let _ = self.0.keeper.send(Nudge::Look); // gone only when the journal is closed
         }
-        news
+        (news, asleep)
     }
 
     /// NATS refuses this entry, and waiting does not mend it. It stays until [`Journal::retry_set_aside`].
@@ -460,11 +500,11 @@ impl Journal {
                 from = 0;
             }
             let here = segment.unconfirmed(from, until).take(at_most - found.len());
-            found.extend(here.map(|(index, sequence)| Unconfirmed {
+            found.extend(here.map(|(index, sequence, published_at)| Unconfirmed {
                 place: segment.place(index),
                 sequence,
-                published_for: Duration::from_millis(100) * now.saturating_sub(segment.published_at(index)),
-                repeats: segment.repeats(index),
+                published_for: Duration::from_millis(100) * now.saturating_sub(published_at),
+                repeats: segment.columns().map_or(0, |columns| columns.repeats(index)),
             }));
             (number, from) = (segment.number + 1, 0);
         }

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use super::files::{self, Kind};
 use super::format::{self, HeaderBlock, Marker, Previous, SegmentHeader};
 use super::scan::{self, Survey};
-use super::segment::{Segment, State};
+use super::segment::Segment;
+use super::state::State;
 use super::table::Table;
 
 /// What was found when the journal was opened.
@@ -42,6 +43,17 @@ pub struct Damage {
     pub entries_lost: u32,
     /// What is wrong, for people.
     pub what: &'static str,
+}
+
+impl Damage {
+    pub(super) fn tell(&self) {
+        tracing::error!(
+            file = %self.file.display(),
+            entries_lost = self.entries_lost,
+            "the journal is damaged: {}; what is intact is delivered, and the file kept as *.damaged",
+            self.what
+        );
+    }
 }
 
 /// Why a journal cannot be opened.
@@ -200,6 +212,7 @@ impl Found {
         match scan::read_index(&file).filter(|(trailer, ..)| trailer.marker == marker) {
             Some((trailer, offsets, received)) => {
                 segment.end = trailer.end;
+                segment.sealed = true;
                 segment.fill(offsets, received, &[]);
             }
             None => {
@@ -207,15 +220,16 @@ impl Found {
                 let cut = self.header.is_some_and(|header| length < header.capacity);
                 damage = loss(&survey, promise, cut).or(damage);
                 segment.end = survey.end;
-                let sealable = damage.is_none() && survey.holes.is_empty();
+                let sealable = damage.is_none() && survey.holes.is_empty() && !survey.offsets.is_empty();
+                let index = || format::encode_index(marker, survey.end, &survey.offsets, &survey.received);
+                let index = sealable.then(index);
                 segment.fill(survey.offsets, survey.received, &survey.holes);
                 if damage.is_none() {
                     recovered.torn_bytes += survey.tail;
                 }
-                if sealable && segment.entries() > 0 {
-                    let index = format::encode_index(marker, segment.end, &segment.offsets, &segment.received);
+                if let Some(index) = index {
                     match seal(&file, marker, segment.end, &index, true) {
-                        Ok(length) => segment.on_disk = length,
+                        Ok(length) => (segment.on_disk, segment.sealed) = (length, true),
                         Err(error) => {
                             tracing::debug!(%error, "no index written; the next start reads the records again")
                         }
@@ -232,6 +246,7 @@ impl Found {
         {
             segment.apply_marks(states);
         }
+        segment.sleep(); // before the next one is read: what a start needs does not grow with the journal
         if segment.entries() == 0 && !segment.damaged {
             tidy(&self.path); // nothing was ever promised in it
             tidy(&files::marks(dir, self.number));
@@ -263,7 +278,7 @@ impl Found {
 
 /// What of a surveyed segment was promised and is not there: how many entries, and a word on it. `cut` says that the
 /// file is shorter than any that was written to the end.
-fn loss(survey: &Survey, promise: Option<Previous>, cut: bool) -> Option<(u32, &'static str)> {
+pub(super) fn loss(survey: &Survey, promise: Option<Previous>, cut: bool) -> Option<(u32, &'static str)> {
     let promised = promise.unwrap_or_default();
     let synced = survey.synced.max(promised.end);
     let promised_hole = |&&hole: &&u32| u64::from(survey.offsets[hole as usize]) < synced;

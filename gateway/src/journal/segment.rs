@@ -1,151 +1,16 @@
-//! What is known of one segment while the journal is open: for each entry where it begins, when it came, and its state
-//! in one byte. Bodies stay on disk. No I/O here.
+//! What is known of one segment while the journal is open. No I/O here.
+//!
+//! A segment that is *awake* has a row in memory for each entry: where it begins, when it came, its state in a byte,
+//! and what a publisher learnt. One that is *asleep* has none: all its entries are alike, and the rest is in the index
+//! at the end of its file, from which it is woken (see [`super::asleep`]). Bodies stay on disk in any case.
 
 use std::fs::File;
 use std::sync::Arc;
 
+use super::asleep::{Found, Sleeper};
 use super::format::{Marker, Previous};
 use super::place::Place;
-
-/// How far a delivery has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum State {
-    /// On disk, and not known to be in the stream.
-    Journalled,
-    /// In the stream; not known to be stored.
-    Published,
-    /// Stored for good; nothing more to do.
-    Confirmed,
-    /// Refused by NATS for a reason that waiting does not mend.
-    SetAside,
-}
-
-impl State {
-    /// In the order in which a delivery goes through them.
-    pub const ALL: [State; 4] = [State::Journalled, State::Published, State::Confirmed, State::SetAside];
-
-    /// The name that metrics and `gateway journal status` use.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            State::Journalled => "journalled",
-            State::Published => "published",
-            State::Confirmed => "confirmed",
-            State::SetAside => "set_aside",
-        }
-    }
-}
-
-/// Why NATS will not take an entry as things are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Refusal {
-    /// Larger than the server's `max_payload` or the stream's `max_msg_size`.
-    TooLarge,
-    /// No stream listens on its subject, or the subject is not valid.
-    Subject,
-    /// The account may not publish there.
-    Permission,
-    /// Any other answer that says never.
-    Other,
-}
-
-impl Refusal {
-    /// In the order of their numbers in a marks file.
-    pub const ALL: [Refusal; 4] = [Refusal::TooLarge, Refusal::Subject, Refusal::Permission, Refusal::Other];
-
-    /// The name that metrics and `gateway journal status` use.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Refusal::TooLarge => "too_large",
-            Refusal::Subject => "subject",
-            Refusal::Permission => "permission",
-            Refusal::Other => "other",
-        }
-    }
-}
-
-/// The state of an entry, as bits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Bits(u8);
-
-impl Bits {
-    const PUBLISHED: u8 = 1;
-    const CONFIRMED: u8 = 2;
-    const SET_ASIDE: u8 = 4;
-    /// Handed to a publisher. Not kept across a restart.
-    const TAKEN: u8 = 8;
-    /// No entry can be read here. Found out anew at each start.
-    const HOLE: u8 = 16;
-    /// The upper three bits: which [`Refusal`].
-    const REFUSAL: u32 = 5;
-
-    pub(super) const NEW: Bits = Bits(0);
-    pub(super) const GONE: Bits = Bits(Bits::HOLE);
-
-    /// From a byte of a marks file.
-    pub(super) fn from_marks(byte: u8) -> Bits {
-        Bits(byte)
-    }
-
-    fn has(self, bit: u8) -> bool {
-        self.0 & bit != 0
-    }
-
-    /// `None` where there is no entry.
-    pub(super) fn state(self) -> Option<State> {
-        if self.has(Bits::HOLE) {
-            None
-        } else if self.has(Bits::CONFIRMED) {
-            Some(State::Confirmed)
-        } else if self.has(Bits::SET_ASIDE) {
-            Some(State::SetAside)
-        } else if self.has(Bits::PUBLISHED) {
-            Some(State::Published)
-        } else {
-            Some(State::Journalled)
-        }
-    }
-
-    pub(super) fn refusal(self) -> Option<Refusal> {
-        let number = usize::from(self.0 >> Bits::REFUSAL);
-        (self.state() == Some(State::SetAside)).then(|| Refusal::ALL.get(number).copied().unwrap_or(Refusal::Other))
-    }
-
-    /// Whether a publisher may take it.
-    fn waits(self) -> bool {
-        self.state() == Some(State::Journalled) && !self.has(Bits::TAKEN)
-    }
-
-    fn set_aside(refusal: Refusal) -> Bits {
-        let number = Refusal::ALL.iter().position(|&other| other == refusal).expect("ALL has every refusal");
-        Bits(Bits::SET_ASIDE | u8::try_from(number).expect("there are at most eight refusals") << Bits::REFUSAL)
-    }
-
-    /// What of this is still true after a restart. A publish is not: the stream may have lost the message meanwhile,
-    /// so what is not confirmed is published again.
-    fn after_restart(self) -> Bits {
-        match self.state() {
-            Some(State::Confirmed) => Bits(Bits::CONFIRMED),
-            Some(State::SetAside) => self,
-            Some(State::Journalled | State::Published) | None => Bits::NEW,
-        }
-    }
-}
-
-/// A number of entries, and the bytes that their records take on disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Tally {
-    /// How many.
-    pub entries: u64,
-    /// Their records' bytes.
-    pub bytes: u64,
-}
-
-impl std::ops::AddAssign for Tally {
-    fn add_assign(&mut self, other: Tally) {
-        self.entries += other.entries;
-        self.bytes += other.bytes;
-    }
-}
+use super::state::{Bits, Refusal, State, Tally};
 
 /// One more record, already synced.
 #[derive(Debug, Clone, Copy)]
@@ -165,12 +30,33 @@ pub(super) struct Segment {
     pub(super) on_disk: u64,
     /// Still being written to.
     pub(super) active: bool,
+    /// The file ends with an index that says where each entry begins and when it came.
+    pub(super) sealed: bool,
     /// Something in it is lost. Its file is kept for people when its entries are done with.
     pub(super) damaged: bool,
     /// A state changed since the marks file was written.
     pub(super) marks_changed: bool,
     /// Where the last record ends.
     pub(super) end: u64,
+    entries: usize,
+    /// When the first entry was received, and the newest. Unix time, seconds.
+    first: u32,
+    newest: u32,
+    counts: Counts,
+    rows: Rows,
+}
+
+/// The rows of a segment.
+#[derive(Debug)]
+enum Rows {
+    Awake(Columns),
+    /// Every entry is in this state.
+    Asleep(Bits),
+}
+
+/// What is known of each entry of a segment.
+#[derive(Debug, Default)]
+pub(super) struct Columns {
     pub(super) offsets: Vec<u32>,
     /// Unix time, seconds: fine enough to say how old the oldest is.
     pub(super) received: Vec<u32>,
@@ -183,10 +69,48 @@ pub(super) struct Segment {
     published_at: Vec<Ticks>,
     /// How often the entry was found missing from the stream.
     repeats: Vec<u8>,
-    tallies: [Tally; State::ALL.len()],
-    waiting: u32,
     /// No entry before this one waits.
     first_waiting: usize,
+}
+
+impl Columns {
+    /// Bytes of the record of entry `index`, where the last record ends at `end`.
+    pub(super) fn length(&self, index: usize, end: u64) -> u64 {
+        let end = self.offsets.get(index + 1).map_or(end, |&next| u64::from(next));
+        end - u64::from(self.offsets[index])
+    }
+
+    pub(super) fn repeats(&self, index: usize) -> u8 {
+        self.repeats.get(index).copied().unwrap_or(0)
+    }
+
+    fn next_waiting(&self) -> Option<usize> {
+        let waiting = self.bits[self.first_waiting..].iter().position(|bits| bits.waits())?;
+        Some(self.first_waiting + waiting)
+    }
+}
+
+/// How many entries are in which state.
+#[derive(Debug, Default)]
+struct Counts {
+    tallies: [Tally; State::ALL.len()],
+    waiting: usize,
+}
+
+impl Counts {
+    fn add(&mut self, bits: Bits, bytes: u64) {
+        let Some(state) = bits.state() else { return };
+        self.tallies[state as usize] += Tally { entries: 1, bytes };
+        self.waiting += usize::from(bits.waits());
+    }
+
+    fn remove(&mut self, bits: Bits, bytes: u64) {
+        let Some(state) = bits.state() else { return };
+        let tally = &mut self.tallies[state as usize];
+        tally.entries -= 1;
+        tally.bytes -= bytes;
+        self.waiting -= usize::from(bits.waits());
+    }
 }
 
 /// Tenths of a second since the journal was opened.
@@ -201,97 +125,87 @@ impl Segment {
             file,
             on_disk,
             active: false,
+            sealed: false,
             damaged: false,
             marks_changed: false,
             end,
-            offsets: Vec::new(),
-            received: Vec::new(),
-            bits: Vec::new(),
-            sequences: Vec::new(),
-            published_at: Vec::new(),
-            repeats: Vec::new(),
-            tallies: Default::default(),
-            waiting: 0,
-            first_waiting: 0,
+            entries: 0,
+            first: 0,
+            newest: 0,
+            counts: Counts::default(),
+            rows: Rows::Awake(Columns::default()),
         }
     }
 
     /// A segment found on disk: its columns, and the entries of them that cannot be read.
     pub(super) fn fill(&mut self, offsets: Vec<u32>, received: Vec<u32>, holes: &[u32]) {
-        self.bits = vec![Bits::NEW; offsets.len()];
+        let mut bits = vec![Bits::NEW; offsets.len()];
         for &hole in holes {
-            self.bits[hole as usize] = Bits::GONE;
+            bits[hole as usize] = Bits::GONE;
         }
-        self.offsets = offsets;
-        self.received = received;
+        self.entries = offsets.len();
+        self.first = received.first().copied().unwrap_or(0);
+        self.newest = received.iter().copied().max().unwrap_or(0);
+        self.rows = Rows::Awake(Columns { offsets, received, bits, ..Columns::default() });
         self.recount();
     }
 
     /// Takes over `states`, the content of a marks file, as they are: for somebody who only looks.
     pub(super) fn show_marks(&mut self, states: &[u8]) {
-        for (bits, &byte) in self.bits.iter_mut().zip(states) {
-            if *bits != Bits::GONE {
-                *bits = Bits::from_marks(byte);
-            }
-        }
-        self.recount();
+        self.take_over(states, |marked| marked);
     }
 
     /// Takes over what of `states`, the content of a marks file, holds after a restart. Entries appended after the
     /// marks were written are as new.
     pub(super) fn apply_marks(&mut self, states: &[u8]) {
-        for (bits, &byte) in self.bits.iter_mut().zip(states) {
+        self.take_over(states, Bits::after_restart);
+    }
+
+    fn take_over(&mut self, states: &[u8], what: impl Fn(Bits) -> Bits) {
+        let Rows::Awake(columns) = &mut self.rows else { return };
+        for (bits, &byte) in columns.bits.iter_mut().zip(states) {
             if *bits != Bits::GONE {
-                *bits = Bits::from_marks(byte).after_restart();
+                *bits = what(Bits::from_marks(byte));
             }
         }
         self.recount();
     }
 
     fn recount(&mut self) {
-        self.tallies = Default::default();
-        self.waiting = 0;
-        self.first_waiting = 0;
-        for index in 0..self.bits.len() {
-            self.count(index, true);
+        let Rows::Awake(columns) = &mut self.rows else { return };
+        columns.first_waiting = 0;
+        self.counts = Counts::default();
+        for (index, &bits) in columns.bits.iter().enumerate() {
+            self.counts.add(bits, columns.length(index, self.end));
         }
     }
 
-    /// Adds entry `index` to the tallies of its state, or takes it out.
-    fn count(&mut self, index: usize, add: bool) {
-        let Some(state) = self.bits[index].state() else { return };
-        let bytes = self.length(index);
-        let tally = &mut self.tallies[state as usize];
-        let waits = u32::from(self.bits[index].waits());
-        if add {
-            *tally += Tally { entries: 1, bytes };
-            self.waiting += waits;
-        } else {
-            tally.entries -= 1;
-            tally.bytes -= bytes;
-            self.waiting -= waits;
-        }
-    }
-
+    /// Nothing in a segment that sleeps can change: what is marked was taken before, which wakes it.
     fn change(&mut self, index: usize, to: Bits) {
-        self.count(index, false);
-        self.bits[index] = to;
-        self.count(index, true);
+        let Rows::Awake(columns) = &mut self.rows else { return };
+        let length = columns.length(index, self.end);
+        self.counts.remove(columns.bits[index], length);
+        self.counts.add(to, length);
+        columns.bits[index] = to;
         if to.waits() {
-            self.first_waiting = self.first_waiting.min(index);
+            columns.first_waiting = columns.first_waiting.min(index);
         }
         self.marks_changed = true;
     }
 
     /// The records of one batch, the last of which ends at `end`.
     pub(super) fn extend(&mut self, appended: &[Appended], end: u64) {
-        let first = self.bits.len();
-        self.offsets.extend(appended.iter().map(|record| record.offset));
-        self.received.extend(appended.iter().map(|record| record.received));
-        self.bits.resize(self.offsets.len(), Bits::NEW);
+        let Rows::Awake(columns) = &mut self.rows else { unreachable!("only a sealed segment sleeps") };
+        let before = self.entries;
+        columns.offsets.extend(appended.iter().map(|record| record.offset));
+        columns.received.extend(appended.iter().map(|record| record.received));
+        columns.bits.resize(columns.offsets.len(), Bits::NEW);
         self.end = end;
-        for index in first..self.bits.len() {
-            self.count(index, true);
+        self.entries = columns.offsets.len();
+        self.first = columns.received.first().copied().unwrap_or(0);
+        self.newest = appended.iter().map(|record| record.received).fold(self.newest, u32::max);
+        for index in before..self.entries {
+            self.counts.add(Bits::NEW, columns.length(index, end));
         }
     }
 
@@ -299,25 +213,78 @@ impl Segment {
     pub(super) fn close(&mut self, on_disk: u64) {
         self.active = false;
         self.on_disk = on_disk;
-        self.offsets.shrink_to_fit();
-        self.received.shrink_to_fit();
-        self.bits.shrink_to_fit();
+        if let Rows::Awake(columns) = &mut self.rows {
+            columns.offsets.shrink_to_fit();
+            columns.received.shrink_to_fit();
+            columns.bits.shrink_to_fit();
+        }
+    }
+
+    /// Falls asleep, if it may: its index is on disk, and its entries are all as new, or all confirmed.
+    pub(super) fn sleep(&mut self) {
+        let Rows::Awake(columns) = &self.rows else { return };
+        let confirmed = self.tally(State::Confirmed).entries == self.entries as u64;
+        let new = self.counts.waiting == self.entries && columns.repeats.is_empty();
+        if self.sealed && (new || confirmed) {
+            self.rows = Rows::Asleep(if new { Bits::NEW } else { Bits::STORED });
+        }
+    }
+
+    /// What it takes to wake this segment; `None` for one that is awake.
+    pub(super) fn sleeper(&self) -> Option<Sleeper> {
+        let Rows::Asleep(_) = self.rows else { return None };
+        Some(Sleeper { previous: self.as_previous(), marker: self.marker, file: Arc::clone(&self.file) })
+    }
+
+    /// Wakes it with what its file says.
+    pub(super) fn wake(&mut self, found: Found) {
+        let Rows::Asleep(alike) = self.rows else { return };
+        self.end = found.end;
+        self.sealed = found.by_index;
+        self.damaged |= found.damage.is_some();
+        self.fill(found.offsets, found.received, &found.holes);
+        if let Rows::Awake(columns) = &mut self.rows
+            && alike == Bits::STORED
+        {
+            columns.bits.iter_mut().filter(|bits| **bits == Bits::NEW).for_each(|bits| *bits = Bits::STORED);
+            self.recount();
+        }
+    }
+
+    /// The disk does not give what would wake it. Nobody gets its entries, as if somebody had them already: they stay
+    /// where they are until a start that can read them. Whether that was news.
+    pub(super) fn give_up(&mut self) -> bool {
+        let news = self.counts.waiting > 0;
+        if let Rows::Asleep(alike) = &mut self.rows
+            && news
+        {
+            *alike = Bits::HELD;
+            self.counts.waiting = 0;
+        }
+        news
+    }
+
+    /// What is known of each entry; `None` while it sleeps.
+    pub(super) fn columns(&self) -> Option<&Columns> {
+        match &self.rows {
+            Rows::Awake(columns) => Some(columns),
+            Rows::Asleep(_) => None,
+        }
     }
 
     pub(super) fn entries(&self) -> usize {
-        self.bits.len()
+        self.entries
+    }
+
+    /// Entries that wait for a publisher.
+    pub(super) fn waiting(&self) -> usize {
+        self.counts.waiting
     }
 
     /// What the next segment's header says of this one.
     pub(super) fn as_previous(&self) -> Previous {
-        let entries = u32::try_from(self.entries()).expect("an entry's index is 32 bits wide");
+        let entries = u32::try_from(self.entries).expect("an entry's index is 32 bits wide");
         Previous { number: self.number, end: self.end, entries }
-    }
-
-    /// Bytes of the record of entry `index`.
-    pub(super) fn length(&self, index: usize) -> u64 {
-        let end = self.offsets.get(index + 1).map_or(self.end, |&next| u64::from(next));
-        end - u64::from(self.offsets[index])
     }
 
     pub(super) fn place(&self, index: usize) -> Place {
@@ -326,15 +293,14 @@ impl Segment {
     }
 
     pub(super) fn bits(&self, index: usize) -> Bits {
-        self.bits[index]
-    }
-
-    pub(super) fn repeats(&self, index: usize) -> u8 {
-        self.repeats.get(index).copied().unwrap_or(0)
+        match &self.rows {
+            Rows::Awake(columns) => columns.bits[index],
+            Rows::Asleep(alike) => *alike,
+        }
     }
 
     pub(super) fn tally(&self, state: State) -> Tally {
-        self.tallies[state as usize]
+        self.counts.tallies[state as usize]
     }
 
     /// When the oldest entry in `state` was received. Unix time, seconds.
@@ -342,13 +308,14 @@ impl Segment {
         if self.tally(state).entries == 0 {
             return None;
         }
-        let index = self.bits.iter().position(|bits| bits.state() == Some(state))?;
-        Some(self.received[index])
+        let Rows::Awake(columns) = &self.rows else { return Some(self.first) };
+        let index = columns.bits.iter().position(|bits| bits.state() == Some(state))?;
+        Some(columns.received[index])
     }
 
     /// When the newest entry was received. Unix time, seconds.
     pub(super) fn newest(&self) -> u32 {
-        self.received.iter().copied().max().unwrap_or(0)
+        self.newest
     }
 
     /// Every entry is confirmed (or cannot be read).
@@ -361,68 +328,62 @@ impl Segment {
         self.tally(State::Journalled).entries == 0 && self.tally(State::SetAside).entries == 0
     }
 
-    /// The oldest entry that waits for a publisher, which gets it now.
+    /// The oldest entry that waits for a publisher, which gets it now. None while the segment sleeps.
     pub(super) fn take_next(&mut self) -> Option<usize> {
-        if self.waiting == 0 {
-            return None;
-        }
-        let waiting = self.bits[self.first_waiting..].iter().position(|bits| bits.waits());
-        let index = self.first_waiting + waiting.expect("counted as waiting, and none before first_waiting does");
-        self.first_waiting = index + 1;
-        self.count(index, false);
-        self.bits[index].0 |= Bits::TAKEN;
-        self.count(index, true);
+        let Rows::Awake(columns) = &mut self.rows else { return None };
+        let index = if self.counts.waiting == 0 { None } else { columns.next_waiting() }?;
+        columns.first_waiting = index + 1;
+        columns.bits[index] = Bits::HELD;
+        self.counts.waiting -= 1;
         Some(index)
     }
 
     /// How long the record is that [`Segment::take_next`] would give.
     pub(super) fn next_length(&self) -> Option<u64> {
-        if self.waiting == 0 {
-            return None;
-        }
-        let index = self.bits[self.first_waiting..].iter().position(|bits| bits.waits())?;
-        Some(self.length(self.first_waiting + index))
+        let columns = self.columns().filter(|_| self.counts.waiting > 0)?;
+        Some(columns.length(columns.next_waiting()?, self.end))
     }
 
     /// Hands back what [`Segment::take_next`] gave, unless something became of it.
     pub(super) fn release(&mut self, index: usize) {
-        if self.bits[index].state() == Some(State::Journalled) {
+        if self.bits(index).state() == Some(State::Journalled) {
             self.change(index, Bits::NEW);
         }
     }
 
     pub(super) fn publish(&mut self, index: usize, sequence: u64, now: Ticks) {
-        let state = self.bits[index].state();
+        let Rows::Awake(columns) = &mut self.rows else { return };
+        let state = columns.bits[index].state();
         if state.is_none() || state == Some(State::Confirmed) {
             return;
         }
-        if self.sequences.len() <= index {
-            self.sequences.resize(self.bits.len(), 0);
-            self.published_at.resize(self.bits.len(), 0);
+        if columns.sequences.len() <= index {
+            columns.sequences.resize(columns.bits.len(), 0);
+            columns.published_at.resize(columns.bits.len(), 0);
         }
-        self.sequences[index] = sequence;
-        self.published_at[index] = now;
-        self.change(index, Bits(Bits::PUBLISHED));
+        columns.sequences[index] = sequence;
+        columns.published_at[index] = now;
+        self.change(index, Bits::IN_STREAM);
     }
 
-    /// Whether that was news.
+    /// Whether that was news. An entry of a segment that sleeps has to be woken first, if it is not confirmed already.
     pub(super) fn confirm(&mut self, index: usize) -> bool {
-        let news = self.bits[index].state().is_some_and(|state| state != State::Confirmed);
+        let news = self.columns().is_some() && self.bits(index).state().is_some_and(|state| state != State::Confirmed);
         if news {
-            self.change(index, Bits(Bits::CONFIRMED));
+            self.change(index, Bits::STORED);
         }
         news
     }
 
     pub(super) fn set_aside(&mut self, index: usize, refusal: Refusal) {
-        if self.bits[index].state().is_some_and(|state| state != State::Confirmed) {
+        if self.bits(index).state().is_some_and(|state| state != State::Confirmed) {
             self.change(index, Bits::set_aside(refusal));
         }
     }
 
     /// Lets a set-aside entry be tried again. Whether it was one.
     pub(super) fn retry(&mut self, index: usize) -> bool {
-        let was = self.bits[index].state() == Some(State::SetAside);
+        let was = self.bits(index).state() == Some(State::SetAside);
         if was {
             self.change(index, Bits::NEW);
         }
@@ -431,18 +392,20 @@ impl Segment {
 
     /// A published entry that the stream does not have (any more): it waits again.
     pub(super) fn lose(&mut self, index: usize) {
-        if self.bits[index].state() == Some(State::Published) {
-            if self.repeats.len() <= index {
-                self.repeats.resize(self.bits.len(), 0);
+        if let Rows::Awake(columns) = &mut self.rows
+            && columns.bits[index].state() == Some(State::Published)
+        {
+            if columns.repeats.len() <= index {
+                columns.repeats.resize(columns.bits.len(), 0);
             }
-            self.repeats[index] = self.repeats[index].saturating_add(1);
+            columns.repeats[index] = columns.repeats[index].saturating_add(1);
             self.change(index, Bits::NEW);
         }
     }
 
     /// No entry can be read at `index` after all. Whether that was news.
     pub(super) fn make_hole(&mut self, index: usize) -> bool {
-        let news = self.bits[index].state().is_some();
+        let news = self.columns().is_some() && self.bits(index).state().is_some();
         if news {
             self.damaged = true;
             self.change(index, Bits::GONE);
@@ -451,22 +414,22 @@ impl Segment {
     }
 
     /// Entries from `from` on that were published at or before `until` and are not confirmed, each with the sequence
-    /// it was promised.
-    pub(super) fn unconfirmed(&self, from: usize, until: Ticks) -> impl Iterator<Item = (usize, u64)> {
-        let overdue = move |&index: &usize| {
-            self.bits[index].state() == Some(State::Published) && self.published_at[index] <= until
-        };
-        (from..self.bits.len()).filter(overdue).map(|index| (index, self.sequences[index]))
+    /// it was promised and when that was.
+    pub(super) fn unconfirmed(&self, from: usize, until: Ticks) -> impl Iterator<Item = (usize, u64, Ticks)> {
+        let columns = self.columns().into_iter(); // one that sleeps has none of them
+        columns.flat_map(move |columns| {
+            let published = move |&index: &usize| columns.bits[index].state() == Some(State::Published);
+            let row = |index| (index, columns.sequences[index], columns.published_at[index]);
+            (from..columns.bits.len()).filter(published).map(row).filter(move |&(_, _, at)| at <= until)
+        })
     }
 
-    /// When the published entry at `index` was acknowledged.
-    pub(super) fn published_at(&self, index: usize) -> Ticks {
-        self.published_at[index]
-    }
-
-    /// The content of a marks file. Holes are left out: they are what the file says, not what happened to it.
+    /// The content of a marks file.
     pub(super) fn marks(&self) -> Vec<u8> {
-        self.bits.iter().map(|bits| if *bits == Bits::GONE { 0 } else { bits.0 & !Bits::TAKEN }).collect()
+        match &self.rows {
+            Rows::Awake(columns) => columns.bits.iter().map(|bits| bits.to_marks()).collect(),
+            Rows::Asleep(alike) => vec![alike.to_marks(); self.entries],
+        }
     }
 }
 
@@ -529,10 +492,11 @@ mod tests {
         segment.take_next();
         segment.publish(0, 41, 5);
         let unconfirmed = |from, until| segment.unconfirmed(from, until).collect::<Vec<_>>();
-        assert_eq!([unconfirmed(0, 4), unconfirmed(0, 5), unconfirmed(1, 5)], [vec![], vec![(0, 41)], vec![]]);
+        assert_eq!([unconfirmed(0, 4), unconfirmed(0, 5), unconfirmed(1, 5)], [vec![], vec![(0, 41, 5)], vec![]]);
         segment.lose(0);
         segment.lose(0); // no longer published: not lost twice
-        assert_eq!((segment.repeats(0), segment.repeats(1)), (1, 0));
+        let columns = segment.columns().unwrap();
+        assert_eq!((columns.repeats(0), columns.repeats(1)), (1, 0));
         assert_eq!(segment.next_length(), Some(100));
         assert_eq!(segment.take_next(), Some(0));
     }

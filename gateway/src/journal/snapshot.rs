@@ -11,7 +11,8 @@ use super::format::{self, FIRST_RECORD, HeaderBlock};
 use super::place::Place;
 use super::read::{self, ReadError, Stored};
 use super::scan;
-use super::segment::{Refusal, Segment, State, Tally};
+use super::segment::{Columns, Segment};
+use super::state::{Refusal, State, Tally};
 use super::stats::Share;
 use super::table::Table;
 
@@ -42,6 +43,7 @@ pub struct SegmentStatus<'s> {
 #[derive(Debug, Clone, Copy)]
 pub struct Listed<'s> {
     segment: &'s Segment,
+    columns: &'s Columns,
     index: usize,
     state: State,
 }
@@ -139,8 +141,10 @@ impl Snapshot {
 
     /// Each entry that is still there, oldest first.
     pub fn entries(&self) -> impl Iterator<Item = Listed<'_>> {
-        self.segments.iter().flat_map(|(_, segment)| {
-            let entry = move |index| Some(Listed { segment, index, state: segment.bits(index).state()? });
+        // All are awake: nobody puts those of a snapshot to sleep.
+        let awake = self.segments.iter().filter_map(|(_, segment)| Some((segment, segment.columns()?)));
+        awake.flat_map(|(segment, columns)| {
+            let entry = move |index| Some(Listed { segment, columns, index, state: segment.bits(index).state()? });
             (0..segment.entries()).filter_map(entry)
         })
     }
@@ -164,7 +168,7 @@ impl Listed<'_> {
 
     /// When the gateway received it, to the second.
     pub fn received_at(&self) -> SystemTime {
-        from_seconds(self.segment.received[self.index])
+        from_seconds(self.columns.received[self.index])
     }
 
     /// Its header block and body. Blocks.
@@ -172,7 +176,7 @@ impl Listed<'_> {
     /// # Errors
     /// [`ReadError::Damaged`] and [`ReadError::Disk`]; here nothing is counted or logged.
     pub fn read(&self) -> Result<Stored, ReadError> {
-        read::read(&Table::located(self.segment, self.index))
+        read::read(&Table::located(self.segment, self.columns, self.index))
     }
 }
 

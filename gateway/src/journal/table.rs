@@ -7,9 +7,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::asleep::{Found, Sleeper};
 use super::format::Marker;
 use super::place::Place;
-use super::segment::{Refusal, Segment, State};
+use super::segment::{Columns, Segment};
+use super::state::{Refusal, State};
 use super::stats::{Counters, Trouble};
 
 /// A file made ready for the writer before it needs one.
@@ -76,39 +78,97 @@ impl Table {
         self.segments.values().map(|segment| segment.on_disk).sum::<u64>() + spare + self.reserved + self.kept.0
     }
 
+    /// Where the entry at `place` is in its file; `None` where there is none, or its segment sleeps.
     pub(super) fn locate(&self, place: Place) -> Option<Located> {
         let segment = self.segments.get(&place.segment).filter(|segment| segment.check == place.check)?;
-        let index = place.index as usize;
-        (index < segment.entries() && segment.bits(index).state().is_some()).then(|| Self::located(segment, index))
+        let (columns, index) = (segment.columns()?, place.index as usize);
+        let is_there = index < segment.entries() && segment.bits(index).state().is_some();
+        is_there.then(|| Self::located(segment, columns, index))
     }
 
-    pub(super) fn located(segment: &Segment, index: usize) -> Located {
+    /// `columns` are those of `segment`.
+    pub(super) fn located(segment: &Segment, columns: &Columns, index: usize) -> Located {
         Located {
             place: segment.place(index),
             file: Arc::clone(&segment.file),
             marker: segment.marker,
-            offset: u64::from(segment.offsets[index]),
-            length: segment.length(index),
-            repeats: segment.repeats(index),
+            offset: u64::from(columns.offsets[index]),
+            length: columns.length(index, segment.end),
+            repeats: columns.repeats(index),
         }
     }
 
     /// The oldest entries that wait for a publisher: at most `entries` of them and `bytes` of records, but one at
     /// least. They are the caller's until marked or released.
-    pub(super) fn take(&mut self, entries: usize, bytes: u64) -> Vec<Located> {
+    ///
+    /// # Errors
+    /// The segment that has to be woken before so many can be told. Nothing was taken.
+    pub(super) fn take(&mut self, entries: usize, bytes: u64) -> Result<Vec<Located>, Sleeper> {
+        let entries = entries.max(1);
+        if let Some(sleeper) = self.first_to_wake(entries) {
+            return Err(sleeper);
+        }
         let mut taken = Vec::new();
         let mut room = bytes;
         for segment in self.segments.values_mut() {
             while let Some(length) = segment.next_length() {
-                if taken.len() >= entries.max(1) || (length > room && !taken.is_empty()) {
-                    return taken;
+                if taken.len() >= entries || (length > room && !taken.is_empty()) {
+                    return Ok(taken);
                 }
-                let Some(index) = segment.take_next() else { break };
+                let Some((index, columns)) = segment.take_next().zip(segment.columns()) else { break };
                 room = room.saturating_sub(length);
-                taken.push(Self::located(segment, index));
+                taken.push(Self::located(segment, columns, index));
             }
         }
-        taken
+        Ok(taken)
+    }
+
+    /// The first segment that sleeps and holds one of the oldest `entries` that wait.
+    fn first_to_wake(&self, entries: usize) -> Option<Sleeper> {
+        let mut before = 0;
+        for segment in self.segments.values().filter(|segment| segment.waiting() > 0) {
+            if before >= entries {
+                return None;
+            }
+            if let Some(sleeper) = segment.sleeper() {
+                return Some(sleeper);
+            }
+            before += segment.waiting();
+        }
+        None
+    }
+
+    /// The segment of the entry at `place`, if that is there and sleeps.
+    pub(super) fn sleeper(&mut self, place: Place) -> Option<Sleeper> {
+        self.entry(place)?.0.sleeper()
+    }
+
+    /// Wakes a segment with what its file says, unless it is awake or gone. Whether it was woken.
+    pub(super) fn wake(&mut self, sleeper: &Sleeper, found: Found) -> bool {
+        let Some(segment) = self.asleep(sleeper) else { return false };
+        let lost = found.damage.map_or(0, |(lost, _)| lost);
+        segment.wake(found);
+        self.counters.damaged_records += u64::from(lost);
+        true
+    }
+
+    /// The disk does not give what would wake this segment.
+    pub(super) fn give_up(&mut self, sleeper: &Sleeper) {
+        let Some(segment) = self.asleep(sleeper) else { return };
+        // At first that is each of its entries; later it is the one that somebody wants to read nevertheless.
+        let refused = if segment.give_up() { segment.entries() } else { 1 };
+        self.counters.unreadable_records += refused as u64;
+    }
+
+    fn asleep(&mut self, sleeper: &Sleeper) -> Option<&mut Segment> {
+        let segment = self.segments.get_mut(&sleeper.previous.number)?;
+        (segment.marker == sleeper.marker && segment.columns().is_none()).then_some(segment)
+    }
+
+    /// Lets those fall asleep that are only kept for `redrive`.
+    pub(super) fn let_settled_sleep(&mut self) {
+        let settled = self.segments.values_mut().filter(|segment| !segment.active && segment.settled());
+        settled.for_each(Segment::sleep);
     }
 
     /// The first segment from `number` on that holds published entries without a receipt.

@@ -427,14 +427,16 @@ impl Writer {
     /// Ends the segment's file with its index. Failing costs only time at the next start.
     fn seal(&self, number: u64, sync: bool) {
         let table = self.shared.table();
-        let Some(segment) = table.segments.get(&number) else { return }; // already let go
+        let segment = table.segments.get(&number); // none where it is already let go
+        let Some((segment, columns)) = segment.and_then(|segment| Some((segment, segment.columns()?))) else { return };
         let (file, marker, end) = (Arc::clone(&segment.file), segment.marker, segment.end);
-        let index = format::encode_index(marker, end, &segment.offsets, &segment.received);
+        let index = format::encode_index(marker, end, &columns.offsets, &columns.received);
         drop(table);
         match recover::seal(&file, marker, end, &index, sync) {
             Ok(length) => {
                 if let Some(segment) = self.shared.table().segments.get_mut(&number) {
-                    segment.on_disk = length;
+                    (segment.on_disk, segment.sealed) = (length, true);
+                    segment.sleep();
                 }
             }
             Err(error) => tracing::debug!(%error, "no index written; the next start reads the records again"),

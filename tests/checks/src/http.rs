@@ -124,7 +124,7 @@ async fn journalled(journal: &Journal) -> Vec<Delivery> {
     while journal.stats().share(State::Journalled).tally.entries > 0 {
         for stored in journal.take(usize::MAX, u64::MAX).await {
             deliveries.push(Delivery::from_journal(&stored.meta, stored.body).unwrap());
-            journal.mark_confirmed(&[stored.place]);
+            journal.mark_confirmed(&[stored.place]).await;
         }
     }
     deliveries

@@ -113,7 +113,7 @@ fn deliver(dir: &Path, confirm: bool) -> Option<Delivered> {
         delivered.damaged_records = journal.stats().damaged_records;
         if confirm {
             let places: Vec<_> = delivered.entries.values().map(|stored| stored.place).collect();
-            assert_eq!(journal.mark_confirmed(&places), places.len());
+            assert_eq!(journal.mark_confirmed(&places).await, places.len());
         }
         journal.close().await;
     });

@@ -136,8 +136,8 @@ async fn nothing_is_let_go_for_an_entry_that_would_not_fit_anyway() {
     let dir = tempdir().unwrap();
     let limits = Limits { max_bytes_on_disk: 40_000, ..limits(4000) };
     let (journal, _) = open(dir.path(), limits).await;
-    let places = append_all(&journal, &(0..20).map(|id| entry(id, 500)).collect::<Vec<_>>()).await;
-    places.iter().for_each(|place| journal.mark_published(*place, 1));
+    append_all(&journal, &(0..20).map(|id| entry(id, 500)).collect::<Vec<_>>()).await;
+    journal.take(20, MIB).await.iter().for_each(|stored| journal.mark_published(stored.place, 1));
     let error = journal.append(entry(99, 50_000)).await.unwrap_err();
     assert!(matches!(error, AppendError::Full { .. }), "{error}");
     assert_eq!(states(&journal), [0, 20, 0, 0]);
@@ -216,9 +216,9 @@ async fn confirmed_segments_go_and_the_rest_stays_confirmed_over_a_restart() {
     let places = append_all(&journal, &(0..20).map(|id| entry(id, 200)).collect::<Vec<_>>()).await;
     let last = places[19];
     // All but the very last: every segment but its own is done with.
-    assert_eq!(journal.mark_confirmed(&places[..19]), 19);
-    assert_eq!(journal.mark_confirmed(&places), 1, "only what is news");
-    assert_eq!(journal.mark_confirmed(&[last]), 0);
+    assert_eq!(journal.mark_confirmed(&places[..19]).await, 19);
+    assert_eq!(journal.mark_confirmed(&places).await, 1, "only what is news");
+    assert_eq!(journal.mark_confirmed(&[last]).await, 0);
     eventually(|| journal.stats().segments == 1).await;
     let left = states(&journal)[State::Confirmed as usize];
     assert!(left < 20);
@@ -243,7 +243,7 @@ async fn finished_segments_are_kept_as_long_as_they_are_to_be() {
     let now = SystemTime::now();
     let new: Vec<_> = (8..16).map(|id| Entry { received_at: now, ..entry(id, 200) }).collect();
     let new = append_all(&journal, &new).await;
-    assert_eq!(journal.mark_confirmed(&old) + journal.mark_confirmed(&new), 16);
+    assert_eq!(journal.mark_confirmed(&old).await + journal.mark_confirmed(&new).await, 16);
     eventually(|| journal.stats().shares[State::Confirmed as usize].tally.entries <= 12).await;
     for place in new {
         journal.read(place).await.unwrap();
@@ -305,7 +305,7 @@ async fn places_of_others_are_ignored() {
         journal.mark_published(foreign, 1);
         journal.mark_set_aside(foreign, Refusal::Other);
         journal.mark_lost(foreign);
-        assert_eq!(journal.mark_confirmed(&[foreign]), 0);
+        assert_eq!(journal.mark_confirmed(&[foreign]).await, 0);
         assert!(matches!(journal.read(foreign).await, Err(ReadError::Unknown)));
     }
     assert_eq!(states(&journal), [1, 0, 0, 0]);
@@ -316,10 +316,11 @@ async fn unconfirmed_entries_are_found_by_age_and_page_by_page() {
     let dir = tempdir().unwrap();
     let (journal, _) = open(dir.path(), limits(1000)).await;
     let places = append_all(&journal, &(0..20).map(|id| entry(id, 200)).collect::<Vec<_>>()).await;
+    assert_eq!(journal.take(20, MIB).await.len(), 20);
     for (place, sequence) in places.iter().zip(100..) {
         journal.mark_published(*place, sequence);
     }
-    journal.mark_confirmed(&places[4..6]);
+    journal.mark_confirmed(&places[4..6]).await;
     assert!(journal.unconfirmed(Duration::from_secs(3600), None, 100).is_empty());
     eventually(|| journal.unconfirmed(Duration::from_millis(100), None, 100).len() == 18).await;
     let first = journal.unconfirmed(Duration::ZERO, None, 7);
@@ -338,8 +339,9 @@ async fn a_snapshot_shows_a_running_journal() {
     let (journal, _) = open(dir.path(), limits(1000)).await;
     let entries: Vec<_> = (0..10).map(|id| entry(id, 200)).collect();
     let places = append_all(&journal, &entries).await;
+    assert_eq!(journal.take(10, MIB).await.len(), 10);
     journal.mark_published(places[1], 1);
-    journal.mark_confirmed(&places[2..3]);
+    journal.mark_confirmed(&places[2..3]).await;
     journal.mark_set_aside(places[9], Refusal::TooLarge);
     let look = || Snapshot::of(dir.path()).unwrap();
     eventually(|| look().shares().map(|share| share.tally.entries) == [7, 1, 1, 1]).await;
@@ -365,6 +367,7 @@ async fn a_record_spoilt_while_it_waits_is_reported_and_its_file_kept() {
     assert_ne!(spoilt.segment, places[7].segment);
     let path = files::segment(dir.path(), spoilt.segment);
     let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    wake_all(&mut journal.0.shared.table());
     let located = journal.0.shared.table().locate(spoilt).unwrap();
     file.write_all_at(b"?", located.offset + 100).unwrap();
 
@@ -374,7 +377,7 @@ async fn a_record_spoilt_while_it_waits_is_reported_and_its_file_kept() {
     assert!(matches!(journal.read(spoilt).await, Err(ReadError::Unknown)));
     let stats = journal.stats();
     assert_eq!((stats.damaged_records, stats.shares.map(|share| share.tally.entries)), (1, [7, 0, 0, 0]));
-    assert_eq!(journal.mark_confirmed(&places), 7);
+    assert_eq!(journal.mark_confirmed(&places).await, 7);
     eventually(|| count(dir.path(), Kind::Damaged) == 1).await;
     eventually(|| journal.stats().damaged_files == 1).await;
     assert!(!path.exists());
@@ -389,6 +392,7 @@ async fn a_record_that_the_disk_does_not_give_is_not_given_up() {
     let places = append_all(&journal, &(0..8).map(|id| entry(id, 200)).collect::<Vec<_>>()).await;
     let bad = places[0].segment;
     assert_ne!(bad, places[7].segment);
+    wake_all(&mut journal.0.shared.table());
     // Opened for writing only, a file fails every read.
     let unreadable = fs::OpenOptions::new().write(true).open(files::segment(dir.path(), bad)).unwrap();
     journal.0.shared.table().segments.get_mut(&bad).unwrap().file = std::sync::Arc::new(unreadable);
@@ -400,7 +404,7 @@ async fn a_record_that_the_disk_does_not_give_is_not_given_up() {
     assert!(is_waiting(journal.take(1, MIB)).await, "not tried again and again");
     assert_eq!(journal.stats().unreadable_records, 8 - there as u64);
     taken.iter().for_each(|stored| journal.mark_published(stored.place, 1));
-    journal.mark_confirmed(&taken.iter().map(|stored| stored.place).collect::<Vec<_>>());
+    journal.mark_confirmed(&taken.iter().map(|stored| stored.place).collect::<Vec<_>>()).await;
     journal.close().await;
     drop(journal);
     let (_journal, recovered) = open(dir.path(), limits(1000)).await;

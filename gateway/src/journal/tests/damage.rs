@@ -11,7 +11,7 @@ use tempfile::{TempDir, tempdir};
 use super::super::files::{self, Kind};
 use super::super::format::{FIRST_RECORD, RECORD_HEADER, RecordHeader, SEGMENT_HEADER};
 use super::super::recover::{Recovered, recover};
-use super::super::segment::State;
+use super::super::state::State;
 use super::super::table::Table;
 use super::super::{read, scan};
 use super::*;
@@ -71,7 +71,8 @@ impl Pristine {
             let content = if index == segment { content } else { intact };
             fs::write(files::segment(dir.path(), *number), content).unwrap();
         }
-        let (table, recovered) = recover(dir.path()).unwrap();
+        let (mut table, recovered) = recover(dir.path()).unwrap();
+        wake_all(&mut table);
         Found { dir, table, recovered }
     }
 
@@ -119,7 +120,7 @@ impl Found {
         let spoilt = |segment: &super::super::Segment| {
             (0..segment.entries()).any(|index| {
                 segment.bits(index).state() == Some(State::Journalled)
-                    && read::read(&Table::located(segment, index)).is_err()
+                    && read::read(&Table::located(segment, segment.columns().unwrap(), index)).is_err()
             })
         };
         !self.recovered.damages.is_empty() || self.recovered.torn_bytes > 0 || self.table.segments.values().any(spoilt)
@@ -315,7 +316,7 @@ async fn a_damaged_segment_is_delivered_and_then_kept() {
         drop(journal);
     }
     let (journal, _) = open(dir.path(), limits(4000)).await;
-    assert_eq!(journal.mark_confirmed(&places), 3);
+    assert_eq!(journal.mark_confirmed(&places).await, 3);
     let kept = files::damaged(dir.path(), places[0].segment);
     eventually(|| kept.exists()).await;
     assert_eq!(fs::read(kept).unwrap(), content, "as it was found");
@@ -329,7 +330,7 @@ async fn a_damaged_marks_file_is_only_a_repeat() {
     let dir = tempdir().unwrap();
     let (journal, _) = open(dir.path(), limits(4000)).await;
     let places = append_all(&journal, &(0..4).map(|id| entry(id, 100)).collect::<Vec<_>>()).await;
-    journal.mark_confirmed(&places[..2]);
+    journal.mark_confirmed(&places[..2]).await;
     journal.close().await;
     drop(journal);
     let marks = files::marks(dir.path(), places[0].segment);

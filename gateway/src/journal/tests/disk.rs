@@ -59,7 +59,7 @@ async fn a_full_disk_refuses_loses_nothing_and_heals() {
         assert!(same(stored, &entry(id, 20_000)));
     }
 
-    journal.mark_confirmed(&accepted);
+    journal.mark_confirmed(&accepted).await;
     eventually(|| journal.trouble().is_none()).await;
     let place = journal.append(entry(5000, 20_000)).await.unwrap();
     assert!(same(&journal.read(place).await.unwrap(), &entry(5000, 20_000)));

@@ -1,5 +1,6 @@
 //! What the journal promises, on real files.
 
+mod asleep;
 mod behaviour;
 mod damage;
 mod disk;
@@ -10,6 +11,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 
+use super::segment::Segment;
+use super::table::Table;
 use super::{Entry, Journal, Limits, OpenError, Place, Recovered, Stored};
 
 /// Segments with room for `records` bytes of records, and a journal with room for many of them.
@@ -43,6 +46,15 @@ async fn open(dir: &Path, limits: Limits) -> (Journal, Recovered) {
     })
     .await;
     opened.unwrap()
+}
+
+/// Wakes every segment that sleeps.
+fn wake_all(table: &mut Table) {
+    let asleep: Vec<_> = table.segments.values().filter_map(Segment::sleeper).collect();
+    for sleeper in asleep {
+        let found = sleeper.read().unwrap();
+        assert!(table.wake(&sleeper, found));
+    }
 }
 
 async fn append_all(journal: &Journal, entries: &[Entry]) -> Vec<Place> {

@@ -119,7 +119,7 @@ impl World {
                 // Receipts may come for entries in any state, and again.
                 let places = self.some(which, |_| true);
                 let news = places.iter().filter(|place| self.known[place].state != State::Confirmed).count();
-                assert_eq!(self.journal().mark_confirmed(&places), news);
+                assert_eq!(self.journal().mark_confirmed(&places).await, news);
                 places.iter().for_each(|place| self.set(*place, State::Confirmed));
             }
             Step::SetAside(which) => {

@@ -1,0 +1,150 @@
+//! How far an entry has come, and the one byte that says so.
+
+/// How far a delivery has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum State {
+    /// On disk, and not known to be in the stream.
+    Journalled,
+    /// In the stream; not known to be stored.
+    Published,
+    /// Stored for good; nothing more to do.
+    Confirmed,
+    /// Refused by NATS for a reason that waiting does not mend.
+    SetAside,
+}
+
+impl State {
+    /// In the order in which a delivery goes through them.
+    pub const ALL: [State; 4] = [State::Journalled, State::Published, State::Confirmed, State::SetAside];
+
+    /// The name that metrics and `gateway journal status` use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            State::Journalled => "journalled",
+            State::Published => "published",
+            State::Confirmed => "confirmed",
+            State::SetAside => "set_aside",
+        }
+    }
+}
+
+/// Why NATS will not take an entry as things are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Refusal {
+    /// Larger than the server's `max_payload` or the stream's `max_msg_size`.
+    TooLarge,
+    /// No stream listens on its subject, or the subject is not valid.
+    Subject,
+    /// The account may not publish there.
+    Permission,
+    /// Any other answer that says never.
+    Other,
+}
+
+impl Refusal {
+    /// In the order of their numbers in a marks file.
+    pub const ALL: [Refusal; 4] = [Refusal::TooLarge, Refusal::Subject, Refusal::Permission, Refusal::Other];
+
+    /// The name that metrics and `gateway journal status` use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Refusal::TooLarge => "too_large",
+            Refusal::Subject => "subject",
+            Refusal::Permission => "permission",
+            Refusal::Other => "other",
+        }
+    }
+}
+
+/// The state of an entry, as bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Bits(u8);
+
+impl Bits {
+    const PUBLISHED: u8 = 1;
+    const CONFIRMED: u8 = 2;
+    const SET_ASIDE: u8 = 4;
+    /// Handed to a publisher. Not kept across a restart.
+    const TAKEN: u8 = 8;
+    /// No entry can be read here. Found out anew at each start.
+    const HOLE: u8 = 16;
+    /// The upper three bits: which [`Refusal`].
+    const REFUSAL: u32 = 5;
+
+    pub(super) const NEW: Bits = Bits(0);
+    /// As good as new, but somebody has it.
+    pub(super) const HELD: Bits = Bits(Bits::TAKEN);
+    pub(super) const IN_STREAM: Bits = Bits(Bits::PUBLISHED);
+    pub(super) const STORED: Bits = Bits(Bits::CONFIRMED);
+    pub(super) const GONE: Bits = Bits(Bits::HOLE);
+
+    /// From a byte of a marks file.
+    pub(super) fn from_marks(byte: u8) -> Bits {
+        Bits(byte)
+    }
+
+    /// As it is written to a marks file. A hole is left out: it is what the file says, not what happened to it.
+    pub(super) fn to_marks(self) -> u8 {
+        if self == Bits::GONE { 0 } else { self.0 & !Bits::TAKEN }
+    }
+
+    fn has(self, bit: u8) -> bool {
+        self.0 & bit != 0
+    }
+
+    /// `None` where there is no entry.
+    pub(super) fn state(self) -> Option<State> {
+        if self.has(Bits::HOLE) {
+            None
+        } else if self.has(Bits::CONFIRMED) {
+            Some(State::Confirmed)
+        } else if self.has(Bits::SET_ASIDE) {
+            Some(State::SetAside)
+        } else if self.has(Bits::PUBLISHED) {
+            Some(State::Published)
+        } else {
+            Some(State::Journalled)
+        }
+    }
+
+    pub(super) fn refusal(self) -> Option<Refusal> {
+        let number = usize::from(self.0 >> Bits::REFUSAL);
+        (self.state() == Some(State::SetAside)).then(|| Refusal::ALL.get(number).copied().unwrap_or(Refusal::Other))
+    }
+
+    /// Whether a publisher may take it.
+    pub(super) fn waits(self) -> bool {
+        self.state() == Some(State::Journalled) && !self.has(Bits::TAKEN)
+    }
+
+    pub(super) fn set_aside(refusal: Refusal) -> Bits {
+        let number = Refusal::ALL.iter().position(|&other| other == refusal).expect("ALL has every refusal");
+        Bits(Bits::SET_ASIDE | u8::try_from(number).expect("there are at most eight refusals") << Bits::REFUSAL)
+    }
+
+    /// What of this is still true after a restart. A publish is not: the stream may have lost the message meanwhile,
+    /// so what is not confirmed is published again.
+    pub(super) fn after_restart(self) -> Bits {
+        match self.state() {
+            Some(State::Confirmed) => Bits(Bits::CONFIRMED),
+            Some(State::SetAside) => self,
+            Some(State::Journalled | State::Published) | None => Bits::NEW,
+        }
+    }
+}
+
+/// A number of entries, and the bytes that their records take on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Tally {
+    /// How many.
+    pub entries: u64,
+    /// Their records' bytes.
+    pub bytes: u64,
+}
+
+impl std::ops::AddAssign for Tally {
+    fn add_assign(&mut self, other: Tally) {
+        self.entries += other.entries;
+        self.bytes += other.bytes;
+    }
+}
