@@ -235,6 +235,7 @@ impl<'a> Share<'a> {
         };
         let until = (self.since + OVERDUE_AFTER).max(Instant::now() + ROOM_WITHIN);
         let turn = tokio::select! {
+            biased; // a turn that has come is taken, however late it is noticed
             turn = turn => turn.map_err(|_| Reject::TooManyBytes)?,
             () = others_make_room => return Err(Reject::TooManyBytes),
             () = self.evicted() => return Err(Reject::TooManyBytes),
@@ -287,4 +288,93 @@ fn permits(bytes: usize) -> Result<u32, Reject> {
 /// Nothing of it, to be added to.
 fn none(of: &Semaphore) -> SemaphorePermit<'_> {
     of.try_acquire_many(0).expect("nothing can always be had, and none of these is ever closed")
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+
+    use super::*;
+    use crate::Config;
+
+    const MIB: usize = 1 << 20;
+
+    /// Room for 64 MiB in flight, of which large bodies leave 16; their window is 8 MiB, and so are their turns.
+    fn room() -> Room {
+        let set = |variable: &str| match variable {
+            "SENTRY_CLIENT_SECRET" => Some("s".to_owned()),
+            "GATEWAY_MAX_BYTES_IN_FLIGHT" => Some("64MiB".to_owned()),
+            _ => None,
+        };
+        Room::new(&Config::load(&set).unwrap().limits)
+    }
+
+    /// As many bytes as the body has.
+    async fn all(share: &mut Share<'_>) -> Result<(), Reject> {
+        share.grow(share.most, share.most).await
+    }
+
+    #[tokio::test]
+    async fn beyond_the_window_turns_come_in_order_and_what_is_given_back_is_there_for_the_next() {
+        let room = room();
+        let [mut first, mut second, mut third, mut fourth] = [8, 8, 5, 3].map(|mib| room.enter(mib * MIB, true));
+        all(&mut first).await.unwrap(); // the whole window
+        all(&mut second).await.unwrap(); // all turns
+        {
+            let (mut third, mut fourth) = (Box::pin(all(&mut third)), Box::pin(all(&mut fourth)));
+            assert!(third.as_mut().now_or_never().is_none() && fourth.as_mut().now_or_never().is_none());
+            assert_eq!(room.in_flight(), 24 * MIB, "who waits counts with all that is to come");
+            let second = second.whole();
+            assert!(third.as_mut().now_or_never().is_none(), "a body in use takes its memory");
+            drop(second);
+            third.await.unwrap();
+            fourth.await.unwrap();
+        }
+        drop((first, third, fourth));
+        assert_eq!(room.in_flight(), 0);
+        assert_eq!((room.window.available_permits(), room.turns.available_permits()), (8 * MIB, 8 * MIB));
+    }
+
+    #[tokio::test]
+    async fn small_bodies_wait_for_no_large_one_and_those_that_only_announce_hold_nothing() {
+        let room = room();
+        let announced: Vec<_> = (0..100).map(|_| room.enter(8 * MIB, true)).collect();
+        assert_eq!(room.in_flight(), 0);
+        let mut large: Vec<_> = (0..7).map(|_| room.enter(8 * MIB, true)).collect();
+        let mut waiting: Vec<_> = large.iter_mut().map(|share| Box::pin(all(share))).collect();
+        let answers: Vec<_> = waiting.iter_mut().map(|body| body.as_mut().now_or_never()).collect();
+        // One fills the window, one has its turn, four wait, and there is no more room in flight.
+        assert_eq!(answers.iter().filter(|answer| matches!(answer, Some(Ok(())))).count(), 2);
+        assert_eq!(answers.iter().filter(|answer| answer.is_none()).count(), 4);
+        assert!(matches!(answers[6], Some(Err(Reject::TooManyBytes))), "{answers:?}");
+        let mut small = room.enter(SMALL, true);
+        all(&mut small).now_or_never().expect("a small body waits for nobody").unwrap();
+        drop(announced);
+    }
+
+    #[tokio::test]
+    async fn who_has_a_turn_and_sends_nothing_makes_room_for_who_waits() {
+        let room = room();
+        let [mut window, mut stalled, mut next] = [8, 8, 8].map(|mib| room.enter(mib * MIB, true));
+        all(&mut window).await.unwrap();
+        all(&mut stalled).await.unwrap();
+        let make_room = async {
+            stalled.evicted().await;
+            drop(stalled);
+        };
+        let (next, ()) = tokio::join!(all(&mut next), make_room);
+        next.unwrap();
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_longer_than_its_sender() {
+        let room = room();
+        let [mut window, mut reading, mut waits] = [8, 8, 8].map(|mib| room.enter(mib * MIB, true));
+        all(&mut window).await.unwrap();
+        all(&mut reading).await.unwrap();
+        let _in_use = reading.whole(); // read, and not journalled yet: nothing that could be asked to make room
+        assert!(matches!(all(&mut waits).await, Err(Reject::TooManyBytes)));
+        drop(waits);
+        assert_eq!(room.in_flight(), 16 * MIB, "who gave up counts no more");
+    }
 }
