@@ -26,9 +26,9 @@ const BODY: &str = fixture!("issue_created");
 const WRONG: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 /// Sentry waits no longer for its answer.
 const SENTRY_WAITS: Duration = Duration::from_secs(1);
-const MIB: u64 = 1 << 20;
+pub(crate) const MIB: u64 = 1 << 20;
 /// What a gateway takes beside bodies and connections: its program, its threads, its journal's buffers.
-const GATEWAY_ITSELF: u64 = 64 * MIB;
+pub(crate) const GATEWAY_ITSELF: u64 = 64 * MIB;
 /// The most that one connection takes (README): what has come in and not been looked at, and what is still to go out.
 const A_CONNECTION: u64 = 128 << 10;
 
@@ -96,7 +96,7 @@ impl Genuine {
 }
 
 /// The most memory the gateway ever had, in bytes.
-fn peak_memory(world: &World) -> u64 {
+pub(crate) fn peak_memory(world: &World) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", world.gateway.process().pid())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt as _;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
-use world::{Connection, Post, SECRET, sign};
+use world::{Connection, Post, SECRET, eventually, sign};
 
+use crate::attacks::{GATEWAY_ITSELF, MIB, peak_memory};
 use crate::contract::{closes, head, raw};
 use crate::{fixture, setup};
 
@@ -72,6 +73,54 @@ async fn a_body_that_nobody_waits_for_any_more_makes_room() {
     world.post(vec![b'1'; 50_000]).await.accepted();
     let mut answered = [0; 12];
     slow.read_exact(&mut answered).await.unwrap();
+    assert_eq!(&answered, b"HTTP/1.1 503");
+}
+
+#[tokio::test]
+async fn large_bodies_that_come_all_at_once_wait_for_their_turn_in_bounded_memory() {
+    const BYTES: usize = 1_000_000;
+    let world = setup().workers(0).gateway("RUST_LOG", "error").start().await;
+    let post = Post::signed(vec![b'1'; BYTES]);
+    // Together less than may be in flight, and far more than may be in memory.
+    let all = futures_util::future::join_all((0..180).map(|_| {
+        let taken = async || match post.send(world.port()).await.status {
+            202 => Some(()),
+            503 => None, // its second was over before its turn came, on a machine as slow as that
+            other => panic!("answered {other}"),
+        };
+        async move { eventually("a large body to be taken", taken).await }
+    }));
+    all.await;
+    let (peak, bound) = (peak_memory(&world) / MIB, 64 + 180 / 8 + GATEWAY_ITSELF / MIB);
+    assert!(peak < bound, "{peak} of {bound} MiB");
+    eventually("all to be given back", async || {
+        (world.metric("gateway_bodies_in_flight_bytes").await == 0.0).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn large_bodies_that_stall_hold_up_no_other() {
+    let limits = [("GATEWAY_MAX_BODY_BYTES", "1MiB"), ("GATEWAY_MAX_BYTES_IN_FLIGHT", "8MiB")];
+    let world = limits.iter().fold(setup().workers(0), |setup, (name, value)| setup.gateway(name, value));
+    let world = world.gateway("GATEWAY_BODY_TIMEOUT", "10min").start().await;
+    let body = vec![b'1'; 1_000_000];
+    let mut begun = head(&sign(SECRET, &body), &format!("Content-Length: {}\r\n", body.len()));
+    begun.extend_from_slice(&body[1..]);
+    // Two of them take the window and all turns there are. They would for ten minutes.
+    let mut stalled = Vec::new();
+    for held in [999_999.0, 1_999_998.0] {
+        let mut socket = TcpStream::connect(("127.0.0.1", world.port())).await.unwrap();
+        socket.write_all(&begun).await.unwrap();
+        stalled.push(socket);
+        let is_held = async || (world.metric("gateway_bodies_in_flight_bytes").await >= held).then_some(());
+        eventually("the bytes to be held", is_held).await;
+    }
+    let taken = async || (world.post(body.clone()).await.status == 202).then_some(());
+    eventually("a large body to be taken", taken).await;
+    // Who held it up had to go, and is told.
+    let mut answered = [0; 12];
+    stalled[1].read_exact(&mut answered).await.unwrap();
     assert_eq!(&answered, b"HTTP/1.1 503");
 }
 
