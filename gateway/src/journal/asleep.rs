@@ -102,8 +102,8 @@ impl Journal {
                     file = %file.display(),
                     entries = sleeper.previous.entries,
                     %error,
-                    "the disk does not give a segment of the journal; restart the gateway once the disk is well to have \
-                     it delivered"
+                    "the disk does not give a segment of the journal; restart the gateway once the disk is well to \
+                     have it delivered"
                 );
                 Err(error)
             }
