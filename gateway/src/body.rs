@@ -21,7 +21,7 @@ const DISCARD_BODIES: usize = 4;
 
 /// Refused bodies of unknown or large size that are thrown away at once. Each takes a connection's buffers, which no limit
 /// of bytes counts; one after the other, as many senders see their answer in time as can.
-const DISCARD_AT_ONCE: usize = 64;
+const DISCARD_AT_ONCE: usize = 32;
 
 /// Reads bodies into memory, and no more of them than there is to be.
 #[derive(Debug)]

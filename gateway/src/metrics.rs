@@ -359,7 +359,7 @@ impl std::fmt::Debug for OfGateway {
 
 impl Collector for OfGateway {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
-        let help = "Memory that bodies being received take (at most GATEWAY_MAX_BYTES_IN_FLIGHT)";
+        let help = "Bodies in flight, in memory or waiting to be read (at most GATEWAY_MAX_BYTES_IN_FLIGHT)";
         show(&mut encoder, "gateway_bodies_in_flight", help, Some(&Unit::Bytes), self.0.bytes_in_flight() as f64)?;
         let help = "Client secrets that may have signed a delivery";
         show(&mut encoder, "gateway_secrets", help, None, self.0.secrets_in_use() as f64)

@@ -76,7 +76,7 @@ impl Gateway {
         response
     }
 
-    /// How many bytes of memory the bodies of all requests take now.
+    /// How many bytes of bodies are in flight now (see [`Bodies::bytes_in_flight`]).
     pub fn bytes_in_flight(&self) -> usize {
         self.bodies.bytes_in_flight()
     }

@@ -39,7 +39,7 @@ pub enum Reject {
     BrokenBody,
     /// Too many connections.
     TooManyConnections,
-    /// Too many bytes of bodies in memory.
+    /// Too many bytes of bodies in flight.
     TooManyBytes,
     /// Too many signatures wait for their canonical form.
     VerifyBusy,

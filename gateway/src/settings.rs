@@ -71,7 +71,7 @@ const GATEWAY_MAX_CONNECTIONS: Setting =
 const GATEWAY_MAX_BYTES_IN_FLIGHT: Setting = Setting::new(
     "GATEWAY_MAX_BYTES_IN_FLIGHT",
     "256MiB",
-    "Bytes of bodies held in memory at once; more is answered 503",
+    "Bytes of bodies in flight at once, in memory or waiting to be read; more is answered 503",
 );
 const GATEWAY_MAX_CANONICAL: Setting = Setting::bare(
     "GATEWAY_MAX_CANONICAL",

@@ -91,7 +91,7 @@ async fn large_bodies_that_come_all_at_once_wait_for_their_turn_in_bounded_memor
         async move { eventually("a large body to be taken", taken).await }
     }));
     all.await;
-    let (peak, bound) = (peak_memory(&world) / MIB, 64 + 180 / 8 + GATEWAY_ITSELF / MIB);
+    let (peak, bound) = (peak_memory(&world) / MIB, 48 + 180 / 16 + GATEWAY_ITSELF / MIB);
     assert!(peak < bound, "{peak} of {bound} MiB");
     eventually("all to be given back", async || {
         (world.metric("gateway_bodies_in_flight_bytes").await == 0.0).then_some(())
@@ -101,15 +101,15 @@ async fn large_bodies_that_come_all_at_once_wait_for_their_turn_in_bounded_memor
 
 #[tokio::test]
 async fn large_bodies_that_stall_hold_up_no_other() {
-    let limits = [("GATEWAY_MAX_BODY_BYTES", "1MiB"), ("GATEWAY_MAX_BYTES_IN_FLIGHT", "8MiB")];
+    let limits = [("GATEWAY_MAX_BODY_BYTES", "1MiB"), ("GATEWAY_MAX_BYTES_IN_FLIGHT", "16MiB")];
     let world = limits.iter().fold(setup().workers(0), |setup, (name, value)| setup.gateway(name, value));
     let world = world.gateway("GATEWAY_BODY_TIMEOUT", "10min").start().await;
     let body = vec![b'1'; 1_000_000];
     let mut begun = head(&sign(SECRET, &body), &format!("Content-Length: {}\r\n", body.len()));
     begun.extend_from_slice(&body[1..]);
-    // Two of them take the window and all turns there are. They would for ten minutes.
+    // Three of them take the window and all turns there are. They would for ten minutes.
     let mut stalled = Vec::new();
-    for held in [999_999.0, 1_999_998.0] {
+    for held in [999_999.0, 1_999_998.0, 2_999_997.0] {
         let mut socket = TcpStream::connect(("127.0.0.1", world.port())).await.unwrap();
         socket.write_all(&begun).await.unwrap();
         stalled.push(socket);

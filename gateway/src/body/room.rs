@@ -124,7 +124,7 @@ impl Room {
             flight: Semaphore::new(limit),
             // Not so much that the largest body could never be taken.
             reserve: (limit / 4).min(limit - limits.body_bytes).min(AT_ONCE),
-            window: Semaphore::new(limit / 8),
+            window: Semaphore::new(limit / 16),
             // The largest body has to have its turn some time.
             turns: Semaphore::new((limit / 8).max(limits.body_bytes)),
             unfinished: Line::new(OVERDUE_AFTER),
@@ -299,7 +299,8 @@ mod tests {
 
     const MIB: usize = 1 << 20;
 
-    /// Room for 64 MiB in flight, of which large bodies leave 16; their window is 8 MiB, and so are their turns.
+    /// Room for 64 MiB in flight, of which large bodies leave 16; their window is 4 MiB, their turns
+    /// are 8.
     fn room() -> Room {
         let set = |variable: &str| match variable {
             "SENTRY_CLIENT_SECRET" => Some("s".to_owned()),
@@ -317,13 +318,13 @@ mod tests {
     #[tokio::test]
     async fn beyond_the_window_turns_come_in_order_and_what_is_given_back_is_there_for_the_next() {
         let room = room();
-        let [mut first, mut second, mut third, mut fourth] = [8, 8, 5, 3].map(|mib| room.enter(mib * MIB, true));
+        let [mut first, mut second, mut third, mut fourth] = [4, 8, 5, 3].map(|mib| room.enter(mib * MIB, true));
         all(&mut first).await.unwrap(); // the whole window
         all(&mut second).await.unwrap(); // all turns
         {
             let (mut third, mut fourth) = (Box::pin(all(&mut third)), Box::pin(all(&mut fourth)));
             assert!(third.as_mut().now_or_never().is_none() && fourth.as_mut().now_or_never().is_none());
-            assert_eq!(room.in_flight(), 24 * MIB, "who waits counts with all that is to come");
+            assert_eq!(room.in_flight(), 20 * MIB, "who waits counts with all that is to come");
             let second = second.whole();
             assert!(third.as_mut().now_or_never().is_none(), "a body in use takes its memory");
             drop(second);
@@ -332,7 +333,7 @@ mod tests {
         }
         drop((first, third, fourth));
         assert_eq!(room.in_flight(), 0);
-        assert_eq!((room.window.available_permits(), room.turns.available_permits()), (8 * MIB, 8 * MIB));
+        assert_eq!((room.window.available_permits(), room.turns.available_permits()), (4 * MIB, 8 * MIB));
     }
 
     #[tokio::test]
@@ -340,7 +341,7 @@ mod tests {
         let room = room();
         let announced: Vec<_> = (0..100).map(|_| room.enter(8 * MIB, true)).collect();
         assert_eq!(room.in_flight(), 0);
-        let mut large: Vec<_> = (0..7).map(|_| room.enter(8 * MIB, true)).collect();
+        let mut large: Vec<_> = [4, 8, 8, 8, 8, 8, 8].map(|mib| room.enter(mib * MIB, true)).into();
         let mut waiting: Vec<_> = large.iter_mut().map(|share| Box::pin(all(share))).collect();
         let answers: Vec<_> = waiting.iter_mut().map(|body| body.as_mut().now_or_never()).collect();
         // One fills the window, one has its turn, four wait, and there is no more room in flight.
@@ -355,7 +356,7 @@ mod tests {
     #[tokio::test]
     async fn who_has_a_turn_and_sends_nothing_makes_room_for_who_waits() {
         let room = room();
-        let [mut window, mut stalled, mut next] = [8, 8, 8].map(|mib| room.enter(mib * MIB, true));
+        let [mut window, mut stalled, mut next] = [4, 8, 8].map(|mib| room.enter(mib * MIB, true));
         all(&mut window).await.unwrap();
         all(&mut stalled).await.unwrap();
         let make_room = async {
@@ -369,12 +370,12 @@ mod tests {
     #[tokio::test]
     async fn nobody_waits_longer_than_its_sender() {
         let room = room();
-        let [mut window, mut reading, mut waits] = [8, 8, 8].map(|mib| room.enter(mib * MIB, true));
+        let [mut window, mut reading, mut waits] = [4, 8, 8].map(|mib| room.enter(mib * MIB, true));
         all(&mut window).await.unwrap();
         all(&mut reading).await.unwrap();
         let _in_use = reading.whole(); // read, and not journalled yet: nothing that could be asked to make room
         assert!(matches!(all(&mut waits).await, Err(Reject::TooManyBytes)));
         drop(waits);
-        assert_eq!(room.in_flight(), 16 * MIB, "who gave up counts no more");
+        assert_eq!(room.in_flight(), 12 * MIB, "who gave up counts no more");
     }
 }
