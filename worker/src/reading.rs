@@ -82,6 +82,16 @@ impl Entry {
         DeliveryId::parse(self.message.headers.as_ref()?.get(DELIVERY_ID)?.as_str())
     }
 
+    /// The delivery's id, without the rest of it.
+    pub fn id(&self) -> DeliveryId {
+        self.id_in_header().unwrap_or_else(|| DeliveryId::of_foreign_message(self.sequence, &self.message.payload))
+    }
+
+    /// The delivery's body, byte for byte. Empty where only headers are read.
+    pub fn body(&self) -> &[u8] {
+        &self.message.payload
+    }
+
     /// The message as a dead letter keeps it. It was read once, by us.
     pub fn origin(&self) -> Origin {
         Origin {

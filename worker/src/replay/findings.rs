@@ -109,7 +109,7 @@ pub(super) struct Found {
 
 /// Looks a batch up, and reads the bodies that have to be read.
 pub(super) async fn find(store: &Store, options: &Options, batch: Vec<Entry>) -> anyhow::Result<Vec<Found>> {
-    let ids: Vec<String> = batch.iter().map(|entry| entry.delivery().id.to_string()).collect();
+    let ids: Vec<String> = batch.iter().map(|entry| entry.id().to_string()).collect();
     let known = patiently(|| store.look_up(&ids)).await?;
     let (dry_run, restore) = (options.dry_run, options.restore_deleted);
     let judge = move || {
@@ -145,7 +145,7 @@ impl Found {
 
 /// Whether this version would read a stored delivery as it stands in the database.
 fn compare(entry: &Entry, severity: &str, title: &str) -> Outcome {
-    let Ok(meaning) = interpret(&entry.delivery().body) else {
+    let Ok(meaning) = interpret(entry.body()) else {
         return Outcome::Differs("it would be a dead letter".into());
     };
     let mut how = Vec::new();
