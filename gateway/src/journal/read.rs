@@ -15,8 +15,8 @@ use super::table::Located;
 /// Records that follow each other are read together, up to so many bytes. Together they also stay in memory, until the last
 /// of them is done with.
 const RUN_BYTES: usize = 64 * 1024;
-/// Unused buffers for such runs that are kept: as many as are filled between two looks at what came back.
-const BUFFERS_KEPT: usize = 64;
+/// Unused buffers for such runs that are kept: as many as one look into the journal fills at most, where bodies have 16 KB.
+const BUFFERS_KEPT: usize = 32;
 
 /// An entry as it was appended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,8 +64,10 @@ impl Buffers {
 
     /// A buffer of that many bytes, with anything in it.
     fn lend(self: &Arc<Self>, length: usize) -> Lent {
-        let unused = if length <= RUN_BYTES { self.unused().pop() } else { None };
-        let buffer = unused.unwrap_or_else(|| vec![0; length.max(RUN_BYTES)]);
+        // A short run gets memory of its own size: in such a buffer it would hold many times that until it is done with.
+        let suits = (RUN_BYTES / 2..=RUN_BYTES).contains(&length);
+        let unused = if suits { self.unused().pop() } else { None };
+        let buffer = unused.unwrap_or_else(|| vec![0; if suits { RUN_BYTES } else { length }]);
         Lent { buffer, length, home: Arc::clone(self) }
     }
 }
@@ -244,20 +246,21 @@ mod tests {
 
     #[test]
     fn a_buffer_is_used_again_when_nobody_looks_at_it_any_more() {
-        let (_, entries) = written(&[10, 20, RUN_BYTES]);
+        let half = RUN_BYTES / 2;
+        let (_, entries) = written(&[half, 20, RUN_BYTES, 10]);
         let buffers = Arc::<Buffers>::default();
         let bodies: Vec<_> = read_each(&entries, &buffers).map(|(_, read)| read.unwrap().body).collect();
         assert_eq!(buffers.unused().len(), 0);
-        let [first, second, third] = bodies.try_into().unwrap();
+        let [first, second, large, short] = bodies.try_into().unwrap();
         drop(first);
         assert_eq!(buffers.unused().len(), 0, "the second lies in the same");
         assert_eq!(second, vec![b'x'; 20]);
         drop(second);
         assert_eq!(buffers.unused().len(), 1);
-        drop(third);
-        assert_eq!(buffers.unused().len(), 1, "a large one is not kept");
+        drop((large, short));
+        assert_eq!(buffers.unused().len(), 1, "large and short ones had memory of their own");
         let again: Vec<_> = read_each(&entries[..1], &buffers).map(|(_, read)| read.unwrap().body).collect();
-        assert_eq!((buffers.unused().len(), &again[0][..]), (0, &[b'x'; 10][..]));
+        assert_eq!((buffers.unused().len(), &again[0][..]), (0, &vec![b'x'; half][..]));
     }
 
     #[test]
