@@ -32,10 +32,10 @@ use crate::metrics::{Delay, Metrics};
 /// Entries on their way at once.
 const IN_FLIGHT: usize = 512;
 /// Bodies on their way at once, in KiB. One that is larger than all of it goes alone.
-const IN_FLIGHT_KIB: u32 = 32 * 1024;
+const IN_FLIGHT_KIB: u32 = 4 * 1024;
 /// How many entries, and how many bytes, are read from the journal in one go.
 const READ_ENTRIES: usize = 128;
-const READ_BYTES: u64 = 4 << 20;
+const READ_BYTES: u64 = 1 << 20;
 /// Where several entries waited together, more are coming, and get so long to gather: fewer, larger writes cost a tenth
 /// less of both this process and the broker. Who comes alone does not wait.
 const GATHER: Duration = Duration::from_millis(2);

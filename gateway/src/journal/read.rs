@@ -16,7 +16,7 @@ use super::table::Located;
 /// of them is done with.
 const RUN_BYTES: usize = 64 * 1024;
 /// Unused buffers for such runs that are kept: as many as one look into the journal fills at most, where bodies have 16 KB.
-const BUFFERS_KEPT: usize = 32;
+const BUFFERS_KEPT: usize = 16;
 
 /// An entry as it was appended.
 #[derive(Debug, Clone, PartialEq, Eq)]
