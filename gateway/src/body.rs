@@ -78,8 +78,9 @@ impl Bodies {
                 return Err(Reject::TooLarge(self.limit));
             }
             if needed > share.bytes() {
-                // Doubled, so that copying stays cheap; what counts is the memory, not how much of it is filled.
-                share.grow(needed, buffer.capacity().saturating_mul(2)).await?;
+                // Of what has come the fourfold, so that little is copied again; what counts is the memory, not how much of it
+                // is filled.
+                share.grow(needed, needed.saturating_mul(4)).await?;
                 buffer.reserve_exact(share.bytes() - buffer.len());
             }
             buffer.extend_from_slice(&data);
