@@ -37,7 +37,7 @@ const IN_FLIGHT_KIB: u32 = 4 * 1024;
 const READ_ENTRIES: usize = 128;
 const READ_BYTES: u64 = 1 << 20;
 /// Where several entries waited together, more are coming, and get so long to gather: fewer, larger writes cost a tenth
-/// less of both this process and the broker. Who comes alone does not wait.
+/// less of both this process and the broker. Who comes alone does not wait, and neither does a backlog.
 const GATHER: Duration = Duration::from_millis(2);
 /// How long JetStream may take to acknowledge before the publish is repeated.
 const ACK_WITHIN: Duration = Duration::from_secs(5);
@@ -173,7 +173,7 @@ impl Publisher {
             drop(shared.entries_room.acquire().await.expect("this semaphore is never closed"));
             let entries = shared.entries_room.available_permits().clamp(1, READ_ENTRIES);
             let taken = shared.journal.take(entries, READ_BYTES).await;
-            let several = (2..READ_ENTRIES).contains(&taken.len());
+            let several = taken.len() > 1 && !is_backlog(&taken);
             for entry in taken {
                 let room = shared.room_for(&entry).await;
                 let (publisher, counted) = (self.clone(), shared.metrics.publishing());
@@ -322,6 +322,12 @@ impl Shared {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
+}
+
+/// Whether so much was read in one go that there is more to read now.
+fn is_backlog(taken: &[Stored]) -> bool {
+    let bytes: usize = taken.iter().map(|entry| entry.body.len()).sum();
+    taken.len() >= READ_ENTRIES || bytes as u64 > READ_BYTES / 2
 }
 
 /// The error code that JetStream gave, if it gave one.
