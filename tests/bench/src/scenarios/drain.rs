@@ -3,7 +3,8 @@
 //! The gateway takes the backlog while the broker is away; then the broker is started. Both are timed by the stream's
 //! own clock, from its first message to its last: when the gateway notices that the broker is back is a note, not part
 //! of the rate. Alone, async-nats publishes the same messages with as many in flight, from bodies that lie in memory;
-//! the gateway reads them from its journal, and marks each as published.
+//! the gateway reads them from its journal, and marks each as published. Before both, twice as much memory is used once
+//! as the stream will take (see [`process::warm_memory`]).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,15 +21,18 @@ use crate::report::{Goal, Line, Report};
 use crate::servers::{Nats, Server};
 use crate::stream::{MAX_BYTES, Stream};
 
+/// Bytes of a body.
+const SIZE: usize = 16 << 10;
 /// How long the backlog may take to go.
 const PATIENCE: Duration = Duration::from_secs(300);
 
 pub(crate) async fn run(bench: &Bench) -> anyhow::Result<Report> {
     let mut report = Report::default();
-    let deliveries = Arc::new(Deliveries::of_size(16 << 10, 6));
+    let deliveries = Arc::new(Deliveries::of_size(SIZE, 6));
     let count = bench.size(2000, 200_000);
     let (mut alone, mut drained, mut noticed, mut cpu) = (vec![], vec![], vec![], vec![]);
     for _ in 0..bench.rounds() {
+        process::warm_memory(2 * count * SIZE as u64);
         let nats = Nats::start("").await?;
         let stream = Stream::on(&nats.url()).await?;
         stream.publish(&deliveries, count).await?;
@@ -63,6 +67,7 @@ async fn drain(bench: &Bench, deliveries: &Arc<Deliveries>, count: u64) -> anyho
     let load = Load::start(gateway.port, deliveries, CONNECTIONS, Some(count));
     load::all_accepted(&load.finish().await?)?;
     ensure!(gateway.backlog().await? == count as f64, "not all that was accepted is in the journal");
+    process::warm_memory(2 * count * SIZE as u64);
     let cpu = process::cpu(gateway.pid());
     let nats = Nats::start_at(port).await?;
     let back = Instant::now();
