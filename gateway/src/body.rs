@@ -78,8 +78,8 @@ impl Bodies {
                 return Err(Reject::TooLarge(self.limit));
             }
             if needed > share.bytes() {
-                // Of what has come the fourfold, so that little is copied again; what counts is the memory, not how much of it
-                // is filled.
+                // Four times what has come, so that little is copied again; what counts is the memory, not how much of it is
+                // filled.
                 share.grow(needed, needed.saturating_mul(4)).await?;
                 buffer.reserve_exact(share.bytes() - buffer.len());
             }

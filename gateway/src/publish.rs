@@ -324,7 +324,7 @@ impl Shared {
     }
 }
 
-/// Whether so much was read in one go that there is more to read now.
+/// Whether about as much came as is read in one go: then there is more to read now, most likely.
 fn is_backlog(taken: &[Stored]) -> bool {
     let bytes: usize = taken.iter().map(|entry| entry.body.len()).sum();
     taken.len() >= READ_ENTRIES || bytes as u64 > READ_BYTES / 2

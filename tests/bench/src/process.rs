@@ -1,5 +1,5 @@
-//! What a process has used so far, and what the machine has, from Linux's `/proc` (<https://man7.org/linux/man-pages/man5/proc.5.html>).
-//! Elsewhere there is no such thing, and the numbers are left out.
+//! What a process has used so far, and what memory the machine has, from Linux's `/proc`
+//! (<https://man7.org/linux/man-pages/man5/proc.5.html>). Elsewhere there is no such thing, and the numbers are left out.
 
 use std::time::Duration;
 
