@@ -3,10 +3,10 @@
 //!
 //! Several may want the same segment awake: each reads its index, and whoever is first installs it.
 
-use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use super::direct::SegmentFile;
 use super::format::{Marker, Previous, Trailer};
 use super::scan::{self, Survey};
 use super::{Journal, files, recover};
@@ -17,7 +17,7 @@ pub(super) struct Sleeper {
     /// Its number, where its records end, and how many they are.
     pub(super) previous: Previous,
     pub(super) marker: Marker,
-    pub(super) file: Arc<File>,
+    pub(super) file: Arc<SegmentFile>,
 }
 
 /// What its file says of its entries.
@@ -46,10 +46,12 @@ impl Sleeper {
         let Previous { end, entries, .. } = self.previous;
         let expected =
             |trailer: &Trailer| (trailer.marker, trailer.end, trailer.entries) == (self.marker, end, entries);
-        if let Some((_, offsets, received)) = scan::read_index(&self.file).filter(|(trailer, ..)| expected(trailer)) {
+        if let Some((_, offsets, received)) =
+            scan::read_index(&self.file.cached).filter(|(trailer, ..)| expected(trailer))
+        {
             return Ok(Found { offsets, received, holes: Vec::new(), end, by_index: true, damage: None });
         }
-        let survey = scan::survey(&self.file, self.marker, false)?;
+        let survey = scan::survey(&self.file.cached, self.marker, false)?;
         let damage = recover::loss(&survey, Some(self.previous), false);
         if survey.unreadable && damage.is_some_and(|(lost, _)| lost > 0) {
             return Err(io::Error::other("neither the index nor all of the records can be read"));

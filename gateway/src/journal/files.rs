@@ -4,6 +4,8 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
+use super::direct::SegmentFile;
+
 const SEGMENT: &str = "journal";
 const MARKS: &str = "marks";
 const DAMAGED: &str = "damaged";
@@ -82,11 +84,12 @@ pub(super) fn create_dir(dir: &Path) -> io::Result<()> {
 
 /// A new segment file of `size` bytes, all zeros, its space reserved where the file system can do that, name and space
 /// already lasting.
-pub(super) fn create_segment(dir: &Path, number: u64, size: u64) -> io::Result<File> {
+pub(super) fn create_segment(dir: &Path, number: u64, size: u64) -> io::Result<SegmentFile> {
     let path = segment(dir, number);
     let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
-    let made = reserve(&file, size).and_then(|()| file.sync_all()).and_then(|()| sync_dir(dir));
-    match made {
+    let mut file = SegmentFile::of(file, &path);
+    let made = reserve(&file.cached, size).and_then(|()| file.try_out());
+    match made.and_then(|()| file.cached.sync_all()).and_then(|()| sync_dir(dir)) {
         Ok(()) => Ok(file),
         Err(error) => {
             // A full disk should not hold the file that did not fit on it.

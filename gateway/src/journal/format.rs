@@ -1,9 +1,12 @@
 //! The bytes of segment and marks files, both ways. Pure: no file is touched here. The layout and what it is good for
 //! are described in the [module](super).
 
+/// What a segment is written in, in bytes: a batch begins at a multiple of it and fills its last one up with zeros. Writing
+/// past the page cache asks for that, and no write ever touches a block that was synced before.
+pub(super) const BLOCK: u64 = 4096;
 /// Where the first record of a segment begins. The header has this whole block to itself, so that one lost sector
 /// never takes both the header and the first record, each of which is enough to know the segment's marker.
-pub(super) const FIRST_RECORD: u64 = 4096;
+pub(super) const FIRST_RECORD: u64 = BLOCK;
 /// Bytes of a segment's header; the rest of its block is zeros.
 pub(super) const SEGMENT_HEADER: usize = 64;
 /// Bytes of a record before its header block and body.
@@ -18,7 +21,13 @@ pub(super) const MAX_PAYLOAD: usize = 1 << 30;
 const SEGMENT_MAGIC: &[u8; 8] = b"LOOPJRNL";
 const TRAILER_MAGIC: &[u8; 8] = b"LOOPTAIL";
 const MARKS_MAGIC: &[u8; 8] = b"LOOPMARK";
-const VERSION: u32 = 1;
+/// In version 1 batches followed each other without zeros between them; no record of it says that it is its batch's last,
+/// so it reads the same.
+const VERSION: u32 = 2;
+/// The version of marks files.
+const MARKS_VERSION: u32 = 1;
+/// In a record's header block length: it is the last of its batch.
+const LAST: u32 = 1 << 31;
 const MARKS_HEADER: usize = 24;
 
 /// Eight random bytes that open every record of one segment. Nobody outside this directory ever sees them, so no
@@ -95,7 +104,7 @@ impl SegmentHeader {
         if !bytes.starts_with(SEGMENT_MAGIC) || u32_at(bytes, 12) != crc_around(bytes, 12) {
             return HeaderBlock::Invalid;
         }
-        if u32_at(bytes, 8) != VERSION {
+        if !(1..=VERSION).contains(&u32_at(bytes, 8)) {
             return HeaderBlock::OtherVersion(u32_at(bytes, 8));
         }
         HeaderBlock::Valid(SegmentHeader {
@@ -120,12 +129,20 @@ pub(super) struct RecordHeader {
     pub(super) synced: u32,
     /// Unix time, milliseconds.
     pub(super) received_ms: u64,
+    /// The last of its batch: the zeros up to the next block are part of it.
+    pub(super) last: bool,
 }
 
 impl RecordHeader {
-    /// Bytes of the whole record.
-    pub(super) fn record_length(&self) -> u64 {
+    /// Bytes of the record, without zeros that follow it.
+    pub(super) fn length(&self) -> u64 {
         RECORD_HEADER as u64 + u64::from(self.meta_length) + u64::from(self.body_length)
+    }
+
+    /// Where the record ends that begins at `position`, and the next one begins.
+    pub(super) fn end(&self, position: u64) -> u64 {
+        let end = position + self.length();
+        if self.last { end.next_multiple_of(BLOCK) } else { end }
     }
 
     /// `position` is where in its file the record begins. It is part of the checksum, so that a copy of a record at
@@ -135,7 +152,8 @@ impl RecordHeader {
         bytes[..8].copy_from_slice(&marker.0);
         bytes[12..16].copy_from_slice(&self.payload_crc.to_le_bytes());
         bytes[16..20].copy_from_slice(&self.index.to_le_bytes());
-        bytes[20..24].copy_from_slice(&self.meta_length.to_le_bytes());
+        let meta_length = self.meta_length | if self.last { LAST } else { 0 };
+        bytes[20..24].copy_from_slice(&meta_length.to_le_bytes());
         bytes[24..28].copy_from_slice(&self.body_length.to_le_bytes());
         bytes[28..32].copy_from_slice(&self.synced.to_le_bytes());
         bytes[32..40].copy_from_slice(&self.received_ms.to_le_bytes());
@@ -154,10 +172,11 @@ impl RecordHeader {
         Some(RecordHeader {
             payload_crc: u32_at(bytes, 12),
             index: u32_at(bytes, 16),
-            meta_length: u32_at(bytes, 20),
+            meta_length: u32_at(bytes, 20) & !LAST,
             body_length: u32_at(bytes, 24),
             synced: u32_at(bytes, 28),
             received_ms: u64_at(bytes, 32),
+            last: u32_at(bytes, 20) & LAST != 0,
         })
     }
 }
@@ -233,7 +252,7 @@ impl Trailer {
 pub(super) fn encode_marks(check: u32, states: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(MARKS_HEADER + states.len());
     bytes.extend_from_slice(MARKS_MAGIC);
-    bytes.extend_from_slice(&VERSION.to_le_bytes());
+    bytes.extend_from_slice(&MARKS_VERSION.to_le_bytes());
     bytes.extend_from_slice(&[0; 4]);
     bytes.extend_from_slice(&check.to_le_bytes());
     let entries = u32::try_from(states.len()).expect("an entry's index is 32 bits wide");
@@ -249,7 +268,7 @@ pub(super) fn decode_marks(bytes: &[u8], check: u32) -> Option<&[u8]> {
     let header = bytes.get(..MARKS_HEADER)?;
     let states = &bytes[MARKS_HEADER..];
     let valid = header.starts_with(MARKS_MAGIC)
-        && u32_at(header, 8) == VERSION
+        && u32_at(header, 8) == MARKS_VERSION
         && u32_at(header, 12) == crc_around(bytes, 12)
         && u32_at(header, 16) == check
         && u32_at(header, 20) as usize == states.len();
@@ -317,7 +336,10 @@ mod tests {
             body_length: 16_384,
             synced: 4096,
             received_ms: 1_700_000_000_123,
+            last: true,
         };
+        assert_eq!((header.length(), header.end(8192)), (16_624, 8192 + 5 * BLOCK));
+        assert_eq!(RecordHeader { last: false, ..header }.end(8192), 8192 + 16_624);
         let bytes = header.encode(MARKER, 8192);
         assert_eq!(RecordHeader::decode(&bytes, MARKER, 8192), Some(header));
         assert_eq!(RecordHeader::decode(&bytes, MARKER, 8193), None);

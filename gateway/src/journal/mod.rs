@@ -89,11 +89,13 @@
 //! ever appended to after a restart.
 
 mod asleep;
+mod direct;
 mod files;
 mod format;
 mod keeper;
 mod place;
 mod read;
+mod recent;
 mod recover;
 mod scan;
 mod segment;
@@ -126,6 +128,7 @@ pub use table::Unconfirmed;
 
 use format::{MAX_PAYLOAD, RECORD_HEADER};
 use keeper::Nudge;
+use recent::Recent;
 use segment::{Segment, Ticks};
 use table::{Located, Table};
 use writer::{Job, Waiting, Work, Writer};
@@ -213,6 +216,7 @@ struct Shared {
     appended: Notify,
     waiting: AtomicUsize,
     buffers: Arc<read::Buffers>,
+    recent: Recent,
     opened: Instant,
     _lock: files::Lock,
 }
@@ -266,6 +270,7 @@ impl Journal {
             appended: Notify::new(),
             waiting: AtomicUsize::new(0),
             buffers: Arc::default(),
+            recent: Recent::default(),
             opened: Instant::now(),
             _lock: lock,
         });
@@ -348,12 +353,24 @@ impl Journal {
         }
     }
 
-    /// Reads entries from disk, away from the threads that serve requests. Those that cannot be read are left out.
-    async fn fetch(&self, located: Vec<Located>) -> Vec<Stored> {
+    /// The entries that these are, from memory or from disk, in their order. Those that cannot be read are left out.
+    async fn fetch(&self, mut located: Vec<Located>) -> Vec<Stored> {
+        let mut fetched = self.0.shared.recent.take(&located);
+        let mut remembered = fetched.iter().map(Option::is_some);
+        located.retain(|_| !remembered.next().unwrap_or_default());
+        if !located.is_empty() {
+            let mut read = self.read_each(located).await.into_iter();
+            fetched.iter_mut().filter(|entry| entry.is_none()).for_each(|entry| *entry = read.next().flatten());
+        }
+        fetched.into_iter().flatten().collect()
+    }
+
+    /// Reads entries from disk, away from the threads that serve requests; nothing for one that cannot be read.
+    async fn read_each(&self, located: Vec<Located>) -> Vec<Option<Stored>> {
         let handle = self.clone();
         let read = move || {
             let read = read::read_each(&located, &handle.0.shared.buffers);
-            read.filter_map(|(entry, read)| handle.reported(entry.place, read).ok()).collect()
+            read.map(|(entry, read)| handle.reported(entry.place, read).ok()).collect()
         };
         // Cancelled only when the runtime goes down, and then nobody publishes any more.
         tokio::task::spawn_blocking(read).await.unwrap_or_default()

@@ -2,19 +2,24 @@
 
 use std::io;
 use std::iter;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 
-use super::format::{self, Marker, RECORD_HEADER, RecordHeader};
+use super::direct::Blocks;
+use super::format::{self, BLOCK, Marker, RECORD_HEADER, RecordHeader};
 use super::place::Place;
 use super::table::Located;
 
 /// Records that follow each other are read together, up to so many bytes. Together they also stay in memory, until the last
 /// of them is done with.
 const RUN_BYTES: usize = 64 * 1024;
+/// The blocks around a run: it begins and ends anywhere in one.
+const AROUND: usize = 2 * BLOCK as usize;
+const BUFFER_BYTES: usize = RUN_BYTES + AROUND;
 /// Unused buffers for such runs that are kept: as many as one look into the journal fills at most, where bodies have 16 KB.
 const BUFFERS_KEPT: usize = 16;
 
@@ -54,42 +59,43 @@ pub enum ReadError {
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
     /// [`RUN_BYTES`] each, at most [`BUFFERS_KEPT`] of them.
-    unused: Mutex<Vec<Vec<u8>>>,
+    unused: Mutex<Vec<Blocks>>,
 }
 
 impl Buffers {
-    fn unused(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+    fn unused(&self) -> MutexGuard<'_, Vec<Blocks>> {
         self.unused.lock().unwrap_or_else(PoisonError::into_inner) // nothing that holds this can panic half-way
     }
 
-    /// A buffer of that many bytes, with anything in it.
+    /// Blocks that so many bytes of a file lie in, with anything in them.
     fn lend(self: &Arc<Self>, length: usize) -> Lent {
         // A short run gets memory of its own size: in such a buffer it would hold many times that until it is done with.
         let suits = (RUN_BYTES / 2..=RUN_BYTES).contains(&length);
         let unused = if suits { self.unused().pop() } else { None };
-        let buffer = unused.unwrap_or_else(|| vec![0; if suits { RUN_BYTES } else { length }]);
-        Lent { buffer, length, home: Arc::clone(self) }
+        let blocks = unused.unwrap_or_else(|| Blocks::new(if suits { BUFFER_BYTES } else { length + AROUND }));
+        Lent { blocks, range: 0..0, home: Arc::clone(self) }
     }
 }
 
 /// A buffer in use, until nobody looks at any of its bytes any more.
 struct Lent {
-    buffer: Vec<u8>,
-    length: usize,
+    blocks: Blocks,
+    /// Where in it the run is.
+    range: Range<usize>,
     home: Arc<Buffers>,
 }
 
 impl AsRef<[u8]> for Lent {
     fn as_ref(&self) -> &[u8] {
-        &self.buffer[..self.length]
+        &self.blocks.bytes()[self.range.clone()]
     }
 }
 
 impl Drop for Lent {
     fn drop(&mut self) {
         let mut unused = self.home.unused();
-        if self.buffer.len() == RUN_BYTES && unused.len() < BUFFERS_KEPT {
-            unused.push(std::mem::take(&mut self.buffer));
+        if self.blocks.len() == BUFFER_BYTES && unused.len() < BUFFERS_KEPT {
+            unused.push(std::mem::take(&mut self.blocks));
         }
     }
 }
@@ -111,10 +117,17 @@ pub(super) fn read_each<'e>(
 /// Reads and checks the record. Blocks.
 pub(super) fn read(entry: &Located) -> Result<Stored, ReadError> {
     let mut bytes = vec![0; length(entry)];
-    entry.file.read_exact_at(&mut bytes, entry.offset).map_err(|error| {
-        let cut_short = error.kind() == io::ErrorKind::UnexpectedEof;
-        if cut_short { ReadError::Damaged } else { ReadError::Disk(error) }
-    })?;
+    let mut filled = 0;
+    // To its end or the file's: what a file that was cut lacks may be no more than zeros.
+    while filled < bytes.len() {
+        match entry.file.cached.read_at(&mut bytes[filled..], entry.offset + filled as u64) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(ReadError::Disk(error)),
+        }
+    }
+    bytes.truncate(filled);
     check(entry, bytes.into())
 }
 
@@ -138,10 +151,11 @@ fn runs(entries: &[Located]) -> impl Iterator<Item = &[Located]> {
 
 /// The bytes of one such run.
 fn read_run(run: &[Located], buffers: &Arc<Buffers>) -> io::Result<Bytes> {
-    let mut lent = buffers.lend(run.iter().map(length).sum());
-    if let Some(first) = run.first() {
-        first.file.read_exact_at(&mut lent.buffer[..lent.length], first.offset)?;
-    }
+    let Some(first) = run.first() else { return Ok(Bytes::new()) };
+    let length = run.iter().map(length).sum();
+    let mut lent = buffers.lend(length);
+    let at = first.file.read(&mut lent.blocks, first.offset, length)?;
+    lent.range = at..at + length;
     Ok(Bytes::from_owner(lent))
 }
 
@@ -163,10 +177,11 @@ fn check(entry: &Located, bytes: Bytes) -> Result<Stored, ReadError> {
 /// The intact record that `bytes` are, which were read at `offset`: its header, header block and body. No copy.
 fn check_record(bytes: &Bytes, marker: Marker, offset: u64) -> Result<(RecordHeader, Bytes, Bytes), ReadError> {
     let header = RecordHeader::decode(bytes, marker, offset).ok_or(ReadError::Damaged)?;
-    if header.record_length() != bytes.len() as u64 {
+    if !(header.length()..=header.end(offset) - offset).contains(&(bytes.len() as u64)) {
         return Err(ReadError::Damaged);
     }
-    let mut meta = bytes.slice(RECORD_HEADER..);
+    let record = usize::try_from(header.length()).expect("no longer than `bytes`");
+    let mut meta = bytes.slice(RECORD_HEADER..record);
     let body = meta.split_off(header.meta_length as usize);
     if format::payload_crc(&meta, &body) != header.payload_crc {
         return Err(ReadError::Damaged);
@@ -187,15 +202,14 @@ pub(super) fn unix_ms(time: SystemTime) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-
+    use super::super::direct::SegmentFile;
     use super::*;
 
     const MARKER: Marker = Marker([7; 8]);
 
     /// A file with entries of these body lengths, one behind the other.
-    fn written(lengths: &[usize]) -> (Arc<File>, Vec<Located>) {
-        let file = Arc::new(tempfile::tempfile().unwrap());
+    fn written(lengths: &[usize]) -> (Arc<SegmentFile>, Vec<Located>) {
+        let file = Arc::new(SegmentFile::through_cache(tempfile::tempfile().unwrap()));
         let (mut entries, mut offset) = (Vec::new(), 0);
         for (index, &length) in (0..).zip(lengths) {
             let body = vec![b'x'; length];
@@ -206,11 +220,12 @@ mod tests {
                 body_length: u32::try_from(length).unwrap(),
                 synced: 0,
                 received_ms: 0,
+                last: false,
             };
-            file.write_all_at(&header.encode(MARKER, offset), offset).unwrap();
-            file.write_all_at(&body, offset + RECORD_HEADER as u64).unwrap();
+            file.cached.write_all_at(&header.encode(MARKER, offset), offset).unwrap();
+            file.cached.write_all_at(&body, offset + RECORD_HEADER as u64).unwrap();
             let place = Place { segment: 1, index, check: 0 };
-            let length = header.record_length();
+            let length = header.length();
             entries.push(Located { place, file: file.clone(), marker: MARKER, offset, length, repeats: 0 });
             offset += length;
         }
@@ -266,9 +281,9 @@ mod tests {
     #[test]
     fn what_is_wrong_with_one_is_not_held_against_another() {
         let (file, entries) = written(&[10, 20, 30]);
-        file.write_all_at(b"y", entries[1].offset + RECORD_HEADER as u64).unwrap();
+        file.cached.write_all_at(b"y", entries[1].offset + RECORD_HEADER as u64).unwrap();
         assert_eq!(lengths(&entries), [Some(10), None, Some(30)]);
-        file.set_len(entries[2].offset + 1).unwrap();
+        file.cached.set_len(entries[2].offset + 1).unwrap();
         assert_eq!(lengths(&entries), [Some(10), None, None]);
     }
 }

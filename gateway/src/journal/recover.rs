@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::direct::SegmentFile;
 use super::files::{self, Kind};
 use super::format::{self, HeaderBlock, Marker, Previous, SegmentHeader};
 use super::scan::{self, Survey};
@@ -206,17 +207,18 @@ impl Found {
     ) -> Result<Option<Segment>, OpenError> {
         let Some(marker) = self.marker else { return self.without_marker(dir, promise, recovered) };
         let length = self.file.metadata().map_err(OpenError::at(&self.path))?.len();
-        let file = Arc::new(self.file);
+        let file = Arc::new(SegmentFile::of(self.file, &self.path));
         let mut segment = Segment::new(self.number, marker, Arc::clone(&file), length, format::FIRST_RECORD);
+        let file = &file.cached;
         let mut damage = self.header.is_none().then_some((0, "its header is damaged"));
-        match scan::read_index(&file).filter(|(trailer, ..)| trailer.marker == marker) {
+        match scan::read_index(file).filter(|(trailer, ..)| trailer.marker == marker) {
             Some((trailer, offsets, received)) => {
                 segment.end = trailer.end;
                 segment.sealed = true;
                 segment.fill(offsets, received, &[]);
             }
             None => {
-                let survey = scan::survey(&file, marker, true).map_err(OpenError::at(&self.path))?;
+                let survey = scan::survey(file, marker, true).map_err(OpenError::at(&self.path))?;
                 let cut = self.header.is_some_and(|header| length < header.capacity);
                 damage = loss(&survey, promise, cut).or(damage);
                 segment.end = survey.end;
@@ -228,7 +230,7 @@ impl Found {
                     recovered.torn_bytes += survey.tail;
                 }
                 if let Some(index) = index {
-                    match seal(&file, marker, segment.end, &index, true) {
+                    match seal(file, marker, segment.end, &index, true) {
                         Ok(length) => (segment.on_disk, segment.sealed) = (length, true),
                         Err(error) => {
                             tracing::debug!(%error, "no index written; the next start reads the records again")

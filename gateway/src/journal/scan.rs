@@ -25,7 +25,7 @@ pub(super) struct Survey {
     pub(super) holes: Vec<u32>,
     /// Bytes between records that should be records.
     pub(super) gaps: Vec<Range<u64>>,
-    /// Where the last intact record ends.
+    /// Where the last intact record ends, and the next one would begin.
     pub(super) end: u64,
     /// Bytes after `end` up to the last that is not zero.
     pub(super) tail: u64,
@@ -88,7 +88,7 @@ impl<'f> Window<'f> {
     }
 
     fn payload_intact(&mut self, header: &RecordHeader, at: u64) -> bool {
-        let end = at + header.record_length();
+        let end = at + header.length();
         let mut crc = 0;
         let mut at = at + RECORD_HEADER as u64;
         while at < end {
@@ -163,7 +163,7 @@ pub(super) fn survey(file: &File, marker: Marker, payloads: bool) -> io::Result<
     // The first byte not yet known to belong to a record.
     let mut at = FIRST_RECORD;
     while let Some((start, header)) = record_from(&mut window, marker, at) {
-        at = start + header.record_length();
+        at = header.end(start);
         // Those that are missing before it lay in the gap.
         let missing = (header.index as usize).checked_sub(survey.offsets.len());
         let room = start.saturating_sub(survey.end) / RECORD_HEADER as u64;
@@ -172,7 +172,8 @@ pub(super) fn survey(file: &File, marker: Marker, payloads: bool) -> io::Result<
             continue;
         }
         survey.synced = survey.synced.max(u64::from(header.synced));
-        let is_whole = at <= window.length;
+        // The zeros that fill the last block are no loss.
+        let is_whole = start + header.length() <= window.length;
         if !is_whole || payloads && !window.payload_intact(&header, start) {
             // Its header is authentic, so the next record is where it says, unless the file ends first. If nothing
             // intact follows, this is the tail.

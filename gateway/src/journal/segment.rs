@@ -4,10 +4,10 @@
 //! and what a publisher learnt. One that is *asleep* has none: all its entries are alike, and the rest is in the index
 //! at the end of its file, from which it is woken (see [`super::asleep`]). Bodies stay on disk in any case.
 
-use std::fs::File;
 use std::sync::Arc;
 
 use super::asleep::{Found, Sleeper};
+use super::direct::SegmentFile;
 use super::format::{Marker, Previous};
 use super::place::Place;
 use super::state::{Bits, Refusal, State, Tally};
@@ -25,7 +25,7 @@ pub(super) struct Segment {
     pub(super) number: u64,
     pub(super) marker: Marker,
     pub(super) check: u32,
-    pub(super) file: Arc<File>,
+    pub(super) file: Arc<SegmentFile>,
     /// Bytes the file takes on disk, what is only reserved included.
     pub(super) on_disk: u64,
     /// Still being written to.
@@ -117,7 +117,7 @@ impl Counts {
 pub(super) type Ticks = u32;
 
 impl Segment {
-    pub(super) fn new(number: u64, marker: Marker, file: Arc<File>, on_disk: u64, end: u64) -> Segment {
+    pub(super) fn new(number: u64, marker: Marker, file: Arc<SegmentFile>, on_disk: u64, end: u64) -> Segment {
         Segment {
             number,
             marker,
@@ -438,7 +438,7 @@ mod tests {
     use super::*;
 
     fn segment(entries: u32) -> Segment {
-        let file = Arc::new(tempfile::tempfile().unwrap());
+        let file = Arc::new(SegmentFile::through_cache(tempfile::tempfile().unwrap()));
         let mut segment = Segment::new(7, Marker([1; 8]), file, 1 << 20, 4096);
         let appended: Vec<_> = (0..entries).map(|n| Appended { offset: 4096 + 100 * n, received: 1000 + n }).collect();
         segment.extend(&appended, 4096 + 100 * u64::from(entries));

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use super::direct::SegmentFile;
 use super::files::{self, Kind};
 use super::format::{self, FIRST_RECORD, HeaderBlock};
 use super::place::Place;
@@ -78,7 +79,7 @@ impl Snapshot {
 
     fn look_into(&mut self, dir: &Path, number: u64) -> io::Result<()> {
         let path = files::segment(dir, number);
-        let file = Arc::new(File::open(&path)?);
+        let file = File::open(&path)?;
         let (block, marker) = scan::identify(&file)?;
         let Some(marker) = marker else {
             // Blank: made ready for later. A later version's file is as unreadable to us as a damaged one.
@@ -87,15 +88,18 @@ impl Snapshot {
             }
             return Ok(());
         };
-        let mut segment = Segment::new(number, marker, Arc::clone(&file), file.metadata()?.len(), FIRST_RECORD);
+        let length = file.metadata()?.len();
+        let file = Arc::new(SegmentFile::through_cache(file));
+        let mut segment = Segment::new(number, marker, Arc::clone(&file), length, FIRST_RECORD);
+        let file = &file.cached;
         segment.damaged = block == HeaderBlock::Invalid;
-        match scan::read_index(&file).filter(|(trailer, ..)| trailer.marker == marker) {
+        match scan::read_index(file).filter(|(trailer, ..)| trailer.marker == marker) {
             Some((trailer, offsets, received)) => {
                 segment.end = trailer.end;
                 segment.fill(offsets, received, &[]);
             }
             None => {
-                let survey = scan::survey(&file, marker, false)?;
+                let survey = scan::survey(file, marker, false)?;
                 segment.damaged |= !survey.holes.is_empty() || survey.synced > survey.end || survey.unreadable;
                 segment.end = survey.end;
                 segment.fill(survey.offsets, survey.received, &survey.holes);

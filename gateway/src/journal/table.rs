@@ -2,12 +2,12 @@
 //! around it is only ever held for a moment.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::asleep::{Found, Sleeper};
+use super::direct::SegmentFile;
 use super::format::Marker;
 use super::place::Place;
 use super::segment::{Columns, Segment};
@@ -18,7 +18,7 @@ use super::stats::{Counters, Trouble};
 #[derive(Debug)]
 pub(super) struct Spare {
     pub(super) number: u64,
-    pub(super) file: Arc<File>,
+    pub(super) file: Arc<SegmentFile>,
     pub(super) path: PathBuf,
     /// Bytes reserved for it on disk.
     pub(super) capacity: u64,
@@ -44,7 +44,7 @@ pub(super) struct Table {
 #[derive(Debug, Clone)]
 pub(super) struct Located {
     pub(super) place: Place,
-    pub(super) file: Arc<File>,
+    pub(super) file: Arc<SegmentFile>,
     pub(super) marker: Marker,
     pub(super) offset: u64,
     pub(super) length: u64,

@@ -2,8 +2,7 @@
 //! synced, the next one gathers in the queue.
 
 use std::collections::VecDeque;
-use std::fs::File;
-use std::io::{self, IoSlice, Write};
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -12,11 +11,13 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
+use super::direct::{Blocks, SegmentFile};
 use super::files;
 use super::format::{
-    self, FIRST_RECORD, INDEX_ENTRY, Marker, Previous, RECORD_HEADER, RecordHeader, SegmentHeader, TRAILER,
+    self, BLOCK, FIRST_RECORD, INDEX_ENTRY, Marker, Previous, RECORD_HEADER, RecordHeader, SegmentHeader, TRAILER,
 };
 use super::keeper::{self, Nudge};
+use super::recent::Remembered;
 use super::recover;
 use super::scan;
 use super::segment::{Appended, Segment};
@@ -26,6 +27,8 @@ use super::{Place, Shared};
 
 /// No batch is larger, so that the first to wait in it does not wait for megabytes of others.
 const BATCH_BYTES: u64 = 8 << 20;
+/// Bytes that are put together for one write. Larger ones are not faster by much, and this much memory stays.
+const WRITE_BYTES: usize = 1 << 20;
 /// Pauses between attempts while the disk fails. The first attempt comes at once: the fault may be the segment's, and
 /// each delivery refused is lost to its sender. For the same reason the longest is short.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -77,7 +80,7 @@ impl Drop for Waiting {
 struct Active {
     number: u64,
     marker: Marker,
-    file: Arc<File>,
+    file: Arc<SegmentFile>,
     capacity: u64,
     /// Up to here everything is synced.
     end: u64,
@@ -88,10 +91,10 @@ struct Active {
 }
 
 impl Active {
-    /// Room for more records and their part of the index.
+    /// Room for more records and their part of the index, whatever zeros it takes to fill the last block.
     fn room(&self) -> u64 {
         let index = u64::from(self.entries) * INDEX_ENTRY as u64 + TRAILER as u64;
-        self.capacity.saturating_sub(self.end + index)
+        self.capacity.saturating_sub(self.end + (BLOCK - 1) + index)
     }
 }
 
@@ -109,6 +112,7 @@ pub(super) struct Writer {
     work: Receiver<Work>,
     keeper: Sender<Nudge>,
     batch: VecDeque<Job>,
+    blocks: Blocks,
     stopping: bool,
     active: Option<Active>,
     retry: Option<Retry>,
@@ -131,6 +135,7 @@ impl Writer {
             work,
             keeper,
             batch: VecDeque::new(),
+            blocks: Blocks::new(WRITE_BYTES),
             stopping: false,
             active: None,
             retry: None,
@@ -240,12 +245,16 @@ impl Writer {
     /// One write, one fdatasync. After an error nothing is known of what is on disk beyond what was synced before.
     fn write_and_sync(&mut self, jobs: &[Job]) -> io::Result<Vec<Place>> {
         let active = self.active.as_mut().expect("room_for made one");
-        let header = header_block(active.header);
-        let mut headers = Vec::with_capacity(jobs.len() * RECORD_HEADER);
+        let begin = if active.header.is_some() { 0 } else { active.end };
+        let mut output = Output { file: &active.file, blocks: &mut self.blocks, filled: 0, at: begin };
+        if let Some(header) = active.header {
+            output.put(&header.encode())?;
+            output.fill_block();
+        }
         let mut appended = Vec::with_capacity(jobs.len());
         let mut end = active.end;
         let position = |end| u32::try_from(end).expect("a record begins before its segment's end, at most 1 GiB");
-        for (index, job) in (active.entries..).zip(jobs) {
+        for (index, (nth, job)) in (active.entries..).zip(jobs.iter().enumerate()) {
             let length = |bytes: &Bytes| u32::try_from(bytes.len()).expect("append refuses more than MAX_PAYLOAD");
             let record = RecordHeader {
                 payload_crc: job.payload_crc,
@@ -254,31 +263,36 @@ impl Writer {
                 body_length: length(&job.body),
                 synced: position(active.end),
                 received_ms: job.received_ms,
+                last: nth + 1 == jobs.len(),
             };
-            headers.extend_from_slice(&record.encode(active.marker, end));
+            for part in [&record.encode(active.marker, end)[..], &job.meta, &job.body] {
+                output.put(part)?;
+            }
             appended.push(Appended { offset: position(end), received: scan::seconds(job.received_ms) });
-            end += record.record_length();
+            end = record.end(end);
         }
-        let records = jobs.iter().zip(headers.chunks_exact(RECORD_HEADER));
-        let records = records.flat_map(|(job, header)| [header, &job.meta, &job.body]);
-        let mut slices: Vec<_> = [&header[..]].into_iter().chain(records).map(IoSlice::new).collect();
-        write_all(&active.file, &mut slices)?;
+        output.finish()?;
         let began = Instant::now();
-        active.file.sync_data()?;
+        active.file.sync()?;
         let took = began.elapsed();
 
+        let first = active.entries;
         active.header = None;
         active.end = end;
         active.entries += u32::try_from(jobs.len()).expect("a batch is far smaller than 2^32 records");
         let wants_spare = !active.asked_for_spare && end > active.capacity / 2;
         active.asked_for_spare |= wants_spare;
-        let number = active.number;
+        let (number, check) = (active.number, active.marker.check());
+        let places: Vec<_> = (first..active.entries).map(|index| Place { segment: number, index, check }).collect();
+        let remembered = places.iter().zip(jobs).map(|(&place, job)| {
+            let (meta, body) = (job.meta.clone(), job.body.clone());
+            Remembered { place, received_ms: job.received_ms, meta, body }
+        });
+        self.shared.recent.remember(remembered);
         let mut table = self.shared.table();
         table.counters.syncs.record(took);
         let segment = table.segments.get_mut(&number).expect("the active segment is never let go");
-        let first = segment.entries();
         segment.extend(&appended, end);
-        let places = (first..segment.entries()).map(|index| segment.place(index)).collect();
         table.spare_wanted |= wants_spare && table.spare.is_none();
         drop(table);
         self.shared.appended.notify_waiters();
@@ -292,7 +306,7 @@ impl Writer {
 
     /// A new segment becomes the active one. Costs no sync if a spare is ready.
     fn next_segment(&mut self, room: u64) -> Result<(), AppendError> {
-        let spare = self.spare(FIRST_RECORD + room + TRAILER as u64)?;
+        let spare = self.spare(FIRST_RECORD + room + (BLOCK - 1) + TRAILER as u64)?;
         let marker = Marker::random().map_err(|error| AppendError::of_disk(error.into()))?;
         let mut segment = Segment::new(spare.number, marker, Arc::clone(&spare.file), spare.capacity, FIRST_RECORD);
         segment.active = true;
@@ -432,7 +446,7 @@ impl Writer {
         let (file, marker, end) = (Arc::clone(&segment.file), segment.marker, segment.end);
         let index = format::encode_index(marker, end, &columns.offsets, &columns.received);
         drop(table);
-        match recover::seal(&file, marker, end, &index, sync) {
+        match recover::seal(&file.cached, marker, end, &index, sync) {
             Ok(length) => {
                 if let Some(segment) = self.shared.table().segments.get_mut(&number) {
                     (segment.on_disk, segment.sealed) = (length, true);
@@ -465,14 +479,51 @@ impl Drop for Writer {
     }
 }
 
-/// The first block of a segment, or nothing where it is already written.
-fn header_block(header: Option<SegmentHeader>) -> Vec<u8> {
-    let mut block = Vec::new();
-    if let Some(header) = header {
-        block.extend_from_slice(&header.encode());
-        block.resize(FIRST_RECORD as usize, 0);
+/// Bytes on their way into a segment's file, one behind the other: copied together into blocks, so that all of a batch is
+/// a write or few, and past the page cache.
+struct Output<'a> {
+    file: &'a SegmentFile,
+    blocks: &'a mut Blocks,
+    /// How much of the blocks is filled.
+    filled: usize,
+    /// Where in the file the first of them goes.
+    at: u64,
+}
+
+impl Output<'_> {
+    fn put(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let room = &mut self.blocks.bytes_mut()[self.filled..];
+            let (now, rest) = bytes.split_at(bytes.len().min(room.len()));
+            room[..now.len()].copy_from_slice(now);
+            self.filled += now.len();
+            bytes = rest;
+            if self.filled == self.blocks.len() {
+                self.write()?;
+            }
+        }
+        Ok(())
     }
-    block
+
+    /// Zeros up to the next block.
+    fn fill_block(&mut self) {
+        let end = self.filled.next_multiple_of(BLOCK as usize);
+        self.blocks.bytes_mut()[self.filled..end].fill(0);
+        self.filled = end;
+    }
+
+    fn write(&mut self) -> io::Result<()> {
+        self.file.write(&self.blocks.bytes()[..self.filled], self.at)?;
+        self.at += self.filled as u64;
+        self.filled = 0;
+        Ok(())
+    }
+
+    /// Everything is in the file when this returns, and not yet synced.
+    fn finish(mut self) -> io::Result<()> {
+        self.fill_block();
+        self.write()
+    }
 }
 
 fn answer(jobs: Vec<Job>, places: Vec<Place>) {
@@ -487,18 +538,4 @@ fn refuse(jobs: impl IntoIterator<Item = Job>, problem: &AppendError) {
         drop(job.waiting);
         let _ = job.answer.send(Err(problem.clone()));
     }
-}
-
-/// `Write::write_all_vectored`, which is not stable yet.
-fn write_all(mut file: &File, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
-    IoSlice::advance_slices(&mut slices, 0); // drops empty ones at the front, of which a write would write 0
-    while !slices.is_empty() {
-        match file.write_vectored(slices) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(written) => IoSlice::advance_slices(&mut slices, written),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }

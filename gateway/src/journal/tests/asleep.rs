@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use tempfile::{TempDir, tempdir};
 
+use super::super::direct::SegmentFile;
 use super::super::files::{self, Kind};
-use super::super::format::{FIRST_RECORD, RECORD_HEADER};
+use super::super::format::RECORD_HEADER;
 use super::super::{ReadError, State};
 use super::*;
 
@@ -26,7 +27,7 @@ impl Backlog {
     const LENGTH: usize = 40;
 
     async fn make() -> Backlog {
-        Self::with(limits(2000)).await
+        Self::with(limits(5)).await
     }
 
     async fn with(limits: Limits) -> Backlog {
@@ -44,7 +45,7 @@ impl Backlog {
         self.journal.close().await;
         let Backlog { dir, journal, .. } = self;
         drop(journal);
-        let (journal, recovered) = open(dir.path(), limits(2000)).await;
+        let (journal, recovered) = open(dir.path(), limits(5)).await;
         assert!(recovered.damages.is_empty(), "{recovered:?}");
         self = Backlog { dir, journal, entries: self.entries, places: self.places };
         self
@@ -94,12 +95,14 @@ impl Backlog {
     fn break_disk(&self, number: u64) {
         // A file that was opened for writing only.
         let unreadable = OpenOptions::new().write(true).open(files::segment(self.dir.path(), number)).unwrap();
-        self.journal.0.shared.table().segments.get_mut(&number).unwrap().file = Arc::new(unreadable);
+        self.journal.0.shared.table().segments.get_mut(&number).unwrap().file =
+            Arc::new(SegmentFile::through_cache(unreadable));
     }
 
     fn mend_disk(&self, number: u64) {
         let file = OpenOptions::new().read(true).open(files::segment(self.dir.path(), number)).unwrap();
-        self.journal.0.shared.table().segments.get_mut(&number).unwrap().file = Arc::new(file);
+        self.journal.0.shared.table().segments.get_mut(&number).unwrap().file =
+            Arc::new(SegmentFile::through_cache(file));
     }
 
     fn states(&self) -> [u64; 4] {
@@ -193,7 +196,7 @@ async fn an_entry_that_sleeps_can_be_read() {
 
 #[tokio::test]
 async fn what_is_only_retained_sleeps_too_and_stays_confirmed() {
-    let retained = Limits { retain: Duration::from_secs(1 << 40), ..limits(2000) };
+    let retained = Limits { retain: Duration::from_secs(1 << 40), ..limits(5) };
     let backlog = Backlog::with(retained).await;
     assert_eq!(backlog.journal.mark_confirmed(&backlog.places).await, Backlog::LENGTH);
     let newest = *backlog.numbers().last().unwrap();
@@ -242,9 +245,8 @@ async fn a_record_lost_with_the_index_costs_only_itself() {
         let number = backlog.numbers()[2];
         let places = backlog.of(number);
         let lost = [places[0], *places.last().unwrap()][nth];
-        let length = RECORD_HEADER + backlog.entries[39].meta.len() + backlog.entries[39].body.len();
         backlog.spoil(number, |content| {
-            let at = FIRST_RECORD as usize + lost.index as usize * length;
+            let at = FIRST_RECORD as usize + lost.index as usize * BLOCK as usize;
             content[at..at + RECORD_HEADER].fill(0);
             *content.last_mut().unwrap() ^= 1;
         });
@@ -272,7 +274,7 @@ async fn what_the_disk_does_not_give_holds_nobody_up_and_is_there_after_a_start_
     assert_eq!(backlog.states()[0], held.len() as u64, "not given up");
     backlog.journal.close().await;
     drop(backlog.journal);
-    let (journal, recovered) = open(backlog.dir.path(), limits(2000)).await;
+    let (journal, recovered) = open(backlog.dir.path(), limits(5)).await;
     assert_eq!((recovered.unpublished, recovered.damages.len()), (held.len() as u64, 0));
     assert_eq!(journal.take(100, MIB).await.iter().map(|stored| stored.place).collect::<Vec<_>>(), held);
 }

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use tempfile::tempdir;
 
+use super::super::direct::SegmentFile;
 use super::super::files::{self, Kind};
 use super::super::{AppendError, ReadError, Refusal, Snapshot, State};
 use super::*;
@@ -26,7 +27,7 @@ async fn what_was_appended_comes_back_in_order_after_every_kind_of_end() {
     for orderly in [true, false] {
         let dir = tempdir().unwrap();
         let entries: Vec<_> = (0..40).map(|id| entry(id, 300)).collect();
-        let (journal, recovered) = open(dir.path(), limits(2000)).await;
+        let (journal, recovered) = open(dir.path(), limits(5)).await;
         assert_eq!(recovered.unpublished, 0);
         let places = append_all(&journal, &entries).await;
         assert!(places.is_sorted() && places.iter().collect::<HashSet<_>>().len() == 40);
@@ -35,7 +36,7 @@ async fn what_was_appended_comes_back_in_order_after_every_kind_of_end() {
         }
         drop(journal);
 
-        let (journal, recovered) = open(dir.path(), limits(2000)).await;
+        let (journal, recovered) = open(dir.path(), limits(5)).await;
         assert_eq!((recovered.unpublished, recovered.torn_bytes), (40, 0));
         assert!(recovered.damages.is_empty(), "{recovered:?}");
         let taken = journal.take(100, MIB).await;
@@ -47,7 +48,7 @@ async fn what_was_appended_comes_back_in_order_after_every_kind_of_end() {
 #[tokio::test(flavor = "multi_thread")]
 async fn many_at_once_share_a_sync_and_each_gets_its_own_place() {
     let dir = tempdir().unwrap();
-    let (journal, _) = open(dir.path(), limits(100_000)).await;
+    let (journal, _) = open(dir.path(), limits(25)).await;
     let appends = (0..2000).map(|id| {
         let journal = journal.clone();
         tokio::spawn(async move { (id, journal.append(entry(id, 200)).await.unwrap()) })
@@ -64,22 +65,22 @@ async fn many_at_once_share_a_sync_and_each_gets_its_own_place() {
 #[tokio::test]
 async fn a_second_process_is_kept_out_and_told_by_whom() {
     let dir = tempdir().unwrap();
-    let (journal, _) = open(dir.path(), limits(1000)).await;
-    let Err(OpenError::InUse { holder, .. }) = Journal::open(dir.path(), limits(1000)) else { panic!("not kept out") };
+    let (journal, _) = open(dir.path(), limits(3)).await;
+    let Err(OpenError::InUse { holder, .. }) = Journal::open(dir.path(), limits(3)) else { panic!("not kept out") };
     assert_eq!(holder, Some(std::process::id()));
     journal.close().await;
     drop(journal);
-    assert!(Journal::open(dir.path(), limits(1000)).is_ok());
+    assert!(Journal::open(dir.path(), limits(3)).is_ok());
 }
 
 #[tokio::test]
 async fn an_entry_larger_than_a_segment_gets_one_of_its_own() {
     let dir = tempdir().unwrap();
-    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let (journal, _) = open(dir.path(), limits(3)).await;
     let entries = [entry(1, 10), entry(2, 30_000), entry(3, 10)];
     let places = append_all(&journal, &entries).await;
     drop(journal);
-    let (journal, recovered) = open(dir.path(), limits(1000)).await;
+    let (journal, recovered) = open(dir.path(), limits(3)).await;
     assert!(recovered.damages.is_empty());
     for (place, entry) in places.iter().zip(&entries) {
         assert!(same(&journal.read(*place).await.unwrap(), entry));
@@ -89,19 +90,19 @@ async fn an_entry_larger_than_a_segment_gets_one_of_its_own() {
 #[tokio::test]
 async fn empty_bodies_are_entries_too() {
     let dir = tempdir().unwrap();
-    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let (journal, _) = open(dir.path(), limits(3)).await;
     let empty = Entry { meta: Bytes::new(), body: Bytes::new(), ..entry(1, 0) };
     let place = journal.append(empty.clone()).await.unwrap();
     assert!(same(&journal.read(place).await.unwrap(), &empty));
     drop(journal);
-    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let (journal, _) = open(dir.path(), limits(3)).await;
     assert!(same(&journal.take(1, 0).await[0], &empty));
 }
 
 #[tokio::test]
 async fn a_full_journal_says_so_and_recovers_by_itself() {
     let dir = tempdir().unwrap();
-    let limits = Limits { max_bytes_on_disk: 40_000, ..limits(4000) };
+    let limits = Limits { max_bytes_on_disk: 180_000, ..limits(7) };
     let (journal, _) = open(dir.path(), limits).await;
     let mut accepted = Vec::new();
     let error = loop {
@@ -110,9 +111,9 @@ async fn a_full_journal_says_so_and_recovers_by_itself() {
             Err(error) => break error,
         }
     };
-    assert!(matches!(error, AppendError::Full { limit: 40_000 }), "{error}");
+    assert!(matches!(error, AppendError::Full { limit: 180_000 }), "{error}");
     assert!(matches!(journal.trouble().unwrap().problem, AppendError::Full { .. }));
-    assert!(journal.stats().bytes_on_disk <= 40_000);
+    assert!(journal.stats().bytes_on_disk <= 180_000);
 
     // One segment's worth in the stream makes room, without anybody appending.
     let first = accepted[0].segment;
@@ -134,11 +135,11 @@ async fn a_full_journal_says_so_and_recovers_by_itself() {
 #[tokio::test]
 async fn nothing_is_let_go_for_an_entry_that_would_not_fit_anyway() {
     let dir = tempdir().unwrap();
-    let limits = Limits { max_bytes_on_disk: 40_000, ..limits(4000) };
+    let limits = Limits { max_bytes_on_disk: 180_000, ..limits(7) };
     let (journal, _) = open(dir.path(), limits).await;
     append_all(&journal, &(0..20).map(|id| entry(id, 500)).collect::<Vec<_>>()).await;
     journal.take(20, MIB).await.iter().for_each(|stored| journal.mark_published(stored.place, 1));
-    let error = journal.append(entry(99, 50_000)).await.unwrap_err();
+    let error = journal.append(entry(99, 200_000)).await.unwrap_err();
     assert!(matches!(error, AppendError::Full { .. }), "{error}");
     assert_eq!(states(&journal), [0, 20, 0, 0]);
     journal.append(entry(99, 500)).await.unwrap();
@@ -147,14 +148,15 @@ async fn nothing_is_let_go_for_an_entry_that_would_not_fit_anyway() {
 #[tokio::test]
 async fn a_segment_that_fails_is_abandoned_and_the_next_one_takes_over() {
     let dir = tempdir().unwrap();
-    let (journal, _) = open(dir.path(), limits(4000)).await;
+    let (journal, _) = open(dir.path(), limits(7)).await;
     let shared = &journal.0.shared;
     let before = append_all(&journal, &(0..5).map(|id| entry(id, 500)).collect::<Vec<_>>()).await;
     // More than half full: the next one is made ready.
     eventually(|| shared.table().spare.is_some()).await;
     // It turns out to be one that cannot be written.
     let (number, path) = shared.table().spare.as_ref().map(|spare| (spare.number, spare.path.clone())).unwrap();
-    shared.table().spare.as_mut().unwrap().file = std::sync::Arc::new(fs::File::open(&path).unwrap());
+    shared.table().spare.as_mut().unwrap().file =
+        std::sync::Arc::new(SegmentFile::through_cache(fs::File::open(&path).unwrap()));
     let mut after = Vec::new();
     let error = loop {
         match journal.append(entry(5 + u32::try_from(after.len()).unwrap(), 500)).await {
@@ -168,14 +170,14 @@ async fn a_segment_that_fails_is_abandoned_and_the_next_one_takes_over() {
     assert!(last.segment > number && after.iter().all(|place| place.segment == before[0].segment));
     assert!(!path.exists(), "nothing was promised in it");
     drop(journal);
-    let (_journal, recovered) = open(dir.path(), limits(4000)).await;
+    let (_journal, recovered) = open(dir.path(), limits(7)).await;
     assert_eq!((recovered.unpublished, recovered.damages.len()), (6 + after.len() as u64, 0));
 }
 
 #[tokio::test]
 async fn set_aside_entries_never_make_room() {
     let dir = tempdir().unwrap();
-    let limits = Limits { max_bytes_on_disk: 40_000, ..limits(4000) };
+    let limits = Limits { max_bytes_on_disk: 180_000, ..limits(7) };
     let (journal, _) = open(dir.path(), limits).await;
     let place = journal.append(entry(0, 500)).await.unwrap();
     journal.mark_set_aside(place, Refusal::TooLarge);
@@ -189,7 +191,7 @@ async fn set_aside_entries_never_make_room() {
 #[tokio::test]
 async fn too_much_waiting_is_refused() {
     let dir = tempdir().unwrap();
-    let (journal, _) = open(dir.path(), Limits { max_bytes_waiting: 4000, ..limits(10_000) }).await;
+    let (journal, _) = open(dir.path(), Limits { max_bytes_waiting: 4000, ..limits(20) }).await;
     assert!(matches!(journal.append(entry(1, 5000)).await, Err(AppendError::Busy { limit: 4000 })));
     journal.append(entry(1, 2000)).await.unwrap();
     assert_eq!(journal.stats().bytes_waiting, 0);
@@ -198,7 +200,7 @@ async fn too_much_waiting_is_refused() {
 #[tokio::test]
 async fn a_closed_journal_takes_nothing_and_leaves_nothing_to_find_out() {
     let dir = tempdir().unwrap();
-    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let (journal, _) = open(dir.path(), limits(3)).await;
     let place = journal.append(entry(1, 100)).await.unwrap();
     journal.close().await;
     journal.close().await;
@@ -212,7 +214,7 @@ async fn a_closed_journal_takes_nothing_and_leaves_nothing_to_find_out() {
 #[tokio::test]
 async fn confirmed_segments_go_and_the_rest_stays_confirmed_over_a_restart() {
     let dir = tempdir().unwrap();
-    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let (journal, _) = open(dir.path(), limits(3)).await;
     let places = append_all(&journal, &(0..20).map(|id| entry(id, 200)).collect::<Vec<_>>()).await;
     let last = places[19];
     // All but the very last: every segment but its own is done with.
@@ -226,7 +228,7 @@ async fn confirmed_segments_go_and_the_rest_stays_confirmed_over_a_restart() {
     journal.close().await;
     drop(journal);
 
-    let (journal, recovered) = open(dir.path(), limits(1000)).await;
+    let (journal, recovered) = open(dir.path(), limits(3)).await;
     assert_eq!((recovered.unpublished, recovered.set_aside), (0, 1));
     assert!(is_waiting(journal.take(10, MIB)).await);
     assert_eq!(journal.retry_set_aside(Refusal::TooLarge), 0);
@@ -237,7 +239,7 @@ async fn confirmed_segments_go_and_the_rest_stays_confirmed_over_a_restart() {
 #[tokio::test]
 async fn finished_segments_are_kept_as_long_as_they_are_to_be() {
     let dir = tempdir().unwrap();
-    let retained = Limits { retain: Duration::from_secs(3600), ..limits(1000) };
+    let retained = Limits { retain: Duration::from_secs(3600), ..limits(3) };
     let (journal, _) = open(dir.path(), retained).await;
     let old = append_all(&journal, &(0..8).map(|id| entry(id, 200)).collect::<Vec<_>>()).await; // received in 2023
     let now = SystemTime::now();
@@ -253,7 +255,7 @@ async fn finished_segments_are_kept_as_long_as_they_are_to_be() {
 #[tokio::test]
 async fn what_is_taken_is_given_once_until_it_is_handed_back() {
     let dir = tempdir().unwrap();
-    let (journal, _) = open(dir.path(), limits(10_000)).await;
+    let (journal, _) = open(dir.path(), limits(20)).await;
     let places = append_all(&journal, &(0..5).map(|id| entry(id, 100)).collect::<Vec<_>>()).await;
     let ids = |taken: &[Stored]| taken.iter().map(|stored| stored.place).collect::<Vec<_>>();
     assert_eq!(ids(&journal.take(2, MIB).await), places[..2]);
@@ -272,8 +274,9 @@ async fn what_is_taken_is_given_once_until_it_is_handed_back() {
 #[tokio::test]
 async fn a_taker_who_stops_waiting_has_taken_nothing() {
     let dir = tempdir().unwrap();
-    let (journal, _) = open(dir.path(), limits(10_000)).await;
+    let (journal, _) = open(dir.path(), limits(20)).await;
     append_all(&journal, &(0..5).map(|id| entry(id, 100)).collect::<Vec<_>>()).await;
+    journal.0.shared.recent.forget(); // so that they are read
     {
         let mut take = std::pin::pin!(journal.take(5, MIB));
         // Polled once: the entries are marked as taken and are being read.
@@ -285,7 +288,7 @@ async fn a_taker_who_stops_waiting_has_taken_nothing() {
 #[tokio::test]
 async fn a_new_entry_wakes_a_waiting_taker() {
     let dir = tempdir().unwrap();
-    let (journal, _) = open(dir.path(), limits(10_000)).await;
+    let (journal, _) = open(dir.path(), limits(20)).await;
     let takes = journal.clone();
     let taker = tokio::spawn(async move { takes.take(5, MIB).await });
     let place = journal.append(entry(1, 100)).await.unwrap();
@@ -295,8 +298,8 @@ async fn a_new_entry_wakes_a_waiting_taker() {
 #[tokio::test]
 async fn places_of_others_are_ignored() {
     let (dir, other_dir) = (tempdir().unwrap(), tempdir().unwrap());
-    let (journal, _) = open(dir.path(), limits(1000)).await;
-    let (other, _) = open(other_dir.path(), limits(1000)).await;
+    let (journal, _) = open(dir.path(), limits(3)).await;
+    let (other, _) = open(other_dir.path(), limits(3)).await;
     assert_ne!(journal.gateway_id(), other.gateway_id());
     let ours = journal.append(entry(1, 100)).await.unwrap();
     let theirs = other.append(entry(2, 100)).await.unwrap();
@@ -314,7 +317,7 @@ async fn places_of_others_are_ignored() {
 #[tokio::test]
 async fn unconfirmed_entries_are_found_by_age_and_page_by_page() {
     let dir = tempdir().unwrap();
-    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let (journal, _) = open(dir.path(), limits(3)).await;
     let places = append_all(&journal, &(0..20).map(|id| entry(id, 200)).collect::<Vec<_>>()).await;
     assert_eq!(journal.take(20, MIB).await.len(), 20);
     for (place, sequence) in places.iter().zip(100..) {
@@ -336,7 +339,7 @@ async fn unconfirmed_entries_are_found_by_age_and_page_by_page() {
 #[tokio::test]
 async fn a_snapshot_shows_a_running_journal() {
     let dir = tempdir().unwrap();
-    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let (journal, _) = open(dir.path(), limits(3)).await;
     let entries: Vec<_> = (0..10).map(|id| entry(id, 200)).collect();
     let places = append_all(&journal, &entries).await;
     assert_eq!(journal.take(10, MIB).await.len(), 10);
@@ -361,8 +364,9 @@ async fn a_snapshot_shows_a_running_journal() {
 #[tokio::test]
 async fn a_record_spoilt_while_it_waits_is_reported_and_its_file_kept() {
     let dir = tempdir().unwrap();
-    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let (journal, _) = open(dir.path(), limits(3)).await;
     let places = append_all(&journal, &(0..8).map(|id| entry(id, 200)).collect::<Vec<_>>()).await;
+    journal.0.shared.recent.forget();
     let spoilt = places[1];
     assert_ne!(spoilt.segment, places[7].segment);
     let path = files::segment(dir.path(), spoilt.segment);
@@ -388,14 +392,16 @@ async fn a_record_spoilt_while_it_waits_is_reported_and_its_file_kept() {
 #[tokio::test]
 async fn a_record_that_the_disk_does_not_give_is_not_given_up() {
     let dir = tempdir().unwrap();
-    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let (journal, _) = open(dir.path(), limits(3)).await;
     let places = append_all(&journal, &(0..8).map(|id| entry(id, 200)).collect::<Vec<_>>()).await;
+    journal.0.shared.recent.forget();
     let bad = places[0].segment;
     assert_ne!(bad, places[7].segment);
     wake_all(&mut journal.0.shared.table());
     // Opened for writing only, a file fails every read.
     let unreadable = fs::OpenOptions::new().write(true).open(files::segment(dir.path(), bad)).unwrap();
-    journal.0.shared.table().segments.get_mut(&bad).unwrap().file = std::sync::Arc::new(unreadable);
+    journal.0.shared.table().segments.get_mut(&bad).unwrap().file =
+        std::sync::Arc::new(SegmentFile::through_cache(unreadable));
     let there = places.iter().filter(|place| place.segment != bad).count();
     let mut taken = Vec::new();
     while taken.len() < there {
@@ -407,7 +413,7 @@ async fn a_record_that_the_disk_does_not_give_is_not_given_up() {
     journal.mark_confirmed(&taken.iter().map(|stored| stored.place).collect::<Vec<_>>()).await;
     journal.close().await;
     drop(journal);
-    let (_journal, recovered) = open(dir.path(), limits(1000)).await;
+    let (_journal, recovered) = open(dir.path(), limits(3)).await;
     assert_eq!((recovered.unpublished, recovered.damages.len()), (8 - there as u64, 0));
 }
 
@@ -415,16 +421,16 @@ async fn a_record_that_the_disk_does_not_give_is_not_given_up() {
 async fn the_gateway_keeps_its_id() {
     let dir = tempdir().unwrap();
     let id = |journal: &Journal| journal.gateway_id().to_owned();
-    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let (journal, _) = open(dir.path(), limits(3)).await;
     let first = id(&journal);
     assert!(first.len() == 16 && first.bytes().all(|byte| byte.is_ascii_alphanumeric()));
     drop(journal);
-    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let (journal, _) = open(dir.path(), limits(3)).await;
     assert_eq!(id(&journal), first);
     drop(journal);
     // Not a token of a NATS subject: somebody edited it.
     fs::write(dir.path().join("gateway-id"), "my gateway.*\n").unwrap();
-    let (journal, _) = open(dir.path(), limits(1000)).await;
+    let (journal, _) = open(dir.path(), limits(3)).await;
     assert_ne!(id(&journal), first);
     assert!(id(&journal).bytes().all(|byte| byte.is_ascii_alphanumeric()));
 }

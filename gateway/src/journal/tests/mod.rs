@@ -11,13 +11,15 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 
+use super::format::{BLOCK, FIRST_RECORD};
 use super::segment::Segment;
 use super::table::Table;
 use super::{Entry, Journal, Limits, OpenError, Place, Recovered, Stored};
 
-/// Segments with room for `records` bytes of records, and a journal with room for many of them.
-fn limits(records: u64) -> Limits {
-    let segment_bytes = super::format::FIRST_RECORD + records;
+/// Segments with room for so many small entries that are appended one by one, each a batch; and a journal with room for
+/// many segments.
+fn limits(entries: u64) -> Limits {
+    let segment_bytes = FIRST_RECORD + (entries + 1) * BLOCK; // the last is for zeros and index
     Limits { max_bytes_on_disk: 64 * segment_bytes, segment_bytes, max_bytes_waiting: 16 << 20, retain: Duration::ZERO }
 }
 

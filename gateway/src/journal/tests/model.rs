@@ -12,9 +12,9 @@ use super::super::format::{self, RECORD_HEADER, RecordHeader};
 use super::super::{AppendError, Refusal, State, scan};
 use super::*;
 
-/// Bytes of records in a segment, and of the whole journal: small, so that it is often full.
-const SEGMENT: u64 = 1500;
-const JOURNAL: u64 = 9 * (format::FIRST_RECORD + SEGMENT);
+/// Entries in a segment, and bytes of the whole journal: few, so that it is often full.
+const SEGMENT: u64 = 4;
+const JOURNAL: u64 = 9 * (FIRST_RECORD + (SEGMENT + 1) * BLOCK);
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -47,7 +47,7 @@ enum Leftover {
 fn step() -> impl Strategy<Value = Step> {
     let which = || (1usize..4, 0usize..4).prop_map(|(modulus, rest)| Which(modulus, rest % modulus));
     prop_oneof![
-        10 => prop_oneof![9 => 0usize..400, 1 => 1400usize..4000].prop_map(|body_length| Step::Append { body_length }),
+        10 => prop_oneof![9 => 0usize..400, 1 => 14_000usize..40_000].prop_map(|body_length| Step::Append { body_length }),
         4 => (1usize..30).prop_map(|entries| Step::Take { entries }),
         4 => which().prop_map(Step::Publish),
         3 => which().prop_map(Step::Confirm),
@@ -232,6 +232,7 @@ impl World {
             body_length: u32::try_from(entry.body.len()).unwrap(),
             synced: u32::try_from(survey.end).unwrap(),
             received_ms: super::super::read::unix_ms(entry.received_at),
+            last: false,
         };
         let record = [&header.encode(marker, survey.end)[..], &entry.meta, &entry.body].concat();
         let part = |length: usize| record[..length.min(RECORD_HEADER + entry.meta.len())].to_vec();
