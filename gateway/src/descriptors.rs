@@ -2,8 +2,9 @@
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// What a gateway has open beside its public connections: listeners, the journal's files, NATS, ops, those turned away.
-const OTHERS: u64 = 512;
+/// What a gateway has open beside its public connections: listeners, the journal's files (each twice, and some 160 of them
+/// with the usual limit), NATS, ops, those turned away.
+const OTHERS: u64 = 1024;
 
 /// How many a gateway with that many public connections may need.
 pub fn needed(connections: usize) -> u64 {

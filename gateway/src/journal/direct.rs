@@ -129,6 +129,58 @@ impl Blocks {
     }
 }
 
+/// Bytes on their way into a segment's file, one behind the other: copied together into blocks, so that all of a batch is
+/// a write or few, and past the page cache.
+pub(super) struct Output<'a> {
+    file: &'a SegmentFile,
+    blocks: &'a mut Blocks,
+    /// How much of the blocks is filled.
+    filled: usize,
+    /// Where in the file the first of them goes.
+    at: u64,
+}
+
+impl<'a> Output<'a> {
+    /// Into `file` from `at` on, a multiple of [`BLOCK`], through `blocks`, of which there is at least one.
+    pub(super) fn new(file: &'a SegmentFile, at: u64, blocks: &'a mut Blocks) -> Self {
+        Output { file, blocks, filled: 0, at }
+    }
+
+    pub(super) fn put(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let room = &mut self.blocks.bytes_mut()[self.filled..];
+            let (now, rest) = bytes.split_at(bytes.len().min(room.len()));
+            room[..now.len()].copy_from_slice(now);
+            self.filled += now.len();
+            bytes = rest;
+            if self.filled == self.blocks.len() {
+                self.write()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Zeros up to the next block.
+    pub(super) fn fill_block(&mut self) {
+        let end = self.filled.next_multiple_of(BLOCK_BYTES);
+        self.blocks.bytes_mut()[self.filled..end].fill(0);
+        self.filled = end;
+    }
+
+    fn write(&mut self) -> io::Result<()> {
+        self.file.write(&self.blocks.bytes()[..self.filled], self.at)?;
+        self.at += self.filled as u64;
+        self.filled = 0;
+        Ok(())
+    }
+
+    /// Everything is in the file when this returns, and not yet synced.
+    pub(super) fn finish(mut self) -> io::Result<()> {
+        self.fill_block();
+        self.write()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -141,6 +193,44 @@ mod tests {
             assert!(blocks.len() >= length && blocks.len() < length + BLOCK_BYTES);
             assert_eq!(blocks.bytes(), vec![0; blocks.len()]);
         }
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_file_system_that_refuses_direct_writes_is_written_to_through_the_cache() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let cached = OpenOptions::new().read(true).write(true).create_new(true).open(&path).unwrap();
+        // A file that says EINVAL to zeros, as such a file system does.
+        let refuses = OpenOptions::new().write(true).open("/proc/self/coredump_filter").unwrap();
+        let mut file = SegmentFile { cached, direct: Some(refuses) };
+        file.try_out().unwrap();
+        assert!(file.direct.is_none());
+        file.try_out().unwrap();
+        assert_eq!(file.cached.metadata().unwrap().len(), BLOCK);
+        // Any other error is one.
+        let read_only = std::fs::File::open(&path).unwrap();
+        SegmentFile::through_cache(read_only).try_out().unwrap_err();
+    }
+
+    #[test]
+    fn whatever_is_put_into_a_file_lies_there_one_behind_the_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).unwrap();
+        let file = SegmentFile::of(file, &path);
+        let mut blocks = Blocks::new(2 * BLOCK_BYTES);
+        let mut expected = vec![0; BLOCK_BYTES];
+        for lengths in [&[1][..], &[100, 3000, 0, 30_000, 7], &[2 * BLOCK_BYTES], &[BLOCK_BYTES - 1, 1], &[]] {
+            let mut output = Output::new(&file, expected.len() as u64, &mut blocks);
+            for (length, byte) in lengths.iter().zip(1..) {
+                output.put(&vec![byte; *length]).unwrap();
+                expected.resize(expected.len() + length, byte);
+            }
+            output.finish().unwrap();
+            expected.resize(expected.len().next_multiple_of(BLOCK_BYTES), 0);
+        }
+        assert_eq!(std::fs::read(&path).unwrap(), expected);
     }
 
     #[test]

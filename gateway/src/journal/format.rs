@@ -2,7 +2,7 @@
 //! are described in the [module](super).
 
 /// What a segment is written in, in bytes: a batch begins at a multiple of it and fills its last one up with zeros. Writing
-/// past the page cache asks for that, and no write ever touches a block that was synced before.
+/// past the page cache asks for that, and no write ever touches a block that holds a record already.
 pub(super) const BLOCK: u64 = 4096;
 /// Where the first record of a segment begins. The header has this whole block to itself, so that one lost sector
 /// never takes both the header and the first record, each of which is enough to know the segment's marker.

@@ -2,7 +2,8 @@
 //!
 //! An *entry* is one accepted delivery: a header block and a body, both opaque here. It is on disk before `append`
 //! returns, it is published from here, and it is let go once the worker's receipt says that it is stored. Memory holds
-//! what is being worked on: where an entry is, and its state in a byte. Bodies stay on disk, and so does the index of a
+//! what is being worked on: where an entry is, and its state in a byte. Bodies stay on disk (but for a megabyte of those
+//! that come next to be published, see [`recent`]), and so does the index of a
 //! segment that nobody has got to yet, so memory does not grow with what waits.
 //!
 //! # The directory
@@ -24,7 +25,7 @@
 //!   64  zeros, up to 4096
 //! 4096  record      marker [8] | crc u32 | payload crc u32 | index u32 | header block length u32 | body length u32
 //!                   | synced u32 | received at u64 | header block | body
-//!       record ...
+//!       record ...  the last of a batch: zeros up to a multiple of 4096
 //!       zeros, up to the capacity; or, once sealed, the index, which ends the file:
 //!       index       for each entry: offset u32, received at u32 (Unix time, seconds)
 //!       trailer     marker [8] | magic "LOOPTAIL" | end u64 | entries u32 | crc u32 (of index and trailer)
@@ -33,6 +34,8 @@
 //!   sender puts into a body is never taken for a record.
 //! - A record's *crc* covers its header and its position in the file; its *payload crc* the header block and body.
 //!   `received at` is Unix time in milliseconds; `index` counts the entries of the segment from 0.
+//! - *header block length* is 31 bits; the highest says that the record is the last of its batch, and so where the next
+//!   one begins. (Version 1 of the format had neither that bit nor those zeros, and reads the same.)
 //! - *synced* is where the record's batch begins: all before it was synced before this record was written. *previous*
 //!   says the same of the segment before: where its synced records end, and how many they are. Only with these can
 //!   damage, which is a loss, be told from a batch that was never finished, which is not.
@@ -40,8 +43,9 @@
 //!
 //! # Invariants
 //! - A file is reserved in full, synced, and its name synced, before its first record is written.
-//! - Records are only ever appended, by one thread, a batch at a time: one write, one fdatasync, and only then the
-//!   answers. The header goes with the first batch.
+//! - Records are only ever appended, by one thread, a batch at a time: whole blocks of 4096 bytes, past the page cache
+//!   where the file system can do that ([`direct`]), then one fdatasync, and only then the answers. The header goes with
+//!   the first batch. No block with a record in it is written again, so a write that is torn spoils its own batch only.
 //! - After a failed write or sync the segment is abandoned: never written or synced again (a second fdatasync may
 //!   succeed although the pages of the first are gone). What was synced before is delivered. The failed batch was
 //!   refused, but its records may be on disk and found at the next start: then they are delivered, too, since they

@@ -13,9 +13,9 @@ use super::read::{self, Stored};
 use super::table::Located;
 
 /// Bytes of entries that are remembered.
-const MOST_BYTES: usize = 2 << 20;
+const MOST_BYTES: usize = 1 << 20;
 /// A smaller body may lie in a connection's buffer, many times its size: it is copied out of that.
-const SMALL: usize = 16 << 10;
+const SMALL: usize = 64 << 10;
 /// What an entry takes beside its bytes.
 const OVERHEAD: usize = 256;
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
-use super::direct::{Blocks, SegmentFile};
+use super::direct::{Blocks, Output, SegmentFile};
 use super::files;
 use super::format::{
     self, BLOCK, FIRST_RECORD, INDEX_ENTRY, Marker, Previous, RECORD_HEADER, RecordHeader, SegmentHeader, TRAILER,
@@ -95,6 +95,38 @@ impl Active {
     fn room(&self) -> u64 {
         let index = u64::from(self.entries) * INDEX_ENTRY as u64 + TRAILER as u64;
         self.capacity.saturating_sub(self.end + (BLOCK - 1) + index)
+    }
+
+    /// Writes a batch behind what is there. Gives its records and where they end; nothing is synced yet.
+    fn write(&self, jobs: &[Job], blocks: &mut Blocks) -> io::Result<(Vec<Appended>, u64)> {
+        let begin = if self.header.is_some() { 0 } else { self.end };
+        let mut output = Output::new(&self.file, begin, blocks);
+        if let Some(header) = self.header {
+            output.put(&header.encode())?;
+            output.fill_block();
+        }
+        let mut appended = Vec::with_capacity(jobs.len());
+        let mut end = self.end;
+        let position = |end| u32::try_from(end).expect("a record begins before its segment's end, at most 1 GiB");
+        for (index, (nth, job)) in (self.entries..).zip(jobs.iter().enumerate()) {
+            let length = |bytes: &Bytes| u32::try_from(bytes.len()).expect("append refuses more than MAX_PAYLOAD");
+            let record = RecordHeader {
+                payload_crc: job.payload_crc,
+                index,
+                meta_length: length(&job.meta),
+                body_length: length(&job.body),
+                synced: position(self.end),
+                received_ms: job.received_ms,
+                last: nth + 1 == jobs.len(),
+            };
+            for part in [&record.encode(self.marker, end)[..], &job.meta, &job.body] {
+                output.put(part)?;
+            }
+            appended.push(Appended { offset: position(end), received: scan::seconds(job.received_ms) });
+            end = record.end(end);
+        }
+        output.finish()?;
+        Ok((appended, end))
     }
 }
 
@@ -245,33 +277,7 @@ impl Writer {
     /// One write, one fdatasync. After an error nothing is known of what is on disk beyond what was synced before.
     fn write_and_sync(&mut self, jobs: &[Job]) -> io::Result<Vec<Place>> {
         let active = self.active.as_mut().expect("room_for made one");
-        let begin = if active.header.is_some() { 0 } else { active.end };
-        let mut output = Output { file: &active.file, blocks: &mut self.blocks, filled: 0, at: begin };
-        if let Some(header) = active.header {
-            output.put(&header.encode())?;
-            output.fill_block();
-        }
-        let mut appended = Vec::with_capacity(jobs.len());
-        let mut end = active.end;
-        let position = |end| u32::try_from(end).expect("a record begins before its segment's end, at most 1 GiB");
-        for (index, (nth, job)) in (active.entries..).zip(jobs.iter().enumerate()) {
-            let length = |bytes: &Bytes| u32::try_from(bytes.len()).expect("append refuses more than MAX_PAYLOAD");
-            let record = RecordHeader {
-                payload_crc: job.payload_crc,
-                index,
-                meta_length: length(&job.meta),
-                body_length: length(&job.body),
-                synced: position(active.end),
-                received_ms: job.received_ms,
-                last: nth + 1 == jobs.len(),
-            };
-            for part in [&record.encode(active.marker, end)[..], &job.meta, &job.body] {
-                output.put(part)?;
-            }
-            appended.push(Appended { offset: position(end), received: scan::seconds(job.received_ms) });
-            end = record.end(end);
-        }
-        output.finish()?;
+        let (appended, end) = active.write(jobs, &mut self.blocks)?;
         let began = Instant::now();
         active.file.sync()?;
         let took = began.elapsed();
@@ -476,53 +482,6 @@ impl Drop for Writer {
     fn drop(&mut self) {
         let trouble = Trouble { since: SystemTime::now(), problem: AppendError::ShutDown };
         self.shared.table().trouble = Some(trouble);
-    }
-}
-
-/// Bytes on their way into a segment's file, one behind the other: copied together into blocks, so that all of a batch is
-/// a write or few, and past the page cache.
-struct Output<'a> {
-    file: &'a SegmentFile,
-    blocks: &'a mut Blocks,
-    /// How much of the blocks is filled.
-    filled: usize,
-    /// Where in the file the first of them goes.
-    at: u64,
-}
-
-impl Output<'_> {
-    fn put(&mut self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            let room = &mut self.blocks.bytes_mut()[self.filled..];
-            let (now, rest) = bytes.split_at(bytes.len().min(room.len()));
-            room[..now.len()].copy_from_slice(now);
-            self.filled += now.len();
-            bytes = rest;
-            if self.filled == self.blocks.len() {
-                self.write()?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Zeros up to the next block.
-    fn fill_block(&mut self) {
-        let end = self.filled.next_multiple_of(BLOCK as usize);
-        self.blocks.bytes_mut()[self.filled..end].fill(0);
-        self.filled = end;
-    }
-
-    fn write(&mut self) -> io::Result<()> {
-        self.file.write(&self.blocks.bytes()[..self.filled], self.at)?;
-        self.at += self.filled as u64;
-        self.filled = 0;
-        Ok(())
-    }
-
-    /// Everything is in the file when this returns, and not yet synced.
-    fn finish(mut self) -> io::Result<()> {
-        self.fill_block();
-        self.write()
     }
 }
 

@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 
 const FIRST_RECORD: usize = 4096;
 const RECORD_HEADER: usize = 40;
+const BLOCK: usize = 4096;
+/// In a record's header block length: it is its batch's last, and zeros follow up to the next block.
+const LAST: u32 = 1 << 31;
 
 /// Bytes that decide. At their end, zeros.
 pub(crate) struct Script<'a>(pub(crate) &'a [u8]);
@@ -123,7 +126,7 @@ impl Segment {
         let marker = number.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
         let mut segment = Segment { number, is_sealed: kind & 1 != 0, ..Segment::default() };
         let mut records = Vec::new();
-        let mut synced = FIRST_RECORD;
+        let (mut synced, mut version) = (FIRST_RECORD, 1);
         for index in 0..script.below(7) as u32 {
             let shape = script.byte();
             let start = FIRST_RECORD + records.len();
@@ -142,7 +145,9 @@ impl Segment {
                 _ => marker.repeat(length % 9),
             };
             let received_ms = 1_700_000_000_000 + 999 * u64::from(index);
-            let mut fields = [checksum([&meta, &body]), index, meta.len() as u32, body.len() as u32, synced as u32];
+            let is_last = shape & 128 != 0;
+            let meta_length = meta.len() as u32 | if is_last { LAST } else { 0 };
+            let mut fields = [checksum([&meta, &body]), index, meta_length, body.len() as u32, synced as u32];
             if !is_honest && shape & 64 != 0 {
                 fields[script.below(fields.len())] = script.number();
             }
@@ -151,6 +156,10 @@ impl Segment {
             records.extend_from_slice(&body);
             let range = start..FIRST_RECORD + records.len();
             segment.records.push(Record { index, range, received_ms });
+            if is_last {
+                records.resize(records.len().next_multiple_of(BLOCK), 0); // the first begins a block, too
+                version = 2;
+            }
         }
         segment.end = FIRST_RECORD + records.len();
         if kind & 16 == 0 {
@@ -158,7 +167,7 @@ impl Segment {
         }
         let index = index(marker, segment.end, &segment.records, (!is_honest && kind & 32 != 0).then_some(script));
         let capacity = segment.end + index.len() + usize::from(kind >> 6) * 50;
-        let mut file = header(marker, number, before, capacity);
+        let mut file = header(version, marker, number, before, capacity);
         file.extend_from_slice(&records);
         match segment.is_sealed {
             true => file.extend_from_slice(&index),
@@ -239,7 +248,7 @@ impl Segment {
             let fields = [12, 16, 20, 24, 28].map(field);
             let marker = record[..8].try_into().unwrap();
             let [crc, own_index, meta_length, body_length, _] = fields;
-            (own_index, meta_length as usize, body_length as usize) == (index, meta.len(), body.len())
+            (own_index, (meta_length & !LAST) as usize, body_length as usize) == (index, meta.len(), body.len())
                 && record[RECORD_HEADER..] == [meta, body].concat()
                 && crc == checksum([meta, body])
                 && record[..RECORD_HEADER] == record_header(marker, fields, received_ms, at)
@@ -251,7 +260,7 @@ impl Segment {
 pub(crate) fn is_of_another_version(file: &[u8]) -> bool {
     file.len() >= 64
         && file.starts_with(b"LOOPJRNL")
-        && file[8..12] != [1, 0, 0, 0]
+        && !matches!(file[8..12], [1 | 2, 0, 0, 0])
         && file[12..16] == checksum([&file[..12], &file[16..64]]).to_le_bytes()
 }
 
@@ -259,7 +268,7 @@ fn checksum<const N: usize>(pieces: [&[u8]; N]) -> u32 {
     crc32c::crc32c(&pieces.concat())
 }
 
-fn header(marker: [u8; 8], number: u64, before: Option<&Segment>, capacity: usize) -> Vec<u8> {
+fn header(version: u8, marker: [u8; 8], number: u64, before: Option<&Segment>, capacity: usize) -> Vec<u8> {
     let (end, entries) = before.map_or((0, 0), |before| before.promised);
     let rest = [
         &marker[..],
@@ -271,8 +280,8 @@ fn header(marker: [u8; 8], number: u64, before: Option<&Segment>, capacity: usiz
         &(capacity as u64).to_le_bytes(),
     ]
     .concat();
-    let start = b"LOOPJRNL\x01\0\0\0";
-    let mut header = [start, &checksum([start, &rest]).to_le_bytes()[..], &rest].concat();
+    let start = [&b"LOOPJRNL"[..], &[version, 0, 0, 0]].concat();
+    let mut header = [&start[..], &checksum([&start, &rest]).to_le_bytes(), &rest].concat();
     header.resize(FIRST_RECORD, 0);
     header
 }

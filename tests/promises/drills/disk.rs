@@ -36,8 +36,8 @@ async fn a_disk_that_fails_refuses_what_is_not_on_it_and_takes_deliveries_again_
     const DRILL: &str = "a_disk_that_fails_refuses_what_is_not_on_it_and_takes_deliveries_again_by_itself";
     let mut world = watchful().start().await;
     let (mut accepted, mut refused) = (Vec::new(), 0);
-    let now_and_then = ["fdatasync:error=EIO:when=3+4", "writev:error=EIO:when=3+4"];
-    let for_a_while = ["fdatasync:error=EIO", "writev:error=EIO", "fdatasync,fsync,writev,fallocate:error=ENOSPC"];
+    let now_and_then = ["fdatasync:error=EIO:when=3+4", "pwrite64:error=EIO:when=3+4"];
+    let for_a_while = ["fdatasync:error=EIO", "pwrite64:error=EIO", "fdatasync,fsync,pwrite64,fallocate:error=ENOSPC"];
     for fault in now_and_then.into_iter().chain(for_a_while) {
         let load = Load::start(&world, 8);
         let Some(faults) = Faults::begin(DRILL, &world, fault).await else { return };
