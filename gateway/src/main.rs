@@ -47,9 +47,10 @@ fn serve(arguments: &ArgMatches) -> anyhow::Result<bool> {
 
 /// Has the allocator keep what bodies leave behind, for the next bodies. Of its own accord glibc gives all but 128 KiB of it
 /// back to the system, and has it back page by page: a tenth of what a delivery of 16 KB cost. Freeing one large piece of
-/// memory makes it keep twice as much as that (mallopt(3), the dynamic mmap threshold). Other allocators do not mind.
+/// memory makes it keep twice as much as that, for each thread (mallopt(3), the dynamic mmap threshold). Other allocators do
+/// not mind.
 fn keep_freed_memory() {
-    drop(std::hint::black_box(Vec::<u8>::with_capacity(1 << 20)));
+    drop(std::hint::black_box(Vec::<u8>::with_capacity(256 << 10)));
 }
 
 fn look(arguments: &ArgMatches) -> anyhow::Result<bool> {

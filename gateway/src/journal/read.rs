@@ -22,7 +22,7 @@ const RUN_BYTES: usize = 256 * 1024;
 const AROUND: usize = 2 * BLOCK as usize;
 const BUFFER_BYTES: usize = RUN_BYTES + AROUND;
 /// Unused buffers for such runs that are kept: as many as one look into the journal fills at most, where bodies have 16 KB.
-const BUFFERS_KEPT: usize = 4;
+const BUFFERS_KEPT: usize = 16;
 
 /// An entry as it was appended.
 #[derive(Debug, Clone, PartialEq, Eq)]
