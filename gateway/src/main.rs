@@ -50,7 +50,7 @@ fn serve(arguments: &ArgMatches) -> anyhow::Result<bool> {
 /// memory makes it keep twice as much as that, for each thread (mallopt(3), the dynamic mmap threshold). Other allocators do
 /// not mind.
 fn keep_freed_memory() {
-    drop(std::hint::black_box(Vec::<u8>::with_capacity(256 << 10)));
+    drop(std::hint::black_box(Vec::<u8>::with_capacity(1 << 20)));
 }
 
 fn look(arguments: &ArgMatches) -> anyhow::Result<bool> {

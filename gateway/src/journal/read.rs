@@ -21,7 +21,7 @@ const RUN_BYTES: usize = 256 * 1024;
 /// The blocks around a run: it begins and ends anywhere in one.
 const AROUND: usize = 2 * BLOCK as usize;
 const BUFFER_BYTES: usize = RUN_BYTES + AROUND;
-/// Unused buffers for such runs that are kept: as many as one look into the journal fills at most, where bodies have 16 KB.
+/// Unused buffers for such runs that are kept: about as much memory as bodies may take on their way to NATS.
 const BUFFERS_KEPT: usize = 16;
 
 /// An entry as it was appended.
