@@ -59,7 +59,7 @@ pub enum ReadError {
 /// faults as the reading does.
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
-    /// [`RUN_BYTES`] each, at most [`BUFFERS_KEPT`] of them.
+    /// [`BUFFER_BYTES`] each, at most [`BUFFERS_KEPT`] of them.
     unused: Mutex<Vec<Blocks>>,
 }
 

@@ -274,7 +274,7 @@ impl Writer {
         self.batch.drain(..count).collect()
     }
 
-    /// One write, one fdatasync. After an error nothing is known of what is on disk beyond what was synced before.
+    /// A batch: a write or few, one fdatasync. After an error nothing is known of what is on disk beyond what was synced before.
     fn write_and_sync(&mut self, jobs: &[Job]) -> io::Result<Vec<Place>> {
         let active = self.active.as_mut().expect("room_for made one");
         let (appended, end) = active.write(jobs, &mut self.blocks)?;
