@@ -31,7 +31,7 @@ use options::Options;
 pub(crate) use options::command;
 
 /// How many ids one look-up has.
-const LOOK_UP: usize = 500;
+const LOOK_UP: usize = 1_000;
 /// How many batches are looked up and read at once.
 const AT_ONCE: usize = 3;
 
