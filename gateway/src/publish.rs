@@ -8,6 +8,8 @@
 //! - Nothing is read from disk while NATS cannot take it, and what is in flight is bounded in entries and in bytes, so
 //!   memory does not grow with the backlog.
 
+mod in_flight;
+
 use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,19 +25,15 @@ use shared::delivery::Delivery;
 use shared::ops::Readiness;
 use shared::receipt::ReceiptTo;
 use shared::stream::{NatsSettings, covers, ensure_stream, jetstream, tell_differences, until_ready};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
 use crate::journal::{Journal, Place, Refusal, State, Stored};
 use crate::metrics::{Delay, Metrics};
+use in_flight::{InFlight, READ_ENTRIES, READ_KIB};
 
-/// Entries on their way at once.
-const IN_FLIGHT: usize = 512;
-/// Bodies on their way at once, in KiB. One that is larger than all of it goes alone.
-const IN_FLIGHT_KIB: u32 = 4 * 1024;
-/// How many entries, and how many bytes, are read from the journal in one go.
-const READ_ENTRIES: usize = 128;
-const READ_BYTES: u64 = 1 << 20;
+/// How many bytes of records are read from the journal in one go.
+const READ_BYTES: u64 = READ_KIB as u64 * 1024;
 /// Where several entries waited together, more are coming, and get so long to gather: fewer, larger writes cost a tenth
 /// less of both this process and the broker. Who comes alone does not wait, and neither does a backlog.
 const GATHER: Duration = Duration::from_millis(2);
@@ -68,8 +66,7 @@ struct Shared {
     doubt: Notify,
     /// Subjects that this account may not publish to, as the server said on this connection.
     denied: Arc<Mutex<HashSet<String>>>,
-    entries_room: Arc<Semaphore>,
-    bytes_room: Arc<Semaphore>,
+    in_flight: InFlight,
 }
 
 /// Why an entry is not published.
@@ -109,8 +106,7 @@ impl Publisher {
             fit: watch::Sender::new(None),
             doubt: Notify::new(),
             denied,
-            entries_room: Arc::new(Semaphore::new(IN_FLIGHT)),
-            bytes_room: Arc::new(Semaphore::new(IN_FLIGHT_KIB as usize)),
+            in_flight: InFlight::new(),
         })))
     }
 
@@ -165,19 +161,17 @@ impl Publisher {
 
     async fn publish_all(&self) {
         let shared = &self.0;
-        let mut in_flight = JoinSet::new(); // ends with us, and leaves what is not settled to the next start
+        let mut tasks = JoinSet::new(); // ends with us, and leaves what is not settled to the next start
         loop {
-            while in_flight.try_join_next().is_some() {}
+            while tasks.try_join_next().is_some() {}
+            let mut room = shared.in_flight.for_a_read().await;
             shared.link_is_up().await;
-            // Room for one at least; then as many as there is room for.
-            drop(shared.entries_room.acquire().await.expect("this semaphore is never closed"));
-            let entries = shared.entries_room.available_permits().clamp(1, READ_ENTRIES);
-            let taken = shared.journal.take(entries, READ_BYTES).await;
+            let taken = shared.journal.take(READ_ENTRIES as usize, READ_BYTES).await;
             let several = taken.len() > 1 && !is_backlog(&taken);
             for entry in taken {
-                let room = shared.room_for(&entry).await;
+                let room = shared.in_flight.share(&mut room, entry.body.len()).await;
                 let (publisher, counted) = (self.clone(), shared.metrics.publishing());
-                in_flight.spawn(async move {
+                tasks.spawn(async move {
                     publisher.0.publish(entry).await;
                     drop((room, counted));
                 });
@@ -190,13 +184,6 @@ impl Publisher {
 }
 
 impl Shared {
-    async fn room_for(&self, entry: &Stored) -> (OwnedSemaphorePermit, OwnedSemaphorePermit) {
-        let kib = u32::try_from(entry.body.len() / 1024 + 1).unwrap_or(u32::MAX).min(IN_FLIGHT_KIB);
-        let entries = self.entries_room.clone().acquire_owned().await;
-        let bytes = self.bytes_room.clone().acquire_many_owned(kib).await;
-        (entries.expect("this semaphore is never closed"), bytes.expect("this semaphore is never closed"))
-    }
-
     /// One entry, until it is settled one way or the other.
     async fn publish(&self, entry: Stored) {
         let Stored { place, meta, body, repeats, .. } = entry;
@@ -327,7 +314,7 @@ impl Shared {
 /// Whether about as much came as is read in one go: then there is more to read now, most likely.
 fn is_backlog(taken: &[Stored]) -> bool {
     let bytes: usize = taken.iter().map(|entry| entry.body.len()).sum();
-    taken.len() >= READ_ENTRIES || bytes as u64 > READ_BYTES / 2
+    taken.len() >= READ_ENTRIES as usize || bytes as u64 > READ_BYTES / 2
 }
 
 /// The error code that JetStream gave, if it gave one.
