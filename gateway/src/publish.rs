@@ -2,7 +2,7 @@
 //!
 //! - Entries go out in the order in which they came, several hundred at a time, and each settles by itself: a PubAck for
 //!   that very entry marks it published, a refusal that waiting cannot mend sets it aside, anything else is tried again
-//!   with jittered backoff and without limit. One entry never delays another.
+//!   with jittered backoff and without limit. One entry delays another by no more than the room that it takes until then.
 //! - A try that timed out may have been stored: it is repeated under the same `Nats-Msg-Id`. Published is not stored:
 //!   only the worker's receipt lets an entry go (see [`crate::confirm`]).
 //! - Nothing is read from disk while NATS cannot take it, and what is in flight is bounded in entries and in bytes, so

@@ -26,10 +26,8 @@ use crate::Config;
 use crate::commands::{self, Ending, Progress, count, flag, patiently, print, show_time, time_option};
 use crate::reading::{Entry, From, Reading, Span, Until};
 use crate::replay::fingerprint;
-use crate::store::{Fate, Known, Store};
+use crate::store::{Fate, Known, LOOK_UP, Store};
 
-/// How many ids one look-up has.
-const LOOK_UP: usize = 1_000;
 /// How many batches are looked up at once.
 const AT_ONCE: usize = 3;
 /// How many ids of a kind are named without `--verbose`.

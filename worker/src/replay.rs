@@ -24,14 +24,12 @@ use crate::Config;
 use crate::commands::{self, Ending, Progress, count, patiently};
 use crate::dead_letters::DeadLetter;
 use crate::reading::Reading;
-use crate::store::{Batch, Dead, Record, Store, StoreError, tell};
+use crate::store::{Batch, Dead, LOOK_UP, Record, Store, StoreError, tell};
 
 use findings::{Found, Outcome, Totals, find};
 use options::Options;
 pub(crate) use options::command;
 
-/// How many ids one look-up has.
-const LOOK_UP: usize = 1_000;
 /// How many batches are looked up and read at once.
 const AT_ONCE: usize = 3;
 

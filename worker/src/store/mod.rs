@@ -39,6 +39,7 @@ use tokio_postgres::IsolationLevel;
 use crate::dead_letters::{self, DeadLetter};
 use crate::migrate::{self, MigrateError, Report};
 
+pub(crate) use ledger::LOOK_UP;
 pub use ledger::{Fate, Known};
 pub(crate) use pool::ANSWER_WITHIN;
 
