@@ -272,13 +272,15 @@ impl World {
         .await;
     }
 
-    /// Waits until every message of the stream is acknowledged.
+    /// Waits until every message of the stream is acknowledged. By sequences: a message that was just stored is not yet
+    /// counted in the consumer's `num_pending`, as the server tells its consumers of it a moment later.
     pub async fn all_acknowledged(&self) {
         let jetstream = self.jetstream().await;
         eventually("all messages to be acknowledged", || async {
             let stream = jetstream.get_stream("SIGNALS").await.ok()?;
             let info = stream.consumer_info("worker").await.ok()?;
-            (info.num_pending == 0 && info.num_ack_pending == 0).then_some(())
+            let last = stream.cached_info().state.last_sequence;
+            (info.delivered.stream_sequence >= last && info.num_ack_pending == 0).then_some(())
         })
         .await;
     }

@@ -90,9 +90,11 @@ impl Stream {
 
     /// Whether the workers' consumer has had everything acknowledged.
     pub(crate) async fn is_worked_off(&self) -> anyhow::Result<bool> {
+        let stream = self.stream().await?;
         // Not there yet: the worker makes it.
-        let Ok(info) = self.stream().await?.consumer_info(CONSUMER).await else { return Ok(false) };
-        Ok(info.num_pending == 0 && info.num_ack_pending == 0)
+        let Ok(info) = stream.consumer_info(CONSUMER).await else { return Ok(false) };
+        // By sequences: the server counts a message as pending a moment after it stored it.
+        Ok(info.delivered.stream_sequence >= stream.cached_info().state.last_sequence && info.num_ack_pending == 0)
     }
 
     /// Forgets what the workers have read: the next one begins at the first message.
