@@ -2,15 +2,19 @@
 //!
 //! - Entries go out in the order in which they came, several hundred at a time, and each settles by itself: a PubAck for
 //!   that very entry marks it published, a refusal that waiting cannot mend sets it aside, anything else is tried again
-//!   with jittered backoff and without limit. One entry delays another by no more than the room that it takes until then.
+//!   with jittered backoff and without limit. One entry delays another only while its body is being written.
+//! - A body is the client's from the first try on, so that its memory goes once it is written to NATS; for a further try
+//!   it is read from the journal again.
 //! - A try that timed out may have been stored: it is repeated under the same `Nats-Msg-Id`. Published is not stored:
 //!   only the worker's receipt lets an entry go (see [`crate::confirm`]).
-//! - Nothing is read from disk while NATS cannot take it, and what is in flight is bounded in entries and in bytes, so
-//!   memory does not grow with the backlog.
+//! - Nothing is read from disk while NATS cannot take it, and entries on their way are bounded, as are bodies in memory,
+//!   so memory does not grow with the backlog.
 
 mod in_flight;
 
 use std::collections::HashSet;
+use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,14 +25,16 @@ use async_nats::jetstream::{self, ErrorCode, stream};
 use async_nats::{Event, HeaderMap, ServerError};
 use backon::{ExponentialBuilder, Retryable as _};
 use bytes::Bytes;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt as _, StreamExt as _};
 use shared::delivery::Delivery;
 use shared::ops::Readiness;
 use shared::receipt::ReceiptTo;
 use shared::stream::{NatsSettings, covers, ensure_stream, jetstream, tell_differences, until_ready};
 use tokio::sync::{Notify, watch};
-use tokio::task::JoinSet;
+use tokio_util::task::AbortOnDropHandle;
 
-use crate::journal::{Journal, Place, Refusal, State, Stored};
+use crate::journal::{Journal, Place, ReadError, Refusal, State, Stored};
 use crate::metrics::{Delay, Metrics};
 use in_flight::{InFlight, READ_ENTRIES, READ_KIB};
 
@@ -78,6 +84,9 @@ enum NotPublished {
     /// It may work later.
     #[error("{1}")]
     Later(Delay, String),
+    /// For a further try the journal does not give it: it is stored meanwhile, or what is wrong was told there.
+    #[error(transparent)]
+    Unreadable(#[from] ReadError),
 }
 
 impl Publisher {
@@ -122,7 +131,11 @@ impl Publisher {
 
     /// Publishes what is in the journal and what comes into it, without end.
     pub async fn run(&self, readiness: &Readiness) {
-        tokio::join!(self.keep_stream(readiness), self.publish_all());
+        let publisher = self.clone();
+        // One task for all of it, which ends with us: one for each entry would wake threads seven times as often.
+        let publishing = AbortOnDropHandle::new(tokio::spawn(async move { publisher.0.publish_all().await }));
+        let (published, ()) = tokio::join!(publishing, self.keep_stream(readiness));
+        published.expect("publishing does not end, and what panics in it is caught there");
     }
 
     /// Waits until the journal holds nothing that could be published now, or NATS is away.
@@ -158,36 +171,52 @@ impl Publisher {
             }
         }
     }
+}
 
+impl Shared {
+    /// Takes entries from the journal and publishes them, without end. What is not settled is left to the next start.
     async fn publish_all(&self) {
-        let shared = &self.0;
-        let mut tasks = JoinSet::new(); // ends with us, and leaves what is not settled to the next start
+        let mut on_their_way = FuturesUnordered::new();
         loop {
-            while tasks.try_join_next().is_some() {}
-            let mut room = shared.in_flight.for_a_read().await;
-            shared.link_is_up().await;
-            let taken = shared.journal.take(READ_ENTRIES as usize, READ_BYTES).await;
+            let next = async {
+                let room = self.in_flight.for_a_read().await;
+                self.link_is_up().await;
+                (room, self.journal.take(READ_ENTRIES as usize, READ_BYTES).await)
+            };
+            let (mut room, taken) = beside(&mut on_their_way, next).await;
             let several = taken.len() > 1 && !is_backlog(&taken);
             for entry in taken {
-                let room = shared.in_flight.share(&mut room, entry.body.len()).await;
-                let (publisher, counted) = (self.clone(), shared.metrics.publishing());
-                tasks.spawn(async move {
-                    publisher.0.publish(entry).await;
+                let share = self.in_flight.share(&mut room, entry.body);
+                let (room, body) = beside(&mut on_their_way, share).await;
+                let (entry, counted) = (Stored { body, ..entry }, self.metrics.publishing());
+                on_their_way.push(async move {
+                    self.isolated(entry.place, self.publish(entry)).await;
                     drop((room, counted));
                 });
             }
             if several {
-                tokio::time::sleep(GATHER).await;
+                beside(&mut on_their_way, tokio::time::sleep(GATHER)).await;
             }
         }
     }
-}
 
-impl Shared {
+    /// A fault of ours that only this entry brings out is not the others' affair: it is set aside.
+    async fn isolated(&self, place: Place, publishing: impl Future<Output = ()>) {
+        if AssertUnwindSafe(publishing).catch_unwind().await.is_err() {
+            tracing::error!(%place, "an entry of the journal made the publisher panic; it is set aside, and tried again \
+                at the next start");
+            self.metrics.refused(Refusal::Other);
+            self.journal.mark_set_aside(place, Refusal::Other);
+        }
+    }
+
     /// One entry, until it is settled one way or the other.
     async fn publish(&self, entry: Stored) {
         let Stored { place, meta, body, repeats, .. } = entry;
-        let delivery = match Delivery::from_journal(&meta, body) {
+        let bytes = body.len();
+        let delivery = Delivery::from_journal(&meta, Bytes::new());
+        drop(meta); // it lies in one piece of memory with the body, and that is to go once the body is written
+        let delivery = match delivery {
             Ok(delivery) => delivery,
             Err(error) => {
                 tracing::error!(%place, %error, "an entry of the journal is set aside");
@@ -203,8 +232,14 @@ impl Shared {
             .with_jitter()
             .without_max_times();
         let subject = delivery.subject();
-        let headers = || delivery.headers(u32::from(repeats), &receipt_to); // the client takes them as its own
-        let published = (|| self.try_publish(&subject, headers(), &delivery.body))
+        let mut body = Some(body);
+        let again = || self.in_flight.reread(bytes, async move { Ok(self.journal.read(place).await?.body) });
+        // The client takes headers and body as its own.
+        let try_once = || {
+            let headers = delivery.headers(u32::from(repeats), &receipt_to);
+            self.try_publish(&subject, headers, body.take(), again)
+        };
+        let published = try_once
             .retry(backoff)
             .when(|error| matches!(error, NotPublished::Later(..)))
             .notify(|error, _| {
@@ -219,31 +254,38 @@ impl Shared {
                 tracing::debug!(delivery.id = %id, trace.id = trace, %place, sequence, "published a delivery");
                 self.journal.mark_published(place, sequence);
             }
-            Err(error) => self.set_aside(place, &delivery, &error),
+            Err(NotPublished::Never(refusal, because)) => {
+                let reason = refusal.as_str();
+                tracing::error!(
+                    delivery.id = %id, trace.id = trace, bytes, reason,
+                    "NATS refuses a delivery; it is kept in the journal and tried again when NATS's limits change: {because}"
+                );
+                self.metrics.refused(refusal);
+                self.journal.mark_set_aside(place, refusal);
+            }
+            Err(NotPublished::Unreadable(error)) => {
+                tracing::debug!(delivery.id = %id, trace.id = trace, %place, %error, "not tried again");
+            }
+            Err(NotPublished::Later(..)) => unreachable!("what may work later is retried without limit"),
         }
     }
 
-    fn set_aside(&self, place: Place, delivery: &Delivery, error: &NotPublished) {
-        let NotPublished::Never(refusal, _) = error else {
-            unreachable!("what may work later is retried without limit")
-        };
-        tracing::error!(
-            delivery.id = %delivery.id,
-            trace.id = delivery.trace_id(),
-            bytes = delivery.body.len(),
-            reason = refusal.as_str(),
-            "NATS refuses a delivery; it is kept in the journal and tried again when NATS's limits change: {error}"
-        );
-        self.metrics.refused(*refusal);
-        self.journal.mark_set_aside(place, *refusal);
-    }
-
-    /// One try: the sequence at which JetStream has it.
-    async fn try_publish(&self, subject: &str, headers: HeaderMap, body: &Bytes) -> Result<u64, NotPublished> {
+    /// One try, with `body`, or else with what is read: the sequence at which JetStream has it.
+    async fn try_publish(
+        &self,
+        subject: &str,
+        headers: HeaderMap,
+        body: Option<Bytes>,
+        read: impl AsyncFnOnce() -> Result<Bytes, ReadError>,
+    ) -> Result<u64, NotPublished> {
         let stream = self.link_is_up().await;
+        let body = match body {
+            Some(body) => body,
+            None => Box::pin(read()).await?, // seldom, and large
+        };
         let begin = Instant::now();
         let acked = async {
-            let publish = self.context.publish_with_headers(subject.to_owned(), headers, body.clone());
+            let publish = self.context.publish_with_headers(subject.to_owned(), headers, body);
             publish.await?.await // within ACK_WITHIN, or TimedOut
         };
         match acked.await {
@@ -311,6 +353,17 @@ impl Shared {
     }
 }
 
+/// What `future` comes to, while those go on.
+async fn beside<T>(others: &mut FuturesUnordered<impl Future<Output = ()>>, future: impl Future<Output = T>) -> T {
+    let mut future = pin!(future);
+    loop {
+        tokio::select! {
+            output = &mut future => return output,
+            Some(()) = others.next() => {}
+        }
+    }
+}
+
 /// Whether about as much came as is read in one go: then there is more to read now, most likely.
 fn is_backlog(taken: &[Stored]) -> bool {
     let bytes: usize = taken.iter().map(|entry| entry.body.len()).sum();
@@ -345,5 +398,38 @@ fn note_denied(event: &Event, denied: &Mutex<HashSet<String>>) {
         | Event::SlowConsumer(_)
         | Event::ServerError(_)
         | Event::ClientError(_) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use prometheus_client::registry::Registry;
+
+    use super::*;
+    use crate::journal::{Entry, Limits};
+    use crate::settings::JournalConfig;
+
+    #[tokio::test]
+    async fn an_entry_that_makes_us_panic_is_set_aside_and_the_next_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let limits = Limits {
+            max_bytes_on_disk: 1 << 20,
+            segment_bytes: 1 << 16,
+            max_bytes_waiting: 1 << 20,
+            retain: Duration::ZERO,
+        };
+        let (journal, _) = Journal::open(dir.path(), limits).unwrap();
+        let entry = || Entry { received_at: SystemTime::now(), meta: Bytes::new(), body: Bytes::from("body") };
+        let (poison, next) = (journal.append(entry()).await.unwrap(), journal.append(entry()).await.unwrap());
+        let metrics = Metrics::new(&mut Registry::default(), &journal);
+        let nats = JournalConfig::load(&|_| None).unwrap().nats;
+        let publisher = Publisher::connect(&nats, journal.clone(), &Readiness::tolerating(&[]), metrics).await.unwrap();
+        assert_eq!(journal.take(2, 1 << 16).await.len(), 2);
+        publisher.0.isolated(poison, async { panic!("a panic that is meant") }).await;
+        publisher.0.isolated(next, async { journal.mark_published(next, 1) }).await;
+        let entries = |state| journal.stats().share(state).tally.entries;
+        assert_eq!((entries(State::SetAside), entries(State::Published), entries(State::Journalled)), (1, 1, 0));
     }
 }

@@ -15,14 +15,15 @@ use super::place::Place;
 use super::table::Located;
 
 /// Records that follow each other are read together, up to so many bytes: past the page cache nobody reads ahead, and each
-/// read waits for the disk (at 64 KiB a backlog went by a quarter more slowly). Together they also stay in memory, until
+/// read waits for the disk (at 256 KiB a backlog went by a tenth more slowly). Together they also stay in memory, until
 /// the last of them is done with.
-const RUN_BYTES: usize = 256 * 1024;
+const RUN_BYTES: usize = 1024 * 1024;
 /// The blocks around a run: it begins and ends anywhere in one.
 const AROUND: usize = 2 * BLOCK as usize;
 const BUFFER_BYTES: usize = RUN_BYTES + AROUND;
-/// Unused buffers for such runs that are kept: about as much memory as bodies may take on their way to NATS.
-const BUFFERS_KEPT: usize = 16;
+/// Unused buffers for such runs that are kept: as many as are in use at once, with as much memory as bodies may take on
+/// their way to NATS, one that is being read, and one that is still being written.
+const BUFFERS_KEPT: usize = 6;
 
 /// An entry as it was appended.
 #[derive(Debug, Clone, PartialEq, Eq)]
