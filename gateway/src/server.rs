@@ -107,6 +107,9 @@ pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(None) // see `pace`
+        // What came whole is taken even if its sender has stopped listening: Sentry does after a second, and sends nothing
+        // twice. And nothing has to be read, into memory of its own, to find out.
+        .half_close(true)
         .max_header_size(limits.header_bytes)
         .max_headers(limits.headers)
         .max_buf_size(BUFFER_BYTES.max(limits.header_bytes))

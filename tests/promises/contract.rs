@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use hyper::Method;
+use shared::delivery::DeliveryId;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use world::{Connection, Post, SECRET, eventually, sign};
@@ -210,6 +211,35 @@ async fn too_many_bytes_in_flight_are_503() {
     socket.read_exact(&mut answered).await.unwrap();
     assert_eq!(&answered, b"HTTP/1.1 202");
     assert_eq!(world.post(vec![b'1'; 50_000]).await.status, 202);
+}
+
+#[tokio::test]
+async fn a_sender_that_has_no_more_to_say_is_answered() {
+    let world = setup().workers(0).start().await;
+    let mut request = head(&sign(SECRET, BODY.as_bytes()), &format!("Content-Length: {}\r\n", BODY.len()));
+    request.extend_from_slice(BODY.as_bytes());
+    let mut socket = TcpStream::connect(("127.0.0.1", world.port())).await.unwrap();
+    socket.write_all(&request).await.unwrap();
+    socket.shutdown().await.unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.unwrap(); // to the end of the connection, which comes then
+    assert!(answer.starts_with("HTTP/1.1 202 "), "{answer}");
+}
+
+#[tokio::test]
+async fn what_came_whole_is_taken_even_if_its_sender_has_gone() {
+    let world = setup().start().await;
+    // Long enough to be noticed gone while its canonical form is made.
+    let body = format!(r#"{{ "data": {{ "numbers": [{}1] }} }}"#, "1.0,".repeat(500_000));
+    let canonical = gateway::canonical::canonical(body.as_bytes()).unwrap();
+    let id = DeliveryId::of_request(Some(b"gone"), body.as_bytes());
+    let extra = format!("Request-ID: gone\r\nContent-Length: {}\r\n", body.len());
+    let mut request = head(&sign(SECRET, &canonical), &extra);
+    request.extend_from_slice(body.as_bytes());
+    let mut socket = TcpStream::connect(("127.0.0.1", world.port())).await.unwrap();
+    socket.write_all(&request).await.unwrap();
+    drop(socket);
+    world.stored(id.as_str()).await;
 }
 
 #[tokio::test]
