@@ -204,7 +204,7 @@ impl Shared {
     async fn isolated(&self, place: Place, publishing: impl Future<Output = ()>) {
         if AssertUnwindSafe(publishing).catch_unwind().await.is_err() {
             tracing::error!(%place, "an entry of the journal made the publisher panic; it is set aside, and tried again \
-                at the next start");
+                with the next connection to NATS");
             self.metrics.refused(Refusal::Other);
             self.journal.mark_set_aside(place, Refusal::Other);
         }
