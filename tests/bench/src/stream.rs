@@ -88,6 +88,12 @@ impl Stream {
         Ok(Filled { messages: state.messages, first: state.first_timestamp, last: state.last_timestamp })
     }
 
+    /// Lets go of all messages but the newest `count`.
+    pub(crate) async fn keep(&self, count: u64) -> anyhow::Result<()> {
+        self.stream().await?.purge().keep(count).await?;
+        Ok(())
+    }
+
     /// Whether the workers' consumer has had everything acknowledged.
     pub(crate) async fn is_worked_off(&self) -> anyhow::Result<bool> {
         let stream = self.stream().await?;

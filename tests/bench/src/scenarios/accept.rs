@@ -7,7 +7,10 @@
 //!
 //! **Publishing at the same time**: with a broker that has no worker behind it. A gateway that merely let its backlog
 //! grow would accept as fast as without a broker, and prove nothing. So the load holds back while more than [`BACKLOG`]
-//! deliveries wait to be published, and the rate over the whole time is one that could go on for ever. Beside it the
+//! deliveries wait to be published, and the rate over the whole time is one that could go on for ever. For the same
+//! reason the stream lets go of its oldest messages all the time, as it does at its size limit: a virtual machine whose
+//! host takes back unused memory pays for each page by which the broker's files grow beyond a gigabyte or two, and who
+//! publishes most comes there first. (Half a gigabyte stays; the alternative does not write more.) Beside it the
 //! usual alternative, an aiohttp server that answers when nats-py has the broker's acknowledgement, with the broker as
 //! it comes (it syncs every two minutes: an acknowledged message may be lost) and with one that syncs each message,
 //! which is what a 202 of the gateway promises.
@@ -24,7 +27,7 @@ use crate::python::Python;
 use crate::report::{Goal, Line, Report};
 use crate::servers::{Nats, Server, no_nats};
 use crate::stats::Rounds;
-use crate::stream::MAX_BYTES;
+use crate::stream::{MAX_BYTES, Stream};
 
 /// Body sizes, and the goal for each: at least so many times the bare server's rate.
 const SIZES: [(usize, f64); 3] = [(2 << 10, 0.55), (16 << 10, 0.65), (128 << 10, 0.45)];
@@ -36,6 +39,9 @@ const SYNC: [(&str, &str, f64); 2] =
 const ROOM: &str = "40GiB";
 /// From so many unpublished deliveries on, the load holds back.
 const BACKLOG: f64 = 10_000.0;
+/// Messages that the stream keeps, looked at so often.
+const KEPT: u64 = 30_000;
+const PURGE_EVERY: Duration = Duration::from_millis(500);
 
 pub(crate) async fn run(bench: &Bench) -> anyhow::Result<Report> {
     let mut report = Report::default();
@@ -129,14 +135,20 @@ pub(super) async fn sustained(
     // More than is sent, so that the stream is not what ends it.
     let server = Server::gateway(&bench.built, &nats.url(), &[("NATS_MAX_BYTES", MAX_BYTES)]).await?;
     server.until("publishing", async || Ok(server.metric("gateway_publish_seconds_count").await? >= 0.0)).await?;
+    let stream = Stream::on(&nats.url()).await?;
     let load = Load::start(server.port, deliveries, CONNECTIONS, None);
     let end = Instant::now() + span;
+    let mut purge_at = Instant::now() + PURGE_EVERY;
     let (before, mut longest) = (Moment::now(&server, &load), 0_f64);
     let (answered, broker) = (load.answered(), process::cpu(nats.server.pid()));
     while Instant::now() < end {
         let backlog = server.backlog().await?;
         load.hold(backlog > BACKLOG);
         longest = longest.max(backlog);
+        if Instant::now() >= purge_at {
+            stream.keep(KEPT).await?;
+            purge_at = Instant::now() + PURGE_EVERY;
+        }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     load.hold(false);
