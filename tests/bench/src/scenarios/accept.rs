@@ -8,9 +8,10 @@
 //! **Publishing at the same time**: with a broker that has no worker behind it. A gateway that merely let its backlog
 //! grow would accept as fast as without a broker, and prove nothing. So the load holds back while more than [`BACKLOG`]
 //! deliveries wait to be published, and the rate over the whole time is one that could go on for ever. For the same
-//! reason the stream lets go of its oldest messages all the time, as it does at its size limit: a virtual machine whose
-//! host takes back unused memory pays for each page by which the broker's files grow beyond a gigabyte or two, and who
-//! publishes most comes there first. (Half a gigabyte stays; the alternative does not write more.) Beside it the
+//! reason the stream's oldest messages are purged all the time, as workers do near its size limit: a virtual machine
+//! whose host takes back unused memory pays for each page by which the broker's files grow beyond two or three
+//! gigabytes, and who publishes most comes there first. (Half a gigabyte stays; the alternative, in its shorter time,
+//! does not write more.) Beside it the
 //! usual alternative, an aiohttp server that answers when nats-py has the broker's acknowledgement, with the broker as
 //! it comes (it syncs every two minutes: an acknowledged message may be lost) and with one that syncs each message,
 //! which is what a 202 of the gateway promises.
