@@ -117,9 +117,9 @@ impl Gateway {
         let place = appended.map_err(|cause| not_journalled(&delivery, cause))?; // on disk when this returns
         let bytes = delivery.body.len();
         self.metrics.journalled(meta, bytes, begin.elapsed());
-        let (id, trace) = (delivery.id.clone(), delivery.trace_id());
+        let (id, trace) = (&delivery.id, delivery.trace_id());
         tracing::debug!(delivery.id = %id, trace.id = trace, %place, bytes, "accepted a delivery");
-        Ok(Accepted(id))
+        Ok(Accepted(delivery.id))
     }
 }
 
@@ -169,11 +169,16 @@ impl Accepted {
     fn to_response(&self) -> Response<Full<Bytes>> {
         let Accepted(id) = self;
         // None of these has a character that JSON would escape.
-        let (signal, issue) = (id.signal_id(), id.issue_id());
-        let data = format!(
-            r#"{{"data":{{"deliveryId":"{id}","signalId":"{signal}","issueId":"{issue}","status":"accepted"}}}}"#
-        );
-        let mut response = Response::new(Full::new(Bytes::from(data)));
+        let data = [
+            r#"{"data":{"deliveryId":""#,
+            id.as_str(),
+            r#"","signalId":""#,
+            &id.signal_id(),
+            r#"","issueId":""#,
+            &id.issue_id(),
+            r#"","status":"accepted"}}"#,
+        ];
+        let mut response = Response::new(Full::new(Bytes::from(data.concat())));
         *response.status_mut() = StatusCode::ACCEPTED;
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         response

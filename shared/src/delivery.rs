@@ -205,7 +205,7 @@ impl Delivery {
 
     /// The subject it is published on: `signals.sentry.<resource>`.
     pub fn subject(&self) -> String {
-        format!("{}.{}", crate::stream::SUBJECT_PREFIX, self.resource.as_str())
+        [crate::stream::SUBJECT_PREFIX, ".", self.resource.as_str()].concat()
     }
 
     /// The message headers it is published with. `Nats-Msg-Id` is the id itself at the first publish, so that JetStream
@@ -220,12 +220,13 @@ impl Delivery {
         headers.insert(name::DELIVERY_ID.clone(), self.id.as_str());
         headers.insert(name::RECEIVED_AT.clone(), rfc3339(self.received_at));
         headers.insert(name::HOOK_RESOURCE.clone(), self.resource.as_str());
-        headers.insert(name::RECEIPT_TO.clone(), receipt_to.to_string());
-        let traceparent = self.trace.as_ref().map(TraceContext::to_string);
+        headers.insert(name::RECEIPT_TO.clone(), receipt_to.as_str());
+        if let Some(trace) = &self.trace {
+            headers.insert(name::TRACEPARENT.clone(), trace.to_traceparent());
+        }
         let optional = [
             (&name::REQUEST_ID, self.request_id.as_deref()),
             (&name::HOOK_TIMESTAMP, self.hook_timestamp.as_deref()),
-            (&name::TRACEPARENT, traceparent.as_deref()),
             (&name::TRACESTATE, self.trace.as_ref().and_then(TraceContext::state)),
         ];
         for (name, value) in optional {
@@ -244,10 +245,12 @@ impl Delivery {
             resource: self.resource.as_str().into(),
             request_id: self.request_id.as_deref().map(Into::into),
             hook_timestamp: self.hook_timestamp.as_deref().map(Into::into),
-            traceparent: self.trace.as_ref().map(|trace| trace.to_string().into()),
+            traceparent: self.trace.as_ref().map(|trace| trace.to_traceparent().into()),
             tracestate: self.trace.as_ref().and_then(TraceContext::state).map(Into::into),
         };
-        serde_json::to_vec(&kept).expect("strings and a date are JSON").into()
+        let mut json = Vec::with_capacity(512); // enough for what Sentry sends
+        serde_json::to_writer(&mut json, &kept).expect("strings and a date are JSON");
+        json.into()
     }
 
     /// Takes a delivery back from the journal.
@@ -322,7 +325,9 @@ pub struct NotADelivery;
 
 /// RFC 3339, UTC.
 fn rfc3339(at: OffsetDateTime) -> String {
-    at.format(&Rfc3339).expect("a date of our own clock has a year of four digits")
+    let mut text = Vec::with_capacity(32);
+    at.format_into(&mut text, &Rfc3339).expect("a date of our own clock has a year of four digits");
+    String::from_utf8(text).expect("RFC 3339 is ASCII")
 }
 
 /// A header value that can travel: printable ASCII of bounded length.

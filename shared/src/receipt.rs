@@ -5,7 +5,7 @@
 //! that misses one looks after the entry itself, and the repeat that may cost brings another receipt.
 
 use std::collections::BTreeMap;
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 use async_nats::HeaderMap;
 use bytes::Bytes;
@@ -19,33 +19,44 @@ const PLACES_MAX: usize = 4096;
 /// Where a receipt goes, and what it says there. The place is the gateway's own business; a worker hands it back as it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReceiptTo {
-    gateway: String,
-    place: String,
+    /// As the header has it.
+    text: String,
+    /// Bytes of it that are the gateway's id; a dot follows.
+    gateway: usize,
 }
 
 impl ReceiptTo {
     /// For an entry at `place` in the journal of `gateway`.
     pub fn new(gateway: &str, place: impl fmt::Display) -> Self {
-        ReceiptTo { gateway: gateway.to_owned(), place: place.to_string() }
+        let mut text = String::with_capacity(gateway.len() + 32); // enough for a place of our own
+        write!(text, "{gateway}.{place}").expect("a string takes it");
+        ReceiptTo { text, gateway: gateway.len() }
+    }
+
+    /// The header's value.
+    pub fn as_str(&self) -> &str {
+        &self.text
     }
 
     /// What a message's headers say. None where they say nothing usable; then nobody waits for a receipt.
     pub fn of(headers: Option<&HeaderMap>) -> Option<Self> {
-        let (gateway, place) = headers?.get(RECEIPT_TO)?.as_str().split_once('.')?;
+        let text = headers?.get(RECEIPT_TO)?.as_str();
+        let (gateway, place) = text.split_once('.')?;
         let token = |text: &str, dots: bool| {
             let allowed = |byte: u8| byte.is_ascii_alphanumeric() || (dots && byte == b'.');
             (1..=64).contains(&text.len()) && text.bytes().all(allowed)
         };
         // The gateway becomes part of a subject: nothing that NATS reads as a wildcard or a separator may be in it.
         (token(gateway, false) && token(place, true))
-            .then(|| ReceiptTo { gateway: gateway.to_owned(), place: place.to_owned() })
+            .then(|| ReceiptTo { text: text.to_owned(), gateway: gateway.len() })
     }
-}
 
-impl fmt::Display for ReceiptTo {
-    /// The header's value.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", self.gateway, self.place)
+    fn gateway(&self) -> &str {
+        &self.text[..self.gateway]
+    }
+
+    fn place(&self) -> &str {
+        &self.text[self.gateway + 1..]
     }
 }
 
@@ -56,11 +67,12 @@ pub fn subject(gateway: &str) -> String {
 
 /// The messages that tell each gateway of its entries among `stored`: subject and payload.
 pub fn messages(stored: impl IntoIterator<Item = ReceiptTo>) -> Vec<(String, Bytes)> {
-    let mut by_gateway: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for ReceiptTo { gateway, place } in stored {
-        by_gateway.entry(gateway).or_default().push(place);
+    let stored: Vec<ReceiptTo> = stored.into_iter().collect();
+    let mut by_gateway: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for to in &stored {
+        by_gateway.entry(to.gateway()).or_default().push(to.place());
     }
-    let message = |gateway: &str, places: &[String]| (subject(gateway), Bytes::from(places.join("\n")));
+    let message = |gateway: &str, places: &[&str]| (subject(gateway), Bytes::from(places.join("\n")));
     by_gateway
         .iter()
         .flat_map(|(gateway, places)| places.chunks(PLACES_MAX).map(move |some| message(gateway, some)))
@@ -85,7 +97,7 @@ mod tests {
     #[test]
     fn a_receipt_finds_its_way_back() {
         let sent = [ReceiptTo::new("gwa", "1.2.3"), ReceiptTo::new("gwb", "7.0.9"), ReceiptTo::new("gwa", "1.3.3")];
-        let read = sent.iter().map(|to| ReceiptTo::of(Some(&header(&to.to_string()))).unwrap());
+        let read = sent.iter().map(|to| ReceiptTo::of(Some(&header(to.as_str()))).unwrap());
         let messages = messages(read);
         assert_eq!(messages[0], ("receipts.gwa".into(), Bytes::from("1.2.3\n1.3.3")));
         assert_eq!(messages[1], ("receipts.gwb".into(), Bytes::from("7.0.9")));

@@ -9,7 +9,7 @@
 //!
 //! These headers are not signed. They are shown in logs and decide nothing.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 use hyper::HeaderMap;
 use hyper::header::HeaderValue;
@@ -22,6 +22,8 @@ pub const TRACESTATE: &str = "tracestate";
 /// Longest `tracestate` that travels along, over all headers of that name: what everybody has to be able to pass on
 /// (section 3.3.1.5). A longer one is left out.
 const STATE_MAX: usize = 512;
+/// A `traceparent` in version 00 (section 3.2).
+const PARENT_LENGTH: usize = "00-".len() + 32 + "-".len() + 16 + "-00".len();
 /// The one flag that has a meaning (section 3.2.2.5); the others are not passed on.
 const SAMPLED: u8 = 1;
 
@@ -71,7 +73,7 @@ impl TraceContext {
     /// Takes a `traceparent` (section 3.2): `00-<trace id>-<parent id>-<flags>` in lower-case hex, no id all zeros. Of
     /// a version later than 00 it takes these four fields and leaves what may follow (section 4.3); `ff` is no version.
     pub fn parse(text: &str) -> Option<Self> {
-        let (version, rest) = (hex::<1>(text.get(..2)?)?[0], text.get(55..)?);
+        let (version, rest) = (hex::<1>(text.get(..2)?)?[0], text.get(PARENT_LENGTH..)?);
         let may_have_more = version > 0 && version < 0xff && rest.starts_with('-');
         let dashes = [2, 35, 52].iter().all(|&at| text.as_bytes()[at] == b'-');
         if version == 0xff || !dashes || !(rest.is_empty() || may_have_more) {
@@ -89,6 +91,13 @@ impl TraceContext {
         let travels = |state: &&str| (1..=STATE_MAX).contains(&state.len()) && state.bytes().all(is_printable);
         self.state = state.filter(travels).map(str::to_owned);
         self
+    }
+
+    /// The `traceparent`, as it is displayed, in memory of the right size from the start.
+    pub fn to_traceparent(&self) -> String {
+        let mut text = String::with_capacity(PARENT_LENGTH);
+        write!(text, "{self}").expect("a string takes it");
+        text
     }
 
     /// The trace.
@@ -171,7 +180,7 @@ mod tests {
             let text = format!("{version}-{TRACE}-{PARENT}-{flags}");
             let context = TraceContext::parse(&text).unwrap_or_else(|| panic!("{text}"));
             assert_eq!(context.trace_id().to_string(), TRACE);
-            assert_eq!(context.to_string(), format!("00-{TRACE}-{PARENT}-{passed_on}"), "{text}");
+            assert_eq!(context.to_traceparent(), format!("00-{TRACE}-{PARENT}-{passed_on}"), "{text}");
         }
     }
 
