@@ -27,7 +27,7 @@ use backon::{ExponentialBuilder, Retryable as _};
 use bytes::Bytes;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt as _, StreamExt as _};
-use shared::delivery::Delivery;
+use shared::delivery::{Delivery, NotADelivery};
 use shared::ops::Readiness;
 use shared::receipt::ReceiptTo;
 use shared::stream::{NatsSettings, covers, ensure_stream, jetstream, tell_differences, until_ready};
@@ -189,10 +189,8 @@ impl Shared {
                 let share = self.in_flight.share(&mut room, entry.body);
                 let (room, body) = beside(&mut on_their_way, share).await;
                 let (entry, counted) = (Stored { body, ..entry }, self.metrics.publishing());
-                on_their_way.push(async move {
-                    self.isolated(entry.place, self.publish(entry)).await;
-                    drop((room, counted));
-                });
+                let publishing = self.isolated(entry.place, self.publish(entry));
+                on_their_way.push(publishing.inspect(move |()| drop((room, counted))));
             }
             if several {
                 beside(&mut on_their_way, tokio::time::sleep(GATHER)).await;
@@ -200,29 +198,28 @@ impl Shared {
         }
     }
 
-    /// A fault of ours that only this entry brings out is not the others' affair: it is set aside.
-    async fn isolated(&self, place: Place, publishing: impl Future<Output = ()>) {
-        if AssertUnwindSafe(publishing).catch_unwind().await.is_err() {
-            tracing::error!(%place, "an entry of the journal made the publisher panic; it is set aside, and tried again \
-                with the next connection to NATS");
-            self.metrics.refused(Refusal::Other);
-            self.journal.mark_set_aside(place, Refusal::Other);
-        }
+    /// A fault of ours that only this entry brings out is not the others' affair: it is set aside. (No `async fn`: that would
+    /// hold `publishing` twice, where it came from and where it is polled, for each of hundreds.)
+    fn isolated(&self, place: Place, publishing: impl Future<Output = ()>) -> impl Future<Output = ()> {
+        AssertUnwindSafe(publishing).catch_unwind().map(move |done| {
+            if done.is_err() {
+                tracing::error!(%place, "an entry of the journal made the publisher panic; it is set aside, and tried \
+                    again with the next connection to NATS");
+                self.metrics.refused(Refusal::Other);
+                self.journal.mark_set_aside(place, Refusal::Other);
+            }
+        })
     }
 
     /// One entry, until it is settled one way or the other.
     async fn publish(&self, entry: Stored) {
         let Stored { place, meta, body, repeats, .. } = entry;
         let bytes = body.len();
-        let delivery = Delivery::from_journal(&meta, Bytes::new());
-        drop(meta); // it lies in one piece of memory with the body, and that is to go once the body is written
-        let delivery = match delivery {
-            Ok(delivery) => delivery,
-            Err(error) => {
-                tracing::error!(%place, %error, "an entry of the journal is set aside");
-                self.metrics.refused(Refusal::Other);
-                return self.journal.mark_set_aside(place, Refusal::Other);
-            }
+        let told = |error: &NotADelivery| tracing::error!(%place, %error, "an entry of the journal is set aside");
+        // `meta` goes: it lies in one piece of memory with the body, and that is to be free once the body is written.
+        let Ok(delivery) = Delivery::from_journal(&{ meta }, Bytes::new()).inspect_err(told) else {
+            self.metrics.refused(Refusal::Other);
+            return self.journal.mark_set_aside(place, Refusal::Other);
         };
         let receipt_to = ReceiptTo::new(self.journal.gateway_id(), place);
         let (id, trace) = (&delivery.id, delivery.trace_id());
@@ -285,7 +282,8 @@ impl Shared {
         };
         let begin = Instant::now();
         let acked = async {
-            let publish = self.context.publish_with_headers(subject.to_owned(), headers, body);
+            // Boxed, because it lasts no longer than it takes to hand the message over, and is most of what we would hold.
+            let publish = Box::pin(self.context.publish_with_headers(subject.to_owned(), headers, body));
             publish.await?.await // within ACK_WITHIN, or TimedOut
         };
         match acked.await {
