@@ -2,9 +2,9 @@
 //!
 //! An *entry* is one accepted delivery: a header block and a body, both opaque here. It is on disk before `append`
 //! returns, it is published from here, and it is let go once the worker's receipt says that it is stored. Memory holds
-//! what is being worked on: where an entry is, and its state in a byte. Bodies stay on disk (but for a megabyte of those
-//! that come next to be published, see [`recent`]), and so does the index of a
-//! segment that nobody has got to yet, so memory does not grow with what waits.
+//! what is being worked on: where an entry is, and its state in a byte. Bodies stay on disk (but for two megabytes of
+//! those that come next to be published, see [`recent`]), and so does the index of a segment that nobody has got to
+//! yet, so memory does not grow with what waits.
 //!
 //! # The directory
 //! | file | what |

@@ -12,8 +12,9 @@ use super::place::Place;
 use super::read::{self, Stored};
 use super::table::Located;
 
-/// Bytes of entries that are remembered.
-const MOST_BYTES: usize = 1 << 20;
+/// Bytes of entries that are remembered: what waits for a publisher that keeps up. With half as much it would read some of
+/// that from the disk, through memory of its own.
+const MOST_BYTES: usize = 2 << 20;
 /// A smaller body may lie in a connection's buffer, many times its size: it is copied out of that.
 const SMALL: usize = 64 << 10;
 /// What an entry takes beside its bytes.
