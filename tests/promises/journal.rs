@@ -355,3 +355,37 @@ async fn an_orphaned_journal_is_drained_and_a_journal_is_redriven() {
         world.stored(id).await;
     }
 }
+
+#[tokio::test]
+async fn large_bodies_that_the_stream_has_no_room_for_delay_no_others() {
+    // Nobody reads, so what is on the stream stays there: one of the large ones, and all of the small.
+    let world = setup().workers(0).gateway("NATS_MAX_BYTES", "4000000").start().await;
+    let body =
+        |number: usize, bytes| format!(r#"{{"data":{{"issue":{{"id":"{number}","title":"{}"}}}}}}"#, "x".repeat(bytes));
+    let large: Vec<_> = (0..4).map(|number| body(number, 3_000_000)).collect();
+    for body in &large {
+        world.post(body.clone()).await.accepted();
+    }
+    world.gateway.until_metric("gateway_journal_entries{state=\"published\"}", 1.0).await;
+    for number in 4..54 {
+        world.post(body(number, 100)).await.accepted();
+    }
+    world.gateway.until_metric("gateway_journal_entries{state=\"published\"}", 51.0).await;
+    assert_eq!(world.metric("gateway_journal_entries{state=\"journalled\"}").await, 3.0, "they wait for room");
+
+    let jetstream = world.jetstream().await;
+    let stream = jetstream.get_stream("SIGNALS").await.unwrap();
+    let mut config = stream.cached_info().config.clone();
+    config.max_bytes = 100_000_000;
+    jetstream.update_stream(config).await.unwrap();
+    world.gateway.until_metric("gateway_journal_entries{state=\"published\"}", 54.0).await;
+    let mut late = Vec::new();
+    for sequence in 52..55 {
+        late.push(stream.get_raw_message(sequence).await.unwrap().payload);
+    }
+    late.sort();
+    let first = stream.get_raw_message(1).await.unwrap().payload;
+    let mut expected: Vec<_> = large.into_iter().map(bytes::Bytes::from).filter(|body| *body != first).collect();
+    expected.sort();
+    assert!(late == expected, "a body that is read again for another try is the one that came");
+}
