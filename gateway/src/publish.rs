@@ -401,6 +401,7 @@ fn note_denied(event: &Event, denied: &Mutex<HashSet<String>>) {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
     use std::time::SystemTime;
 
     use prometheus_client::registry::Registry;
@@ -409,25 +410,57 @@ mod tests {
     use crate::journal::{Entry, Limits};
     use crate::settings::JournalConfig;
 
-    #[tokio::test]
-    async fn an_entry_that_makes_us_panic_is_set_aside_and_the_next_goes_on() {
-        let dir = tempfile::tempdir().unwrap();
+    /// A journal in `dir`, and a publisher of it that no broker answers.
+    async fn publisher(dir: &Path) -> (Journal, Publisher) {
         let limits = Limits {
             max_bytes_on_disk: 1 << 20,
             segment_bytes: 1 << 16,
             max_bytes_waiting: 1 << 20,
             retain: Duration::ZERO,
         };
-        let (journal, _) = Journal::open(dir.path(), limits).unwrap();
-        let entry = || Entry { received_at: SystemTime::now(), meta: Bytes::new(), body: Bytes::from("body") };
-        let (poison, next) = (journal.append(entry()).await.unwrap(), journal.append(entry()).await.unwrap());
+        let (journal, _) = Journal::open(dir, limits).unwrap();
         let metrics = Metrics::new(&mut Registry::default(), &journal);
         let nats = JournalConfig::load(&|_| None).unwrap().nats;
         let publisher = Publisher::connect(&nats, journal.clone(), &Readiness::tolerating(&[]), metrics).await.unwrap();
+        (journal, publisher)
+    }
+
+    fn entry(meta: Bytes) -> Entry {
+        Entry { received_at: SystemTime::now(), meta, body: Bytes::from("body") }
+    }
+
+    #[tokio::test]
+    async fn an_entry_that_makes_us_panic_is_set_aside_and_the_next_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, publisher) = publisher(dir.path()).await;
+        let append = || journal.append(entry(Bytes::new()));
+        let (poison, next) = (append().await.unwrap(), append().await.unwrap());
         assert_eq!(journal.take(2, 1 << 16).await.len(), 2);
         publisher.0.isolated(poison, async { panic!("a panic that is meant") }).await;
         publisher.0.isolated(next, async { journal.mark_published(next, 1) }).await;
         let entries = |state| journal.stats().share(state).tally.entries;
         assert_eq!((entries(State::SetAside), entries(State::Published), entries(State::Journalled)), (1, 1, 0));
+    }
+
+    #[tokio::test]
+    async fn an_entry_on_its_way_holds_little_and_nothing_of_what_was_understood() {
+        struct Watched(Bytes, #[expect(dead_code)] Arc<()>);
+        impl AsRef<[u8]> for Watched {
+            fn as_ref(&self) -> &[u8] {
+                &self.0
+            }
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, publisher) = publisher(dir.path()).await;
+        let meta = Delivery::received(Bytes::new(), None, None, None).to_journal();
+        journal.append(entry(meta.clone())).await.unwrap();
+        let mut taken = journal.take(1, 1 << 16).await.remove(0);
+        let held = Arc::new(());
+        taken.meta = Bytes::from_owner(Watched(meta, held.clone()));
+        let mut publishing = pin!(publisher.0.isolated(taken.place, publisher.0.publish(taken)));
+        assert!(size_of_val(&*publishing) < 2048, "there are hundreds of these: {} bytes", size_of_val(&*publishing));
+        assert_eq!(Arc::strong_count(&held), 2);
+        assert!(publishing.as_mut().now_or_never().is_none(), "it waits for NATS");
+        assert_eq!(Arc::strong_count(&held), 1);
     }
 }
