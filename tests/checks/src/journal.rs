@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::pin::pin;
 use std::sync::OnceLock;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
-use gateway::journal::{Journal, Limits, OpenError, Snapshot, State, Stored};
+use gateway::journal::{Journal, Limits, OpenError, Outside, Snapshot, State, Stored};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
@@ -117,7 +117,19 @@ fn deliver(dir: &Path, confirm: bool) -> Option<Delivered> {
         }
         journal.close().await;
     });
+    drop(journal);
+    until_free(dir);
     Some(delivered)
+}
+
+/// Waits until a journal that was closed can be opened again: a read that nobody waits for any more still has it until it
+/// ends, and so has, for a moment, a program that another thread starts.
+fn until_free(dir: &Path) {
+    let begin = Instant::now();
+    while Outside::look(dir).unwrap().held_by.is_some() {
+        assert!(begin.elapsed() < Duration::from_secs(20), "the journal is closed, and still in use");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// What is given out next, after so many entries; `None` where nothing is left. What is found damaged on the way is no entry
