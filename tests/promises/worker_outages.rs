@@ -336,6 +336,22 @@ async fn a_worker_that_stops_hands_its_batch_to_the_others_at_once() {
 }
 
 #[tokio::test]
+async fn what_is_on_its_way_to_a_worker_that_stops_is_not_left_to_the_ack_wait() {
+    let mut world = setup().start().await;
+    for _ in 0..20 {
+        world.workers[0].ready().await;
+        let id = world.post(fixture!("issue_created")).await.accepted();
+        // The message is delivered about now, while the worker ceases to ask.
+        assert_eq!(world.workers[0].stop().await, Some(0), "{}", world.workers[0].log());
+        world.workers[0].start_again();
+        let free = Instant::now();
+        world.stored(&id).await;
+        assert!(free.elapsed() < Duration::from_secs(10), "the ack wait is 30 s, this took {:?}", free.elapsed());
+    }
+    world.all_acknowledged().await;
+}
+
+#[tokio::test]
 async fn a_worker_stops_in_order_while_postgresql_is_down() {
     let mut world = setup().own_postgres().start().await;
     world.postgres.as_ref().unwrap().kill().await;

@@ -141,17 +141,19 @@ async fn session(
     let Some((session, stream, consumer)) = begun.await else { return };
     let pulling = (0..config.concurrency).map(|_| async {
         let puller = Puller { consumer: consumer.clone(), session: &session, database, batch_max: config.batch_max };
-        if let Err(error) = puller.run(shutdown).await {
+        puller.run(shutdown).await.unwrap_or_else(|error| {
             database.metrics().anew(Anew::Pull);
             tracing::warn!("pulling again: {error:#}");
             session.end();
-        }
+            Vec::new()
+        })
     });
+    let pulling = async { session.hand_back(&join_all(pulling).await.concat()).await };
     let watching = async {
         tokio::join!(pull::watch(&stream, &session, database, readiness), history::keep_room(&stream, store, database))
     };
     tokio::select! {
-        _ = join_all(pulling) => {}
+        () = pulling => {}
         _ = watching => {}
     }
 }

@@ -6,7 +6,7 @@
 //! What a worker holds is what its pullers have in hand, one batch each, and no more: [`requests`] asks for the next
 //! only once the one before is stored (then it is acknowledged while the next is on its way). While a batch waits for
 //! [`database`], the server is told that it is worked on ([`session`]); when the worker is asked to stop, it is handed
-//! back.
+//! back, once no puller of this worker asks any more: the server would give it to one that is about to leave.
 
 mod database;
 mod requests;
@@ -48,18 +48,18 @@ pub struct Puller<'a> {
 }
 
 impl Puller<'_> {
-    /// Pulls and stores batches until `shutdown` or the session's end; at `shutdown`, what was pulled and not stored is
-    /// handed back.
+    /// Pulls and stores batches until `shutdown` or the session's end. Gives what was pulled and not stored: at
+    /// `shutdown`, the caller hands it back when all pullers have ended.
     ///
     /// # Errors
     /// Why the consumer can no longer be pulled from: it or its stream was deleted, say. Making it again is the
     /// caller's.
-    pub async fn run(&self, shutdown: &CancellationToken) -> anyhow::Result<()> {
+    pub async fn run(&self, shutdown: &CancellationToken) -> anyhow::Result<Vec<Message>> {
         let context = jetstream::new(self.session.client().clone());
         let requests = Requests::open(self.session.client(), &context, self.consumer.clone(), self.batch_max);
         let mut requests = requests.await.context("cannot pull")?;
-        let mut stored = Vec::new();
-        loop {
+        let (mut stored, mut unstored) = (Vec::new(), Vec::new());
+        while unstored.is_empty() {
             let pulled = async {
                 tokio::select! {
                     () = shutdown.cancelled() => None,
@@ -70,18 +70,20 @@ impl Puller<'_> {
             // One batch is acknowledged while the next is on its way, so that PostgreSQL waits for neither.
             let (pulled, ()) = join(pulled, self.acknowledge(stored)).await;
             let Some(messages) = pulled else { break };
-            stored = self.store(messages.context("pulling ended")?, shutdown).await.unwrap_or_default();
+            (stored, unstored) = match self.store(messages.context("pulling ended")?, shutdown).await {
+                Ok(messages) => (messages, Vec::new()),
+                Err(messages) => (Vec::new(), messages),
+            };
         }
         if !self.session.is_over() {
-            // Delivered in the last moment: another worker can have it at once.
-            self.session.hand_back(&requests.close().await).await;
+            unstored.extend(requests.close().await);
         }
-        Ok(())
+        Ok(unstored)
     }
 
-    /// One batch: read it, store it however long that takes. Gives its messages back once they are stored; none where
-    /// they are not, or were handed back because `shutdown` came first.
-    async fn store(&self, messages: Vec<Message>, shutdown: &CancellationToken) -> Option<Vec<Message>> {
+    /// One batch: read it, store it however long that takes. Gives its messages once they are stored, and as an error
+    /// where they are not, because `shutdown` or the session's end came first.
+    async fn store(&self, messages: Vec<Message>, shutdown: &CancellationToken) -> Result<Vec<Message>, Vec<Message>> {
         self.database.metrics().pulled(messages.len());
         let (messages, batch) = read_all(messages).await;
         // Tried again for as long as the session lasts; what is not stored by then comes again in the next.
@@ -92,14 +94,12 @@ impl Puller<'_> {
         };
         let stored = tokio::select! {
             stored = stored => stored,
-            () = shutdown.cancelled() => {
-                self.session.hand_back(&messages).await;
-                None
-            }
+            () = shutdown.cancelled() => None,
             () = kept => unreachable!("it never ends"),
         };
-        tell(&stored?, &batch);
-        Some(messages)
+        let Some(stored) = stored else { return Err(messages) };
+        tell(&stored, &batch);
+        Ok(messages)
     }
 
     /// Acknowledges messages that are stored, and tells the gateways that they are.

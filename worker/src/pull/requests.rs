@@ -17,13 +17,13 @@ use tokio::time::{sleep, timeout};
 
 /// Most bytes of messages in one batch, so that memory stays bounded when bodies are large.
 const BATCH_BYTES: usize = 16 << 20;
-/// How long the server keeps a request when there is nothing to answer it with.
-const EXPIRES: Duration = Duration::from_secs(5);
+/// How long the server keeps a request when there is nothing to answer it with; a stop waits for as long.
+const EXPIRES: Duration = Duration::from_secs(1);
 /// How much later than that its word may come. A request that got none (its server died, say) is made again.
 const LATE: Duration = Duration::from_secs(2);
 /// A request that was answered with nothing sooner than this was refused for now: others are waiting for the same
 /// few messages, or too many are un-acked.
-const REFUSED: Duration = Duration::from_secs(1);
+const REFUSED: Duration = Duration::from_millis(500);
 /// How long to leave the server alone then.
 const REFUSED_PAUSE: Duration = Duration::from_millis(50);
 
@@ -50,6 +50,8 @@ pub(super) struct Requests {
     inbox: Subscriber,
     prefix: String,
     asked: u64,
+    /// The present request may still be answered.
+    pending: bool,
     batch_max: usize,
     /// What has been delivered and not been returned yet. Here, so that a call of `next` that is dropped loses nothing.
     arrived: Vec<Message>,
@@ -67,7 +69,8 @@ impl Requests {
         let prefix = client.new_inbox();
         let inbox = client.subscribe(format!("{prefix}.*")).await.map_err(|error| Lost::Client(error.to_string()))?;
         let context = context.clone();
-        Ok(Requests { consumer, context, inbox, prefix, asked: 0, batch_max, arrived: vec![], oversized: false })
+        let (asked, pending, arrived, oversized) = (0, false, vec![], false);
+        Ok(Requests { consumer, context, inbox, prefix, asked, pending, batch_max, arrived, oversized })
     }
 
     /// Waits for messages, and gives all there are, up to a batch: never none. May be dropped at any time.
@@ -76,6 +79,7 @@ impl Requests {
             let asked_at = Instant::now();
             self.ask().await?;
             let answered = timeout(EXPIRES + LATE, self.gather()).await;
+            self.pending = false;
             // What came before a loss is worth storing; the loss will be there again.
             if !self.arrived.is_empty() {
                 return Ok(std::mem::take(&mut self.arrived));
@@ -90,17 +94,14 @@ impl Requests {
     }
 
     /// Asks no more; gives what was delivered in the meantime.
+    ///
+    /// The present request is left to end by itself. An inbox that is given up before, drained or not, may lose what was
+    /// just sent to it, which then waits for the ack wait to pass: JetStream does not see at once that nobody listens any
+    /// more (<https://github.com/nats-io/nats.go/issues/898>), and async-nats 0.51 forgets a drained subscription before
+    /// the server has answered.
     pub(super) async fn close(mut self) -> Vec<Message> {
-        if self.inbox.drain().await.is_ok() {
-            // The inbox ends when the server has confirmed that nothing more comes.
-            let rest = async {
-                while let Some(message) = self.inbox.next().await {
-                    if message.status.is_none() {
-                        self.arrived.push(Message { message, context: self.context.clone() });
-                    }
-                }
-            };
-            let _ = timeout(Duration::from_secs(1), rest).await;
+        if self.pending {
+            let _ = timeout(EXPIRES + LATE, self.gather()).await;
         }
         self.arrived
     }
@@ -116,7 +117,9 @@ impl Requests {
             ..BatchConfig::default()
         };
         let answers = Subject::from(self.subject());
-        self.consumer.request_batch(request, answers).await.map_err(|error| Lost::Client(error.to_string()))
+        self.consumer.request_batch(request, answers).await.map_err(|error| Lost::Client(error.to_string()))?;
+        self.pending = true;
+        Ok(())
     }
 
     fn subject(&self) -> String {

@@ -96,8 +96,8 @@ impl Session {
         }
     }
 
-    /// Gives messages back to the consumer, for another worker to take at once.
-    pub(super) async fn hand_back(&self, messages: &[Message]) {
+    /// Gives messages back to the consumer, for another worker to have at once.
+    pub async fn hand_back(&self, messages: &[Message]) {
         for message in messages {
             if self.is_over() {
                 return;
