@@ -45,6 +45,13 @@ impl Stream {
     /// Connects, and makes the stream where it is missing: as the gateway makes it, but for its size, which must hold
     /// what is measured.
     pub(crate) async fn on(url: &str) -> anyhow::Result<Stream> {
+        let stream = Stream::of_others(url).await?;
+        ensure_stream(&stream.context, &stream.settings).await?;
+        Ok(stream)
+    }
+
+    /// Connects, and leaves the stream to others to make.
+    pub(crate) async fn of_others(url: &str) -> anyhow::Result<Stream> {
         let lookup = |variable: &str| match variable {
             variable if variable == NATS_URL.variable => Some(url.to_owned()),
             variable if variable == NATS_MAX_BYTES.variable => Some(MAX_BYTES.to_owned()),
@@ -53,9 +60,7 @@ impl Stream {
         let mut reader = Reader::new(&lookup);
         let settings = NatsSettings::read(&mut reader);
         let settings = reader.finish(settings)?;
-        let context = shared::stream::jetstream(async_nats::connect(url).await?);
-        ensure_stream(&context, &settings).await?;
-        Ok(Stream { context, settings })
+        Ok(Stream { context: shared::stream::jetstream(async_nats::connect(url).await?), settings })
     }
 
     /// Publishes deliveries number `0` to `count` as the gateway publishes them (the same headers and subjects), as
