@@ -13,7 +13,7 @@
 //! gigabytes, and who publishes most comes there first. Beside it the usual alternative, an aiohttp server that answers
 //! when nats-py has the broker's acknowledgement, with the broker as it comes (it syncs every two minutes: an acknowledged
 //! message may be lost) and with one that syncs each message, which is what a 202 of the gateway promises. It has the same
-//! time, in which a broker's work for a message grows by a fifth (its garbage collector goes over what the duplicate window
+//! time, in which a broker's work for a message grows by a quarter (its garbage collector goes over what the duplicate window
 //! remembers), and its stream is purged alike.
 
 use std::sync::Arc;
