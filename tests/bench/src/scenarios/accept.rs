@@ -19,7 +19,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Bench, CONNECTIONS, Moment, Sample, absolutes, enough, ratios, spread, throughput};
+use super::{Bench, CONNECTIONS, Moment, Sample, absolutes, enough, ratios, spread, throughput, throughput_while};
 use crate::bodies::Deliveries;
 use crate::load;
 use crate::load::closed::Load;
@@ -169,13 +169,8 @@ async fn alternative(
     let nats = Nats::start(jetstream).await?;
     let server = python.gateway(&nats.url()).await?;
     let stream = Stream::of_others(&nats.url()).await?;
-    let load = Load::start(server.port, deliveries, CONNECTIONS, None);
-    let before = Moment::now(&server, &load);
-    wait_and_purge(span, &stream, async || Ok(())).await?;
-    enough(&server, &load, before).await?;
-    let after = Moment::now(&server, &load);
-    load::all_accepted(&load.stop().await?)?;
-    Ok(after.since(before, process::peak_rss(server.pid())))
+    let lasts = wait_and_purge(span, &stream, async || Ok(()));
+    throughput_while(&server, deliveries, CONNECTIONS, Duration::ZERO, lasts).await
 }
 
 /// Lets that time pass, in which the stream is cut back now and then, and `look` is called more often.

@@ -68,10 +68,28 @@ pub(crate) async fn throughput(
     warm_up: Duration,
     measure: Duration,
 ) -> anyhow::Result<Sample> {
+    let lasts = async {
+        tokio::time::sleep(measure).await;
+        Ok(())
+    };
+    throughput_while(server, deliveries, connections, warm_up, lasts).await
+}
+
+/// The same for as long as `lasts` takes.
+///
+/// # Errors
+/// Where any answer is not 202, and those of `lasts`.
+pub(crate) async fn throughput_while(
+    server: &Server,
+    deliveries: &Arc<Deliveries>,
+    connections: usize,
+    warm_up: Duration,
+    lasts: impl Future<Output = anyhow::Result<()>>,
+) -> anyhow::Result<Sample> {
     let load = Load::start(server.port, deliveries, connections, None);
     tokio::time::sleep(warm_up).await;
     let before = Moment::now(server, &load);
-    tokio::time::sleep(measure).await;
+    lasts.await?;
     enough(server, &load, before).await?;
     let after = Moment::now(server, &load);
     load::all_accepted(&load.stop().await?)?;
