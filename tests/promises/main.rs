@@ -30,6 +30,7 @@ mod signature_forms;
 mod store;
 mod tls;
 mod trace;
+mod trust;
 mod worker_outages;
 
 use world::{Binaries, Setup};
