@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use shared::delivery::Delivery;
 use shared::ops::Readiness;
 use shared::receipt::ReceiptTo;
-use shared::stream::{ensure_stream, jetstream, until_ready};
+use shared::stream::{ensure_stream, until_ready};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio_util::sync::CancellationToken;
@@ -22,7 +22,11 @@ use crate::Settling;
 use crate::journal::{Journal, Listed, Share, Snapshot, State, Stored};
 use crate::metrics::Metrics;
 use crate::publish::Publisher;
+use crate::receipts::ReceiptKey;
 use crate::settings::JournalConfig;
+
+/// Messages that may wait in a subscription; a command on a journal has none.
+const QUEUE: usize = 64;
 
 /// The command line below `gateway journal`.
 pub fn command() -> Command {
@@ -158,14 +162,17 @@ async fn redrive(config: &JournalConfig, since: SystemTime, dry: bool) -> anyhow
         return Ok(());
     }
     let readiness = Readiness::default();
-    let context = jetstream(config.nats.connect("gateway journal redrive", &readiness, |_| ()).await?);
-    until_ready("stream", &readiness, || ensure_stream(&context, &config.nats)).await;
+    let link = config.nats.connect("gateway journal redrive", QUEUE, &readiness, |_| ()).await?;
+    let ensure = || async { ensure_stream(&link.current().context, &config.nats).await };
+    until_ready("stream", &readiness, ensure).await;
+    // Made by the gateway at its first start with tags. Without it, no receipt can settle these entries.
+    let key = snapshot.receipt_key().map(ReceiptKey::new);
     // The same for all of this run, and none that was used before.
     let repeat = u32::try_from(OffsetDateTime::now_utc().unix_timestamp()).unwrap_or(u32::MAX);
     let (mut published, mut failed) = (0_u64, 0_u64);
     for entry in due() {
         let place = entry.place();
-        match redrive_one(&entry, &gateway, repeat, &context).await {
+        match redrive_one(&entry, &gateway, key.as_ref(), repeat, &link.current().context).await {
             Ok(()) => published += 1,
             Err(error) => {
                 failed += 1;
@@ -183,12 +190,17 @@ async fn redrive(config: &JournalConfig, since: SystemTime, dry: bool) -> anyhow
 async fn redrive_one(
     entry: &Listed<'_>,
     gateway: &str,
+    key: Option<&ReceiptKey>,
     repeat: u32,
     context: &async_nats::jetstream::Context,
 ) -> anyhow::Result<()> {
     let Stored { place, meta, body, .. } = tokio::task::block_in_place(|| entry.read())?;
     let delivery = Delivery::from_journal(&meta, body)?;
-    let headers = delivery.headers(repeat, &ReceiptTo::new(gateway, place));
+    let receipt_to = match key {
+        Some(key) => key.receipt_to(gateway, place, &delivery.id),
+        None => ReceiptTo::new(gateway, place),
+    };
+    let headers = delivery.headers(repeat, &receipt_to);
     context.publish_with_headers(delivery.subject(), headers, delivery.body.clone()).await?.await?;
     tracing::debug!(delivery.id = %delivery.id, trace.id = delivery.trace_id(), %place, "published a delivery again");
     Ok(())

@@ -1,7 +1,7 @@
 //! Confirming: the end-to-end argument. An entry is let go once the worker that stored it says so, and whatever else
 //! happens to it on the way, it is looked after until then.
 //!
-//! - Receipts ([`shared::receipt`]) confirm entries. They may be lost, late, repeated, or meant for another journal.
+//! - Receipts ([`crate::receipts`]) confirm entries. They may be lost, late, repeated, or meant for another journal.
 //! - An entry without a receipt for `GATEWAY_CONFIRM_AFTER` is looked after: the stream is asked for the message at the
 //!   sequence that was promised (STREAM.MSG.GET, which the leader answers; a direct get could come from a stale replica).
 //!   There under its id, and not yet passed by the consumer: it waits on, however long PostgreSQL is away. Gone, another
@@ -11,14 +11,15 @@
 
 use std::time::Duration;
 
+use async_nats::jetstream;
 use async_nats::jetstream::context::ConsumerInfoErrorKind;
-use async_nats::jetstream::stream::{self, LastRawMessageErrorKind};
+use bytes::Bytes;
 use futures_util::{StreamExt as _, stream as streams};
 use shared::delivery::{DELIVERY_ID, Delivery};
-use shared::receipt;
+use shared::hostile::StoredMessage;
 use shared::stream::CONSUMER;
 
-use crate::journal::{Journal, Place, Unconfirmed};
+use crate::journal::{Journal, Unconfirmed};
 use crate::metrics::{Metrics, Repeat};
 use crate::publish::Publisher;
 
@@ -27,24 +28,6 @@ const AT_ONCE: usize = 16;
 const A_ROUND: usize = 256;
 /// An entry that is repeated again and again waits at most this many times the confirm time, doubled each time.
 const BACKOFF_MAX: u32 = 1 << 8;
-
-/// Takes receipts for as long as the connection's client lives.
-pub async fn take_receipts(journal: &Journal, publisher: &Publisher, metrics: &Metrics) {
-    loop {
-        let subject = receipt::subject(journal.gateway_id());
-        // Fails only on a client that is closed or a subject that is none; ours is a token.
-        let Ok(mut receipts) = publisher.client().subscribe(subject).await else {
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            continue;
-        };
-        while let Some(message) = receipts.next().await {
-            let places: Vec<Place> = receipt::places(&message.payload).filter_map(|place| place.parse().ok()).collect();
-            let news = journal.mark_confirmed(&places).await;
-            metrics.confirmed(news);
-            tracing::debug!(places = places.len(), news, "a receipt");
-        }
-    }
-}
 
 /// Looks after entries that have no receipt after `confirm_after`.
 pub async fn look_after(
@@ -76,7 +59,9 @@ pub async fn look_after(
         let judged: Vec<_> = judged.collect().await;
         for (entry, fate) in judged {
             match fate {
-                Fate::Waits => journal.mark_published(entry.place, entry.sequence), // looked at again after another while
+                Fate::Waits => {
+                    journal.mark_published(entry.place, entry.sequence); // looked at again after another while
+                }
                 Fate::Unknown => {}
                 Fate::Repeat(cause) => {
                     tell_repeat(journal, &entry, cause).await;
@@ -90,8 +75,8 @@ pub async fn look_after(
 
 /// Which delivery that is stands on disk, and is read for this line; it is about to be read to be published anyway.
 async fn tell_repeat(journal: &Journal, entry: &Unconfirmed, cause: Repeat) {
-    let read = journal.read(entry.place).await.ok();
-    let delivery = read.and_then(|stored| Delivery::from_journal(&stored.meta, stored.body).ok());
+    let block = journal.read_header_block(entry.place).await.ok();
+    let delivery = block.and_then(|block| Delivery::from_journal(&block, Bytes::new()).ok());
     tracing::warn!(
         delivery.id = delivery.as_ref().map(|delivery| display(&delivery.id)),
         trace.id = delivery.as_ref().and_then(Delivery::trace_id),
@@ -118,22 +103,24 @@ enum Fate {
 
 /// The stream, and how far its consumer has come.
 struct Broker {
-    stream: stream::Stream,
+    context: jetstream::Context,
+    stream: String,
     /// Everything up to this sequence is acknowledged.
     passed: u64,
 }
 
 impl Broker {
     async fn look(publisher: &Publisher, name: &str) -> Option<Self> {
+        let context = publisher.link().current().context.clone();
         // A stream that is gone has none of the entries; the publisher makes it anew, and then this finds it empty.
-        let stream = publisher.context().get_stream(name).await.ok()?;
+        let stream = context.get_stream(name).await.ok()?;
         let passed = match stream.consumer_info(CONSUMER).await {
             Ok(info) => info.ack_floor.stream_sequence,
             // One that is made (again) begins at the start.
             Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => 0,
             Err(_) => return None,
         };
-        Some(Broker { stream, passed })
+        Some(Broker { context, stream: name.to_owned(), passed })
     }
 
     async fn judge(&self, journal: &Journal, entry: Unconfirmed) -> (Unconfirmed, Fate) {
@@ -144,20 +131,14 @@ impl Broker {
         if entry.sequence <= self.passed {
             return Fate::Repeat(Repeat::Passed);
         }
-        let message = match self.stream.get_raw_message(entry.sequence).await {
-            Ok(message) => message,
-            Err(error) => match error.kind() {
-                LastRawMessageErrorKind::NoMessageFound => return Fate::Repeat(Repeat::Missing),
-                LastRawMessageErrorKind::InvalidSubject
-                | LastRawMessageErrorKind::JetStream(_)
-                | LastRawMessageErrorKind::Other => return Fate::Unknown,
-            },
+        let message = match StoredMessage::at(&self.context, &self.stream, entry.sequence).await {
+            Ok(Some(message)) => message,
+            Ok(None) => return Fate::Repeat(Repeat::Missing),
+            Err(_) => return Fate::Unknown,
         };
-        let Ok(stored) = journal.read(entry.place).await else { return Fate::Unknown };
-        let Ok(delivery) = Delivery::from_journal(&stored.meta, stored.body) else {
-            return Fate::Unknown;
-        };
-        let there = message.headers.get(DELIVERY_ID).is_some_and(|id| id.as_str() == delivery.id.as_str());
+        let Ok(block) = journal.read_header_block(entry.place).await else { return Fate::Unknown };
+        let Ok(delivery) = Delivery::from_journal(&block, Bytes::new()) else { return Fate::Unknown };
+        let there = message.header(DELIVERY_ID) == Some(delivery.id.as_str());
         if there { Fate::Waits } else { Fate::Repeat(Repeat::Replaced) }
     }
 }

@@ -4,7 +4,7 @@
 //! delivery is, [`journal`] what a 202 rests on, [`reject`] what everybody else is told, [`server`] keeps the connections, [`body`]
 //! and [`pace`] what they may cost, [`said`] that every word of theirs is ours, [`secrets`] the client secrets, which may change.
 //! Behind the answer, [`publish`] takes entries from the journal to JetStream, and [`confirm`] looks after each until a
-//! worker has stored it. [`commands`] and [`check`] are for operators.
+//! worker has stored it, of which [`receipts`] tell. [`commands`] and [`check`] are for operators.
 
 pub mod body;
 pub mod canonical;
@@ -16,6 +16,7 @@ pub mod journal;
 pub mod metrics;
 pub mod pace;
 pub mod publish;
+pub mod receipts;
 pub mod receive;
 pub mod reject;
 pub mod said;
@@ -64,6 +65,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         Some(trouble) => Err(trouble.problem.to_string()),
         None => Ok("takes deliveries".into()),
     });
+    let watched = journal.clone();
+    readiness.vital(move || match watched.is_broken() {
+        true => Err("a thread of the journal has ended; its last words are in the log".into()),
+        false => Ok("the journal's threads run".into()),
+    });
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry, &journal);
     let gateway = Arc::new(Gateway::new(&config, journal.clone(), metrics.clone()));
@@ -74,6 +80,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let after = CancellationToken::new();
     // Connecting goes on in the background. Before the first look at /readyz, so that no check is missing there.
     let publisher = Publisher::connect(&config.nats, journal.clone(), &readiness, metrics.clone()).await?;
+    shared::metrics::of_link(&mut registry, "gateway", publisher.link());
     let ops = tokio::spawn(ops::serve(ops, readiness.clone(), registry, after.clone()));
     let settling = Settling { journal: &journal, publisher: &publisher, metrics: &metrics };
     let mut summary = Summary::new(metrics.clone(), journal.clone());
@@ -116,7 +123,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     ops.await.context("the ops listener failed")?;
     journal.close().await;
     // Leaves in good order; whether NATS notices is its own affair.
-    let _ = publisher.client().drain().await;
+    let _ = publisher.link().current().client.drain().await;
     tracing::info!("stopped");
     Ok(())
 }
@@ -140,7 +147,7 @@ impl Settling<'_> {
         let work = async {
             tokio::join!(
                 self.publisher.run(readiness),
-                confirm::take_receipts(self.journal, self.publisher, self.metrics),
+                receipts::take(self.journal, self.publisher, self.metrics),
                 confirm::look_after(self.journal, self.publisher, self.metrics, &nats.stream, confirm_after),
             );
         };

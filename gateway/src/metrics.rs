@@ -74,6 +74,34 @@ impl Delay {
     }
 }
 
+/// Why a receipt was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    /// A message of receipts with more bytes than any worker sends.
+    TooLarge,
+    /// A line that is no receipt, such as one without a tag.
+    Malformed,
+    /// A tag that is not its entry's.
+    WrongTag,
+    /// An entry that NATS has refused, and so no worker can have stored.
+    SetAside,
+}
+
+impl Refused {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Refused; 4] = [Refused::TooLarge, Refused::Malformed, Refused::WrongTag, Refused::SetAside];
+
+    /// Its name as a label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Refused::TooLarge => "too_large",
+            Refused::Malformed => "malformed",
+            Refused::WrongTag => "wrong_tag",
+            Refused::SetAside => "set_aside",
+        }
+    }
+}
+
 /// How long signatures took, by form and result.
 #[derive(Debug, Clone)]
 pub struct VerifyTimes(Each<Histogram>);
@@ -116,6 +144,7 @@ pub struct Metrics {
     refusals: Each<Counter>,
     retries: Each<Counter>,
     confirmed: Counter,
+    receipts_refused: Each<Counter>,
     repeats: Each<Counter>,
     connections: Gauge,
     accepted_connections: Counter,
@@ -168,6 +197,10 @@ impl Metrics {
 
         let help = "Deliveries that a worker has confirmed as stored";
         let confirmed = counter(registry, "gateway_confirmed", help);
+        let reasons = labels("reason", Refused::ALL.map(Refused::as_str));
+        let help = "Receipts that no worker of this gateway's deliveries sends, by reason (too_large, malformed, wrong_tag, set_aside)";
+        let receipts_refused =
+            Each::register(registry, "gateway_receipts_refused", help, None, reasons, Counter::default);
         let causes = labels("cause", Repeat::ALL.map(Repeat::as_str));
         let help = "Entries published again for want of a receipt, by cause (missing, replaced, passed)";
         let repeats = Each::register(registry, "gateway_repeats", help, None, causes, Counter::default);
@@ -191,6 +224,7 @@ impl Metrics {
             refusals,
             retries,
             confirmed,
+            receipts_refused,
             repeats,
             connections,
             accepted_connections,
@@ -239,6 +273,11 @@ impl Metrics {
     /// That many deliveries are known to be stored that were not before.
     pub fn confirmed(&self, deliveries: usize) {
         self.confirmed.inc_by(deliveries as u64);
+    }
+
+    /// That many receipts were refused.
+    pub fn receipts_refused(&self, reason: Refused, receipts: usize) {
+        self.receipts_refused.at(reason as usize).inc_by(receipts as u64);
     }
 
     /// An entry is to be published again.

@@ -19,7 +19,6 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use async_nats::connection::State as Link;
 use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use async_nats::jetstream::{self, ErrorCode, stream};
 use async_nats::{Event, HeaderMap, ServerError};
@@ -28,14 +27,15 @@ use bytes::Bytes;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt as _, StreamExt as _};
 use shared::delivery::{Delivery, NotADelivery};
+use shared::link::Link;
 use shared::ops::Readiness;
-use shared::receipt::ReceiptTo;
-use shared::stream::{NatsSettings, covers, ensure_stream, jetstream, tell_differences, until_ready};
+use shared::stream::{NatsSettings, covers, ensure_stream, tell_differences, until_ready};
 use tokio::sync::{Notify, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::journal::{Journal, Place, ReadError, Refusal, State, Stored};
 use crate::metrics::{Delay, Metrics};
+use crate::receipts::{self, ReceiptKey};
 use in_flight::{InFlight, READ_ENTRIES, READ_KIB};
 
 /// How many bytes of records are read from the journal in one go.
@@ -43,8 +43,11 @@ const READ_BYTES: u64 = READ_KIB as u64 * 1024;
 /// Where several entries waited together, more are coming, and get so long to gather: fewer, larger writes cost a tenth
 /// less of both this process and the broker. Who comes alone does not wait, and neither does a backlog.
 const GATHER: Duration = Duration::from_millis(2);
-/// How long JetStream may take to acknowledge before the publish is repeated.
-const ACK_WITHIN: Duration = Duration::from_secs(5);
+/// How long JetStream may take to acknowledge before the publish is repeated: the limit of each request to it.
+const ACK_WITHIN: Duration = shared::link::ANSWER_WITHIN;
+/// Messages that may wait in the gateway's one subscription, that of receipts. More are dropped: a receipt that is lost
+/// costs one repeat.
+const SUBSCRIPTION_QUEUE: usize = 64;
 /// What JetStream says where a stream, an account or a server has no room.
 const FULL: [ErrorCode; 5] = [
     ErrorCode::STREAM_STORE_FAILED,
@@ -63,8 +66,9 @@ pub struct Publisher(Arc<Shared>);
 struct Shared {
     journal: Journal,
     nats: NatsSettings,
-    client: async_nats::Client,
-    context: jetstream::Context,
+    link: Link,
+    /// From which the tags of receipts follow.
+    key: ReceiptKey,
     metrics: Metrics,
     /// The stream as it was last seen, or none while it is not known to be there and fit.
     fit: watch::Sender<Option<Arc<stream::Config>>>,
@@ -102,15 +106,14 @@ impl Publisher {
     ) -> anyhow::Result<Self> {
         let denied = Arc::<Mutex<HashSet<String>>>::default();
         let noted = denied.clone();
-        let client = nats.connect("gateway", readiness, move |event| note_denied(event, &noted)).await?;
+        let observe = move |event: &Event| note_denied(event, &noted);
+        let link = nats.connect("gateway", SUBSCRIPTION_QUEUE, readiness, observe).await?;
         readiness.set("stream", Err("not looked at yet".into()));
-        let mut context = jetstream(client.clone());
-        context.set_timeout(ACK_WITHIN);
         Ok(Publisher(Arc::new(Shared {
+            key: ReceiptKey::new(journal.receipt_key()),
             journal,
             nats: nats.clone(),
-            context,
-            client,
+            link,
             metrics,
             fit: watch::Sender::new(None),
             doubt: Notify::new(),
@@ -119,14 +122,9 @@ impl Publisher {
         })))
     }
 
-    /// The connection's client.
-    pub fn client(&self) -> &async_nats::Client {
-        &self.0.client
-    }
-
-    /// The connection's JetStream context.
-    pub fn context(&self) -> &jetstream::Context {
-        &self.0.context
+    /// The connection.
+    pub fn link(&self) -> &Link {
+        &self.0.link
     }
 
     /// Publishes what is in the journal and what comes into it, without end.
@@ -147,7 +145,7 @@ impl Publisher {
 
     /// Whether NATS can be asked anything.
     pub fn is_up(&self) -> bool {
-        self.0.client.connection_state() == Link::Connected && self.0.fit.borrow().is_some()
+        self.0.link.current().is_up() && self.0.fit.borrow().is_some()
     }
 
     /// Keeps the stream there and fit, and sees when what it takes has changed.
@@ -155,9 +153,11 @@ impl Publisher {
         let shared = &self.0;
         let mut known = None;
         loop {
-            let config = until_ready("stream", readiness, || ensure_stream(&shared.context, &shared.nats)).await;
-            let connects = shared.client.statistics().connects.load(Ordering::Relaxed);
-            let limits = (config.clone(), shared.client.server_info().max_payload, connects);
+            let ensure = || async { ensure_stream(&shared.link.current().context, &shared.nats).await };
+            let config = until_ready("stream", readiness, ensure).await;
+            let (linked, replaced) = (shared.link.current(), shared.link.replaced());
+            let connects = linked.client.statistics().connects.load(Ordering::Relaxed);
+            let limits = (config.clone(), linked.client.server_info().max_payload, connects, replaced);
             if known.as_ref() != Some(&limits) {
                 tell_differences(&config, &shared.nats);
                 shared.retry_set_aside();
@@ -221,7 +221,9 @@ impl Shared {
             self.metrics.refused(Refusal::Other);
             return self.journal.mark_set_aside(place, Refusal::Other);
         };
-        let receipt_to = ReceiptTo::new(self.journal.gateway_id(), place);
+        let tag = self.key.tag(place, &delivery.id);
+        let receipt_to = receipts::to(self.journal.gateway_id(), place, tag);
+        self.journal.hand_out(place, tag); // before the first try: the receipt may be quicker than the ack
         let (id, trace) = (&delivery.id, delivery.trace_id());
         let backoff = ExponentialBuilder::default()
             .with_min_delay(Duration::from_millis(50))
@@ -249,7 +251,9 @@ impl Shared {
         match published {
             Ok(sequence) => {
                 tracing::debug!(delivery.id = %id, trace.id = trace, %place, sequence, "published a delivery");
-                self.journal.mark_published(place, sequence);
+                if self.journal.mark_published(place, sequence) {
+                    self.metrics.confirmed(1); // its receipt came first
+                }
             }
             Err(NotPublished::Never(refusal, because)) => {
                 let reason = refusal.as_str();
@@ -283,7 +287,8 @@ impl Shared {
         let begin = Instant::now();
         let acked = async {
             // Boxed, because it lasts no longer than it takes to hand the message over, and is most of what we would hold.
-            let publish = Box::pin(self.context.publish_with_headers(subject.to_owned(), headers, body));
+            let linked = self.link.current();
+            let publish = Box::pin(linked.context.publish_with_headers(subject.to_owned(), headers, body));
             publish.await?.await // within ACK_WITHIN, or TimedOut
         };
         match acked.await {
@@ -341,7 +346,7 @@ impl Shared {
     async fn link_is_up(&self) -> Arc<stream::Config> {
         loop {
             let stream = self.fit.borrow().clone();
-            if let (Some(stream), Link::Connected) = (stream, self.client.connection_state()) {
+            if let Some(stream) = stream.filter(|_| self.link.current().is_up()) {
                 return stream;
             }
             let _ = self.fit.subscribe().wait_for(Option::is_some).await; // the sender is ours, so it is there
@@ -437,7 +442,7 @@ mod tests {
         let (poison, next) = (append().await.unwrap(), append().await.unwrap());
         assert_eq!(journal.take(2, 1 << 16).await.len(), 2);
         publisher.0.isolated(poison, async { panic!("a panic that is meant") }).await;
-        publisher.0.isolated(next, async { journal.mark_published(next, 1) }).await;
+        publisher.0.isolated(next, async { assert!(!journal.mark_published(next, 1)) }).await;
         let entries = |state| journal.stats().share(state).tally.entries;
         assert_eq!((entries(State::SetAside), entries(State::Published), entries(State::Journalled)), (1, 1, 0));
     }

@@ -8,8 +8,8 @@ use async_nats::header::NATS_MESSAGE_ID;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use time::{Duration, OffsetDateTime, UtcOffset};
 use tracing::field::{DisplayValue, display};
 use twox_hash::XxHash3_128;
 use uuid::Uuid;
@@ -27,6 +27,12 @@ pub const REQUEST_ID: &str = "Request-Id";
 pub const HOOK_RESOURCE: &str = "Sentry-Hook-Resource";
 /// Request and message header: when Sentry sent it, in seconds since 1970. Unsigned.
 pub const HOOK_TIMESTAMP: &str = "Sentry-Hook-Timestamp";
+
+/// How long a delivery may wait in a gateway's journal before the stream stores it: longer than the stream keeps it by
+/// default.
+const OLDEST: Duration = Duration::days(40);
+/// How far the gateway's clock may be ahead of the stream's.
+const CLOCKS_APART: Duration = Duration::minutes(10);
 
 /// Longest sender's header value that travels along; a longer one is left out.
 const HEADER_VALUE_MAX: usize = 200;
@@ -275,6 +281,7 @@ impl Delivery {
     pub fn from_message(message: &async_nats::Message, stream_sequence: u64, stored_at: OffsetDateTime) -> Self {
         let header = |name: &str| Some(message.headers.as_ref()?.get(name)?.as_str());
         let received_at = header(RECEIVED_AT).and_then(|text| OffsetDateTime::parse(text, &Rfc3339).ok());
+        let received_at = received_at.map(|said| held_to(said, stored_at));
         let id = header(DELIVERY_ID).and_then(DeliveryId::parse);
         Delivery {
             id: id.unwrap_or_else(|| DeliveryId::of_foreign_message(stream_sequence, &message.payload)),
@@ -286,6 +293,14 @@ impl Delivery {
             body: message.payload.clone(),
         }
     }
+}
+
+/// What a message says of its time, held to the stream's clock: the gateway received a delivery at most [`OLDEST`]
+/// before the stream stored it, and no later, but for clocks that differ by up to [`CLOCKS_APART`].
+fn held_to(said: OffsetDateTime, stored_at: OffsetDateTime) -> OffsetDateTime {
+    let (earliest, latest) = (stored_at.saturating_sub(OLDEST), stored_at.saturating_add(CLOCKS_APART));
+    // Compared first: a time near the end of the calendar has no UTC.
+    said.clamp(earliest, latest).to_offset(UtcOffset::UTC)
 }
 
 /// The trace that a message's headers name.
@@ -431,7 +446,7 @@ mod tests {
             description: None,
             length: 0,
         };
-        let back = Delivery::from_message(&message, 7, OffsetDateTime::UNIX_EPOCH);
+        let back = Delivery::from_message(&message, 7, sent.received_at);
         assert_eq!((&back.id, back.received_at), (&sent.id, sent.received_at));
         assert_eq!((&back.resource, &back.request_id), (&sent.resource, &sent.request_id));
         assert_eq!((&back.hook_timestamp, &back.body), (&sent.hook_timestamp, &sent.body));
@@ -499,6 +514,16 @@ mod tests {
         assert_eq!(first.received_at, at);
         assert_eq!(first.id, Delivery::from_message(&message, 7, at).id);
         assert_ne!(first.id, Delivery::from_message(&message, 8, at).id);
+    }
+
+    #[test]
+    fn a_time_is_held_to_the_streams_clock() {
+        let stored_at = OffsetDateTime::from_unix_timestamp(1_800_000_000).unwrap();
+        let held = |text: &str| held_to(OffsetDateTime::parse(text, &Rfc3339).unwrap(), stored_at) - stored_at;
+        assert_eq!(held("9999-12-31T23:59:59-23:59"), CLOCKS_APART);
+        assert_eq!(held("0000-01-01T00:00:00+23:59"), -OLDEST);
+        assert_eq!(held("2027-01-15T08:00:00Z"), Duration::ZERO);
+        assert_eq!(held("2027-01-15T07:00:00+01:00"), -Duration::hours(2));
     }
 
     #[test]

@@ -12,11 +12,12 @@ use std::time::SystemTime;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::TypedMetric;
-use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::link::Link;
 use crate::ops::Readiness;
 use crate::telemetry::suppressed_lines;
 
@@ -123,6 +124,29 @@ pub fn of_process(registry: &mut Registry, program: &'static str, version: &'sta
     let help = "Lines of the log that were not written because too many of their kind came at once";
     registry.register("log_lines_suppressed", help, suppressed_lines());
     registry.register_collector(Box::new(Checks { name: format!("{program}_check_ok"), readiness: readiness.clone() }));
+}
+
+/// Registers what both programs tell of their connection to NATS. `program` begins the name.
+pub fn of_link(registry: &mut Registry, program: &'static str, link: &Link) {
+    registry.register_collector(Box::new(Replaced {
+        name: format!("{program}_nats_clients_replaced"),
+        link: link.clone(),
+    }));
+}
+
+/// How often a NATS client had to be replaced.
+#[derive(Debug)]
+struct Replaced {
+    name: String,
+    link: Link,
+}
+
+impl Collector for Replaced {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let help = "NATS clients that had ended, over a message that they could not read, and were replaced";
+        let replaced = ConstCounter::new(self.link.replaced());
+        replaced.encode(encoder.encode_descriptor(&self.name, help, None, replaced.metric_type())?)
+    }
 }
 
 /// The checks of `/readyz`.

@@ -48,9 +48,15 @@ pub const NATS_CLIENT_CERT: Setting = Setting::bare("NATS_CLIENT_CERT", "The cli
 /// Its key.
 pub const NATS_CLIENT_KEY: Setting = Setting::bare("NATS_CLIENT_KEY", "The private key (PEM) of NATS_CLIENT_CERT");
 
+/// The prefix of the subjects on which answers arrive.
+pub const NATS_INBOX_PREFIX: Setting = Setting::bare(
+    "NATS_INBOX_PREFIX",
+    "What the subjects of NATS's answers begin with, so that one login cannot read another's; default _INBOX_gateway or _INBOX_worker",
+);
+
 /// The settings of the connection.
-pub const SETTINGS: [Setting; 6] =
-    [NATS_URL, NATS_CREDS_FILE, NATS_NKEY_FILE, NATS_CA_FILE, NATS_CLIENT_CERT, NATS_CLIENT_KEY];
+pub const SETTINGS: [Setting; 7] =
+    [NATS_URL, NATS_CREDS_FILE, NATS_NKEY_FILE, NATS_CA_FILE, NATS_CLIENT_CERT, NATS_CLIENT_KEY, NATS_INBOX_PREFIX];
 
 const TLS: tls::Names = tls::Names { roots: "NATS_CA_FILE", client: "NATS_CLIENT_CERT and NATS_CLIENT_KEY" };
 
@@ -69,6 +75,8 @@ pub(crate) struct Connection {
     ca: Option<PathBuf>,
     /// `NATS_CLIENT_CERT`, `NATS_CLIENT_KEY`
     client: Option<(PathBuf, PathBuf)>,
+    /// `NATS_INBOX_PREFIX`
+    inbox_prefix: Option<String>,
 }
 
 #[derive(Clone)]
@@ -100,6 +108,7 @@ impl Connection {
         let nkey = reader.optional(&NATS_NKEY_FILE, |file| nkey(file.as_ref()).map(|_| file.into()));
         let ca = reader.optional(&NATS_CA_FILE, |file| tls::roots(file.as_ref()).map(|_| file.into()));
         let client = client_certificate(reader);
+        let inbox_prefix = reader.optional(&NATS_INBOX_PREFIX, inbox_prefix);
         let servers = servers?;
         let logins = [
             named_login(&servers).map(|login| ("a user or a token in NATS_URL", login)),
@@ -112,7 +121,13 @@ impl Connection {
             reader.mistake(format!("{} are both set: keep one login", names.join(" and ")));
         }
         let login = logins.pop().map_or(Login::Nobody, |(_, login)| login);
-        Some(Connection { servers: servers.into_iter().filter_map(without_login).collect(), login, ca, client })
+        Some(Connection {
+            servers: servers.into_iter().filter_map(without_login).collect(),
+            login,
+            ca,
+            client,
+            inbox_prefix,
+        })
     }
 
     /// What the client is told but for what happens when it fails.
@@ -135,7 +150,9 @@ impl Connection {
         };
         // As the other NATS clients do: who names a CA or shows a certificate means an encrypted connection.
         let encrypted = self.ca.is_some() || self.client.is_some() || self.servers.iter().any(ServerAddr::tls_required);
+        let prefix = self.inbox_prefix.clone().unwrap_or_else(|| default_inbox_prefix(program));
         let mut options = options.name(program).ping_interval(PING_INTERVAL).require_tls(encrypted);
+        options = options.custom_inbox_prefix(prefix);
         if let Some(ca) = &self.ca {
             options = options.add_root_certificates(ca.clone());
         }
@@ -145,10 +162,11 @@ impl Connection {
         options
     }
 
-    /// See [`crate::stream::NatsSettings::connect`].
+    /// A client that connects in the background. `queue` messages may wait in each of its subscriptions.
     pub(crate) async fn connect(
         &self,
         program: &str,
+        queue: usize,
         readiness: &Readiness,
         observe: impl Fn(&Event) + Send + Sync + 'static,
     ) -> anyhow::Result<Client> {
@@ -157,6 +175,7 @@ impl Connection {
         let (on_event, before_attempt) = ((told.clone(), readiness.clone()), (told, readiness.clone(), self.clone()));
         let options = self
             .options(program)
+            .subscription_capacity(queue)
             .retry_on_initial_connect()
             .max_reconnects(None)
             .reconnect_delay_callback(reconnect_delay)
@@ -303,6 +322,19 @@ fn without_login(server: ServerAddr) -> Option<ServerAddr> {
     ServerAddr::from_url(url).ok()
 }
 
+/// `NATS_INBOX_PREFIX`: tokens of a subject, without wildcards.
+fn inbox_prefix(text: &str) -> Result<String, String> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
+    let token = |token: &str| !token.is_empty() && token.bytes().all(allowed);
+    let prefix = text.split('.').all(token).then(|| text.to_owned());
+    prefix.ok_or_else(|| "tokens of letters, digits, _ and - with dots between them, such as _INBOX_gateway".into())
+}
+
+/// A prefix for each program: `gateway journal drain` is the gateway's.
+fn default_inbox_prefix(program: &str) -> String {
+    format!("_INBOX_{}", program.split(' ').next().unwrap_or(program))
+}
+
 /// `NATS_CLIENT_CERT` and `NATS_CLIENT_KEY`, which go together.
 fn client_certificate(reader: &mut settings::Reader<'_>) -> Option<(PathBuf, PathBuf)> {
     let given = (reader.text(&NATS_CLIENT_CERT), reader.text(&NATS_CLIENT_KEY));
@@ -434,7 +466,7 @@ impl Told {
         match event {
             Event::Connected => {
                 tracing::info!("connected to NATS");
-                readiness.set("nats", Ok("connected".into()));
+                readiness.set("nats", Err("connected, not answered yet".into())); // `crate::link` asks at once
                 self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
             }
             Event::Disconnected => {

@@ -1,4 +1,4 @@
-//! The ops listener: `/healthz` (the process runs), `/readyz` (it can do its work, check by check), `/metrics`.
+//! The ops listener: `/healthz` (the process runs, and no restart would help it), `/readyz` (it can do its work, check by check), `/metrics`.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -22,6 +22,8 @@ use tokio_util::sync::CancellationToken;
 #[derive(Clone, Default)]
 pub struct Readiness {
     checks: Arc<Mutex<BTreeMap<&'static str, Check>>>,
+    /// What the process cannot mend by itself.
+    vital: Arc<Mutex<Vec<Probe>>>,
     /// Checks whose failure is told and does not make the process unready.
     tolerated: &'static [&'static str],
 }
@@ -29,11 +31,14 @@ pub struct Readiness {
 /// The state of one check: what is good about it, or what is wrong.
 pub type State = Result<String, String>;
 
+/// Asks for a state.
+type Probe = Box<dyn Fn() -> State + Send>;
+
 enum Check {
     /// As it was last set.
     Set(State),
     /// Asked each time.
-    Probe(Box<dyn Fn() -> State + Send>),
+    Probe(Probe),
 }
 
 /// One check as `/readyz` shows it.
@@ -50,7 +55,7 @@ struct Shown {
 impl Readiness {
     /// A state in which these checks may fail without making the process unready.
     pub fn tolerating(tolerated: &'static [&'static str]) -> Self {
-        Readiness { checks: Arc::default(), tolerated }
+        Readiness { tolerated, ..Readiness::default() }
     }
 
     /// Sets the state of one check.
@@ -66,6 +71,16 @@ impl Readiness {
     /// Has a check asked each time somebody looks.
     pub fn probe(&self, name: &'static str, probe: impl Fn() -> State + Send + 'static) {
         self.lock().insert(name, Check::Probe(Box::new(probe)));
+    }
+
+    /// Has `/healthz` fail while this does: only a restart of the process mends it.
+    pub fn vital(&self, probe: impl Fn() -> State + Send + 'static) {
+        self.vital.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(probe));
+    }
+
+    /// What only a restart mends, if anything is wrong.
+    fn broken(&self) -> Option<String> {
+        self.vital.lock().unwrap_or_else(PoisonError::into_inner).iter().find_map(|probe| probe().err())
     }
 
     /// Every check by name, and whether it is well.
@@ -137,7 +152,13 @@ fn answer(request: &Request<Incoming>, readiness: &Readiness, metrics: &Registry
         ("/healthz" | "/readyz" | "/metrics", method) if !matches!(*method, Method::GET | Method::HEAD) => {
             (StatusCode::METHOD_NOT_ALLOWED, JSON, r#"{"error":"only GET is allowed here"}"#.to_owned())
         }
-        ("/healthz", _) => (StatusCode::OK, JSON, HEALTHY.to_owned()),
+        ("/healthz", _) => match readiness.broken() {
+            None => (StatusCode::OK, JSON, HEALTHY.to_owned()),
+            Some(why) => {
+                let body = serde_json::json!({ "status": "restart", "error": why });
+                (StatusCode::SERVICE_UNAVAILABLE, JSON, body.to_string())
+            }
+        },
         ("/readyz", _) => {
             let (ready, checks) = readiness.look();
             let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
@@ -172,5 +193,15 @@ mod tests {
         readiness.stopping();
         let (ready, checks) = readiness.look();
         assert!(!ready && checks.iter().any(|check| check.name == "shutdown" && !check.ok && !check.degraded));
+    }
+
+    #[test]
+    fn what_only_a_restart_mends_fails_the_health_and_nothing_else() {
+        let readiness = Readiness::default();
+        readiness.vital(|| Ok("runs".into()));
+        assert_eq!(readiness.broken(), None);
+        readiness.clone().vital(|| Err("a thread has ended".into()));
+        assert_eq!(readiness.broken().as_deref(), Some("a thread has ended"));
+        assert!(readiness.look().0);
     }
 }

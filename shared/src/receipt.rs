@@ -13,8 +13,8 @@ use bytes::Bytes;
 /// Message header: where the receipt goes.
 pub const RECEIPT_TO: &str = "Receipt-To";
 
-/// Most places in one message: far below NATS's default `max_payload` of 1 MiB.
-const PLACES_MAX: usize = 4096;
+/// Most places in one message: at 64 bytes each 256 KiB, far below NATS's default `max_payload` of 1 MiB.
+pub const PLACES_MAX: usize = 4096;
 
 /// Where a receipt goes, and what it says there. The place is the gateway's own business; a worker hands it back as it is.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,6 +4,7 @@
 //! is never changed: a [`Difference`] is told, and where it would break a promise the process waits until it is mended.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{self, AckPolicy, DeliverPolicy, PullConsumer, ReplayPolicy, pull};
@@ -13,6 +14,7 @@ use async_nats::jetstream::{self, ErrorCode};
 use async_nats::{Client, Event};
 use backon::{ExponentialBuilder, Retryable as _};
 
+use crate::link::Link;
 use crate::nats::{CannotConnect, Connection};
 use crate::ops::Readiness;
 use crate::settings::{self, Setting};
@@ -29,8 +31,6 @@ pub const ACK_WAIT: Duration = Duration::from_secs(30);
 /// How many messages all workers together may hold un-acked: several batches each of a few dozen workers. At the limit
 /// the server delivers to nobody, so it is no tuning knob.
 const MAX_ACK_PENDING: i64 = 16_384;
-/// How long one JetStream request may take.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The stream's name.
 pub const NATS_STREAM: Setting = Setting::new("NATS_STREAM", "SIGNALS", "Name of the stream");
@@ -109,18 +109,20 @@ impl NatsSettings {
         }
     }
 
-    /// Connects in the background: this returns at once, also while NATS is not there, and the client connects and
-    /// reconnects for as long as it lives. `readiness` holds the state under `nats`; `observe` sees every event.
+    /// Connects in the background: this returns at once, also while NATS is not there, and the link connects and
+    /// reconnects for as long as it lives. `queue` messages may wait in each subscription; more are dropped. `readiness`
+    /// holds the state under `nats`; `observe` sees every event.
     ///
     /// # Errors
     /// Where the client itself cannot be made.
     pub async fn connect(
         &self,
         program: &str,
+        queue: usize,
         readiness: &Readiness,
         observe: impl Fn(&Event) + Send + Sync + 'static,
-    ) -> anyhow::Result<Client> {
-        self.connection.connect(program, readiness, observe).await
+    ) -> anyhow::Result<Link> {
+        Link::open(&self.connection, &self.stream, program, queue, readiness, Arc::new(observe)).await
     }
 
     /// Tries each server once, in order; the client knows the first that works. For a person who waits for the answer.
@@ -171,13 +173,6 @@ pub enum NotReady {
 
 fn list(differences: &[Difference]) -> String {
     differences.iter().map(Difference::to_string).collect::<Vec<_>>().join("; ")
-}
-
-/// A JetStream context with this project's time limits.
-pub fn jetstream(client: Client) -> jetstream::Context {
-    let mut context = jetstream::new(client);
-    context.set_timeout(REQUEST_TIMEOUT);
-    context
 }
 
 /// Makes the stream where it is missing, checks it where it is there. Gives its settings as they are.

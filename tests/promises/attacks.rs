@@ -38,13 +38,13 @@ fn is_long() -> bool {
 
 /// Genuine deliveries at a rate that does not wait for answers, each on a connection of its own, as Sentry sends them. On a
 /// thread of its own, so that nothing else that a test does holds them up.
-struct Genuine {
+pub(crate) struct Genuine {
     stop: Arc<AtomicBool>,
     sender: JoinHandle<Vec<(Result<String, String>, Duration)>>,
 }
 
 impl Genuine {
-    fn start(world: &World, a_second: u32) -> Self {
+    pub(crate) fn start(world: &World, a_second: u32) -> Self {
         let (stop, port) = (Arc::<AtomicBool>::default(), world.port());
         let stopped = stop.clone();
         let send = async move {
@@ -74,7 +74,7 @@ impl Genuine {
 
     /// Stops, and shows what was measured. Every delivery was taken, and is journalled; in the long form each within the
     /// second that Sentry waits. How fast else is told and not judged, for these machines are shared.
-    async fn all_taken(self, during: &str, world: &World) {
+    pub(crate) async fn all_taken(self, during: &str, world: &World) {
         self.stop.store(true, Ordering::Relaxed);
         let answers = tokio::task::spawn_blocking(|| self.sender.join().unwrap()).await.unwrap();
         let refused: Vec<_> = answers.iter().filter(|(answer, _)| answer.is_err()).collect();

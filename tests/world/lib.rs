@@ -7,6 +7,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a harness that panics says enough")]
 
+mod broker;
 mod disk;
 mod post;
 mod setup;
@@ -21,6 +22,7 @@ use nix::sys::signal::Signal;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, NoTls, Row};
 
+pub use broker::{RawClient, RawMessage};
 pub use disk::SmallDisk;
 pub use post::{Answer, Connection, Post, sign};
 pub use setup::{Binaries, Setup, postgres, programs};
@@ -51,6 +53,7 @@ pub struct World {
     /// A PostgreSQL server of this world's own, where it asked for one.
     pub postgres: Option<Postgres>,
     start_gateway: Box<dyn Fn() -> Program + Send + Sync>,
+    start_worker: Box<dyn Fn() -> Program + Send + Sync>,
     // Last, because what runs above writes into it until it is dropped.
     scratch: Scratch,
 }
@@ -165,6 +168,13 @@ impl World {
         let gateway = (self.start_gateway)();
         gateway.ready().await;
         gateway
+    }
+
+    /// Starts one more worker, and waits until it is ready.
+    pub async fn start_worker(&mut self) {
+        let worker = (self.start_worker)();
+        worker.ready().await;
+        self.workers.push(worker);
     }
 
     /// Runs the gateway's program with these arguments and this world's settings to its end: exit code, stdout, stderr.

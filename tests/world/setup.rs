@@ -143,25 +143,11 @@ impl Setup {
         }
         let nats_url = std::iter::once(&nats).chain(&other_nats).map(NatsServer::url).collect::<Vec<_>>().join(",");
         let gateway = self.gateway_maker(scratch.path().to_owned(), nats_url.clone());
-        let worker = |number: usize| {
-            let ops_port = ports::free().unwrap();
-            let own = [
-                ("NATS_URL", nats_url.clone()),
-                ("DATABASE_URL", database_url.clone()),
-                ("WORKER_OPS_LISTEN", format!("127.0.0.1:{ops_port}")),
-            ];
-            let name = format!("worker-{number}");
-            start(
-                scratch.path(),
-                &name,
-                &[self.binaries.worker],
-                [environment(own), self.worker.clone()].concat(),
-                (0, ops_port),
-            )
-        };
-        let workers = (0..self.workers).map(worker).collect();
+        let worker = self.worker_maker(scratch.path().to_owned(), nats_url.clone(), database_url.clone());
+        let workers = (0..self.workers).map(|_| worker()).collect();
         let command = self.worker_command(&nats_url, &database_url);
         let (gateway, start_gateway) = (gateway(), Box::new(gateway));
+        let start_worker = Box::new(worker);
         let mut world = World {
             nats,
             other_nats,
@@ -172,6 +158,7 @@ impl Setup {
             database_url,
             postgres,
             start_gateway,
+            start_worker,
             scratch,
         };
         if !self.servers_later {
@@ -195,6 +182,27 @@ impl Setup {
                 ("GATEWAY_JOURNAL_DIR", folder.join(&name).display().to_string()),
             ];
             start(&folder, &name, &command, [environment(own), settings.clone()].concat(), ports)
+        }
+    }
+
+    /// Starts workers, each with an ops port of its own.
+    fn worker_maker(
+        &self,
+        folder: PathBuf,
+        nats_url: String,
+        database_url: String,
+    ) -> impl Fn() -> Program + Send + Sync + use<> {
+        let (program, settings) = (self.binaries.worker, self.worker.clone());
+        let count = AtomicUsize::new(0);
+        move || {
+            let name = format!("worker-{}", count.fetch_add(1, Ordering::Relaxed));
+            let ops_port = ports::free().unwrap();
+            let own = [
+                ("NATS_URL", nats_url.clone()),
+                ("DATABASE_URL", database_url.clone()),
+                ("WORKER_OPS_LISTEN", format!("127.0.0.1:{ops_port}")),
+            ];
+            start(&folder, &name, &[program], [environment(own), settings.clone()].concat(), (0, ops_port))
         }
     }
 

@@ -19,6 +19,7 @@ use async_nats::jetstream::stream::Stream;
 use clap::{ArgMatches, Command};
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use serde_json::{Value, json};
+use shared::link::Link;
 use shared::stream::CONSUMER;
 use time::OffsetDateTime;
 
@@ -51,18 +52,21 @@ pub(crate) fn command() -> Command {
 
 pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result<Ending> {
     let interruption = commands::interruption()?;
-    let context = commands::jetstream(config).await?;
+    let link = commands::link(config).await?;
     let store = commands::store(config).await?;
     let since = matches.get_one::<OffsetDateTime>("since").map_or(From::Oldest, |since| From::Time(*since));
     let span = Span { from: since, until: Until::Newest, resource: None };
     let name = &config.nats.stream;
-    let stream = context.get_stream(name).await.with_context(|| format!("cannot look at stream {name}"))?;
+    let stream = link.current().context.get_stream(name).await;
+    let stream = stream.with_context(|| format!("cannot look at stream {name}"))?;
     let floor = acknowledged(&stream).await?;
-    let reading = Reading::open(&context, name, &span, true).await?;
+    let reading = Reading::open(link, name, &span, true).await?;
     let named = if matches.get_flag("verbose") { usize::MAX } else { NAMED };
     let mut audit = Audit { floor, named, ..Audit::default() };
     let mut progress = Progress::new(reading.total);
-    let Some(done) = interruption.run_until_cancelled(Box::pin(audit.all(&store, reading, &mut progress))).await else {
+    let Some(done) =
+        interruption.run_until_cancelled(Box::pin(audit.all(link, name, &store, reading, &mut progress))).await
+    else {
         eprintln!("interrupted");
         return Ok(Ending::Interrupted);
     };
@@ -113,15 +117,21 @@ struct Audit {
 }
 
 impl Audit {
-    async fn all(&mut self, store: &Store, reading: Reading, progress: &mut Progress) -> anyhow::Result<()> {
-        let stream = &reading.stream();
+    async fn all(
+        &mut self,
+        link: &Link,
+        name: &str,
+        store: &Store,
+        reading: Reading,
+        progress: &mut Progress,
+    ) -> anyhow::Result<()> {
         let batches = stream::try_unfold(reading, |mut reading| async move {
             Ok(reading.batch(LOOK_UP).await?.map(|batch| (batch, reading)))
         });
         let look_up = |batch: Vec<Entry>| async move {
             let mut ids = Vec::with_capacity(batch.len());
             for entry in &batch {
-                ids.push(Reading::id(stream, entry).await?.to_string());
+                ids.push(Reading::id(link, name, entry).await?.to_string());
             }
             let known = patiently(|| store.look_up(&ids)).await?;
             anyhow::Ok((batch, ids, known))
@@ -132,7 +142,7 @@ impl Audit {
             progress.add(entries.len() as u64);
             for (entry, id) in entries.iter().zip(ids) {
                 let known = known.get(&id);
-                self.count(entry.sequence, id, || entry.delivery().received_at, known);
+                self.count(entry.sequence, id, || entry.received_at(), known);
             }
         }
         Ok(())

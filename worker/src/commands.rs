@@ -17,12 +17,12 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use async_nats::jetstream;
 use backon::{ExponentialBuilder, Retryable as _};
 use clap::{Arg, ArgAction, ArgMatches, Command};
+use shared::link::Link;
 use shared::ops::Readiness;
 use shared::settings::duration;
-use shared::{shutdown, stream};
+use shared::shutdown;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -31,6 +31,8 @@ use crate::{Config, audit, check, dead_letters, replay, status};
 
 /// How long NATS may take to be there when a command starts.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+/// Messages that may wait in a subscription: those that are asked for ahead, and more.
+const SUBSCRIPTION_QUEUE: usize = 4096;
 /// How long a command waits, all in all, for a database that went away under it.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Connections to the database that a command uses at once.
@@ -88,13 +90,13 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     io.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-/// JetStream, once NATS answers.
+/// The connection to NATS, once NATS answers.
 ///
 /// # Errors
 /// Where it does not.
-pub(crate) async fn jetstream(config: &Config) -> anyhow::Result<jetstream::Context> {
-    let client = config.nats.connect("worker", &Readiness::default(), |_| ()).await?;
-    match tokio::time::timeout(CONNECT_WITHIN, client.flush()).await {
+pub(crate) async fn link(config: &Config) -> anyhow::Result<&'static Link> {
+    let link = config.nats.connect("worker", SUBSCRIPTION_QUEUE, &Readiness::default(), |_| ()).await?;
+    match tokio::time::timeout(CONNECT_WITHIN, link.current().client.flush()).await {
         Ok(flushed) => flushed.context("NATS does not answer; NATS_URL says where it is")?,
         Err(_) => match tokio::time::timeout(CONNECT_WITHIN, config.nats.try_connect("worker")).await {
             Ok(Err(error)) => bail!("{error}; NATS_URL says where it is"),
@@ -102,8 +104,8 @@ pub(crate) async fn jetstream(config: &Config) -> anyhow::Result<jetstream::Cont
         },
     }
     // A client that is dropped reports the connection as lost. This one lasts as long as the process.
-    static CLIENT: OnceLock<async_nats::Client> = OnceLock::new();
-    Ok(stream::jetstream(CLIENT.get_or_init(|| client).clone()))
+    static LINK: OnceLock<Link> = OnceLock::new();
+    Ok(LINK.get_or_init(|| link))
 }
 
 /// The database, once its tables are what the worker writes to.

@@ -30,6 +30,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use futures_util::future::join_all;
 use prometheus_client::registry::Registry;
+use shared::link::Link;
 use shared::ops::{self, Readiness};
 use shared::stream::{self, NotReady, until_ready};
 use shared::telemetry;
@@ -40,9 +41,12 @@ pub use crate::settings::Config;
 
 use crate::metrics::{Anew, Metrics};
 use crate::migrate::{MigrateError, Report};
-use crate::pull::{Database, Puller, Session, pause};
+use crate::pull::{Database, Puller, Session, UnreadableScan, pause};
 use crate::store::Store;
 use crate::summary::Summary;
+
+/// Messages that may wait in a subscription beside a batch: the server's words on requests.
+const SUBSCRIPTION_SPARE: usize = 64;
 
 /// Works until `shutdown`; then the batches in hand are stored or handed back, for as long as the grace period lasts.
 ///
@@ -61,11 +65,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry, &store);
     shared::metrics::of_process(&mut registry, "worker", env!("CARGO_PKG_VERSION"), &readiness);
+    // A batch fills a subscription, and nothing else comes there.
+    let link = config.nats.connect("worker", config.batch_max + SUBSCRIPTION_SPARE, &readiness, |_| ()).await?;
+    shared::metrics::of_link(&mut registry, "worker", &link);
     let ops_shutdown = CancellationToken::new();
     let ops = tokio::spawn(ops::serve(ops, readiness.clone(), registry, ops_shutdown.clone()));
 
-    let client = config.nats.connect("worker", &readiness, |_| ()).await?;
-    let work = Box::pin(work(&config, &client, &store, &readiness, &metrics, &shutdown));
+    let work = Box::pin(work(&config, &link, &store, &readiness, &metrics, &shutdown));
     let grace_is_over = async {
         shutdown.cancelled().await;
         readiness.stopping();
@@ -78,7 +84,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         () = grace_is_over => tracing::warn!("the grace period is over; what was in hand is delivered again"),
     }
     // What was handed back must have left before the connection goes.
-    let _ = tokio::time::timeout(Duration::from_secs(1), client.flush()).await;
+    let _ = tokio::time::timeout(Duration::from_secs(1), link.current().client.flush()).await;
     summary.tell();
     telemetry::tell_suppressed();
     ops_shutdown.cancel();
@@ -90,7 +96,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
 /// Waits for the database, then works through one session with NATS after another.
 async fn work(
     config: &Config,
-    client: &async_nats::Client,
+    link: &Link,
     store: &Store,
     readiness: &Readiness,
     metrics: &Metrics,
@@ -102,8 +108,10 @@ async fn work(
     }
     let database = Database::new(store.clone(), readiness, metrics.clone());
     let sessions = async {
+        let (mut scan, mut lost_connection) = (UnreadableScan::default(), false);
         while !shutdown.is_cancelled() {
-            session(config, client, store, &database, readiness, shutdown).await;
+            let suspect = lost_connection.then_some(&mut scan);
+            lost_connection = Box::pin(session(config, link, store, &database, readiness, suspect, shutdown)).await;
             metrics.lag(None); // nobody asks any more
             if !shutdown.is_cancelled() {
                 metrics.anew(Anew::Session);
@@ -118,19 +126,22 @@ async fn work(
 }
 
 /// Makes the consumer, or mends it, and keeps as many pullers going as there are batches to be worked on at once, until
-/// `shutdown` or until the connection or the consumer is lost.
+/// `shutdown` or until the connection or the consumer is lost. Before that, where the connection before was lost, messages
+/// that this program cannot read are set apart: one of them may have been the reason. Returns whether this connection was
+/// lost.
 async fn session(
     config: &Config,
-    client: &async_nats::Client,
+    link: &Link,
     store: &Store,
     database: &Database,
     readiness: &Readiness,
+    suspect: Option<&mut UnreadableScan>,
     shutdown: &CancellationToken,
-) {
-    let context = stream::jetstream(client.clone());
+) -> bool {
     let begin = || async {
-        let session = Session::begin(client);
-        let ensured = stream::ensure_consumer(&context, &config.nats).await;
+        let linked = link.current();
+        let session = Session::begin(linked.clone());
+        let ensured = stream::ensure_consumer(&linked.context, &config.nats).await;
         let (stream, consumer, moved) = ensured.inspect_err(|_| database.metrics().anew(Anew::NotReady))?;
         if moved {
             database.metrics().consumer_reset();
@@ -138,7 +149,13 @@ async fn session(
         Ok::<_, NotReady>((session, stream, consumer))
     };
     let begun = shutdown.run_until_cancelled(until_ready("consumer", readiness, begin));
-    let Some((session, stream, consumer)) = begun.await else { return };
+    let Some((session, stream, consumer)) = begun.await else { return false };
+    if let Some(scan) = suspect {
+        let bury = Box::pin(scan.bury(&stream, &session, database)); // large, and seldom
+        if let Some(Err(error)) = shutdown.run_until_cancelled(bury).await {
+            tracing::warn!("cannot look for messages that cannot be read: {error:#}");
+        }
+    }
     let pulling = (0..config.concurrency).map(|_| async {
         let puller = Puller { consumer: consumer.clone(), session: &session, database, batch_max: config.batch_max };
         puller.run(shutdown).await.unwrap_or_else(|error| {
@@ -148,7 +165,10 @@ async fn session(
             Vec::new()
         })
     });
-    let pulling = async { session.hand_back(&join_all(pulling).await.concat()).await };
+    let pulling = async {
+        let unstored: Vec<_> = join_all(pulling).await.into_iter().flatten().collect();
+        session.hand_back(&unstored).await
+    };
     let watching = async {
         tokio::join!(pull::watch(&stream, &session, database, readiness), history::keep_room(&stream, store, database))
     };
@@ -156,6 +176,7 @@ async fn session(
         () = pulling => {}
         _ = watching => {}
     }
+    session.has_lost_connection()
 }
 
 /// Makes or checks the tables, as `WORKER_MIGRATE` says, and tells what was made.

@@ -92,6 +92,8 @@ pub struct Metrics {
     /// The classes of PostgreSQL's failures, then those of NATS.
     retries: Each<Counter>,
     acks_unconfirmed: Counter,
+    ignored: Counter,
+    unreadable: Counter,
     purged: Counter,
     resets: Counter,
     lag: Arc<Lag>,
@@ -117,6 +119,10 @@ impl Metrics {
         let retries = Each::register(registry, "worker_retries", help, None, classes, Counter::default);
         let help = "Acks of stored deliveries that NATS did not confirm; they may come again, which is harmless";
         let acks_unconfirmed = counter(registry, "worker_acks_unconfirmed", help);
+        let help = "Messages in a worker's inbox that are none of the stream's: another program sent them";
+        let ignored = counter(registry, "worker_messages_ignored", help);
+        let help = "Messages of the stream that NATS's client library cannot read; they became dead letters";
+        let unreadable = counter(registry, "worker_messages_unreadable", help);
         let help = "Messages purged from the stream to make room, all of them acknowledged";
         let purged = counter(registry, "worker_history_purged", help);
         let help = "Times that the consumer was moved back because the stream had gone back in time";
@@ -124,7 +130,7 @@ impl Metrics {
         let lag = Arc::<Lag>::default();
         registry.register_collector(Box::new(OfConsumer(lag.clone())));
         registry.register_collector(Box::new(OfPool(store.clone())));
-        Metrics { batch, persist, fates, age, retries, acks_unconfirmed, purged, resets, lag }
+        Metrics { batch, persist, fates, age, retries, acks_unconfirmed, ignored, unreadable, purged, resets, lag }
     }
 
     /// A batch was pulled.
@@ -174,6 +180,16 @@ impl Metrics {
     /// The acks of that many deliveries were not confirmed.
     pub fn acks_unconfirmed(&self, deliveries: usize) {
         self.acks_unconfirmed.inc_by(deliveries as u64);
+    }
+
+    /// A message that is none of the stream's has come to an inbox.
+    pub fn ignored(&self) {
+        self.ignored.inc();
+    }
+
+    /// A message of the stream cannot be read, and became a dead letter.
+    pub fn unreadable(&self) {
+        self.unreadable.inc();
     }
 
     /// That many messages of history were purged.

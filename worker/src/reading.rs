@@ -1,23 +1,33 @@
 //! Reading the stream in place, for `worker replay` and `worker audit`: an ordered consumer of the command's own, which
 //! the server forgets afterwards. Nothing is published, acknowledged or moved, so workers go on beside it.
 //!
+//! A message that the client library cannot read ends the connection ([`shared::hostile`]). So where nothing comes any
+//! more, the next message is fetched unparsed. One that cannot be read is given out as what it is, and for a while each
+//! message behind it is fetched singly, as such messages seldom come alone.
+//!
 //! What a [`Span`] reads is fixed when it is opened: what the gateway adds afterwards is the workers' and not read.
 //! Times are the stream's, the time at which JetStream stored a message: the server can seek to those. A delivery that
 //! the gateway received at T is on the stream at T or later, never earlier, so "since T" holds all received since T.
 
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
+use async_nats::jetstream::Message;
 use async_nats::jetstream::consumer::DeliverPolicy;
 use async_nats::jetstream::consumer::pull::{Ordered, OrderedConfig};
-use async_nats::jetstream::stream::{LastRawMessageErrorKind, Stream};
-use async_nats::jetstream::{self, Message};
+use async_nats::jetstream::context::{GetStreamError, GetStreamErrorKind};
+use async_nats::jetstream::stream::Stream;
 use futures_util::{FutureExt as _, StreamExt as _};
-use shared::delivery::{DELIVERY_ID, Delivery, DeliveryId, Resource};
+use shared::delivery::{Delivery, DeliveryId, Resource};
+use shared::hostile::StoredMessage;
+use shared::link::Link;
 use shared::stream::SUBJECT_PREFIX;
 use time::OffsetDateTime;
 
-use crate::store::Origin;
+use crate::dead_letters::DeadLetter;
+use crate::pull::unreadable_letter;
+use crate::read::{self, read_message};
+use crate::store::Record;
 
 /// Most bytes in one pull and in one batch. Above the largest message that the servers here take.
 const BATCH_BYTES: usize = 32 << 20;
@@ -27,6 +37,10 @@ const AHEAD: i64 = 1_000;
 const FILL_WITHIN: Duration = Duration::from_millis(20);
 /// After this long without a message it is asked whether there are any more.
 const ASK_AFTER: Duration = Duration::from_secs(2);
+/// How often reading may be begun again without a message between.
+const BEGIN_AGAIN: u32 = 10;
+/// How many messages behind one that cannot be read are fetched singly.
+const SINGLY: usize = 500;
 
 /// Where reading begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,22 +83,25 @@ pub struct Entry {
     pub sequence: u64,
     /// When the stream stored it.
     pub stored_at: OffsetDateTime,
+    /// The dead letter that it is, where the client library cannot read it.
+    unreadable: Option<Box<DeadLetter>>,
 }
 
 impl Entry {
-    /// The delivery in it.
-    pub fn delivery(&self) -> Delivery {
-        Delivery::from_message(&self.message, self.sequence, self.stored_at)
+    fn of(stored: &StoredMessage) -> Entry {
+        let message = stored.to_message().unwrap_or_else(|_| stored.to_raw_message());
+        let unreadable = unreadable_letter(stored).map(Box::new);
+        Entry { message, sequence: stored.sequence, stored_at: stored.stored_at, unreadable }
     }
 
-    /// The id in its header; none in a message that somebody else put on the stream.
-    pub fn id_in_header(&self) -> Option<DeliveryId> {
-        DeliveryId::parse(self.message.headers.as_ref()?.get(DELIVERY_ID)?.as_str())
+    /// When the gateway received the delivery.
+    pub fn received_at(&self) -> OffsetDateTime {
+        Delivery::from_message(&self.message, self.sequence, self.stored_at).received_at
     }
 
-    /// The delivery's id, without the rest of it.
+    /// The delivery's id.
     pub fn id(&self) -> DeliveryId {
-        self.id_in_header().unwrap_or_else(|| DeliveryId::of_foreign_message(self.sequence, &self.message.payload))
+        read::id(&self.message, self.sequence)
     }
 
     /// The delivery's body, byte for byte. Empty where only headers are read.
@@ -92,28 +109,36 @@ impl Entry {
         &self.message.payload
     }
 
-    /// The message as a dead letter keeps it. It was read once, by us.
-    pub fn origin(&self) -> Origin {
-        Origin {
-            subject: self.message.subject.to_string(),
-            headers: self.message.headers.clone().unwrap_or_default(),
-            body: self.message.payload.clone(),
-            attempts: 1,
+    /// The row that the message is to become. It was read once, by us.
+    ///
+    /// # Errors
+    /// The dead letter that it is.
+    pub fn read(&self) -> Result<Record, Box<DeadLetter>> {
+        match &self.unreadable {
+            Some(letter) => Err(letter.clone()),
+            None => read_message(&self.message, self.sequence, self.stored_at, 1),
         }
     }
 }
 
 /// A span of the stream being read.
 pub struct Reading {
+    link: &'static Link,
     stream: Stream,
     subject: String,
-    messages: Ordered,
+    headers_only: bool,
+    /// None while messages are fetched singly.
+    messages: Option<Ordered>,
+    /// How many messages are still to be fetched singly.
+    singly: usize,
     /// How many messages there are to read, as the server counted them at the beginning.
     pub total: u64,
     last: u64,
     before: Option<OffsetDateTime>,
     /// The lowest sequence that was not given out yet.
     next: u64,
+    /// How often reading was begun again since the last message.
+    begun_again: u32,
     ended: bool,
 }
 
@@ -122,50 +147,41 @@ impl Reading {
     ///
     /// # Errors
     /// Where there is no such stream, or NATS does not answer.
-    pub async fn open(
-        context: &jetstream::Context,
-        name: &str,
-        span: &Span,
-        headers_only: bool,
-    ) -> anyhow::Result<Reading> {
-        let stream = context.get_stream(name).await.with_context(|| format!("cannot look at stream {name}"))?;
+    pub async fn open(link: &'static Link, name: &str, span: &Span, headers_only: bool) -> anyhow::Result<Reading> {
+        let stream = link.current().context.get_stream(name).await;
+        let stream = stream.with_context(|| format!("cannot look at stream {name}"))?;
         let state = &stream.cached_info().state;
         let (newest, newest_at) = (state.last_sequence, state.last_timestamp);
         let subject = match &span.resource {
             Some(resource) => format!("{SUBJECT_PREFIX}.{}", resource.as_str()),
             None => format!("{SUBJECT_PREFIX}.*"),
         };
-        let config = |deliver_policy| OrderedConfig {
-            filter_subject: subject.clone(),
-            deliver_policy,
-            headers_only,
-            max_batch: AHEAD,
-            max_bytes: i64::try_from(BATCH_BYTES).expect("32 MiB"),
-            ..OrderedConfig::default()
-        };
         let from = match span.from {
             From::Oldest => DeliverPolicy::All,
-            From::Sequence(first) => DeliverPolicy::ByStartSequence { start_sequence: first.max(1) },
+            From::Sequence(first) => from_sequence(first),
             From::Time(start_time) => DeliverPolicy::ByStartTime { start_time },
         };
         let beyond = match span.until {
-            Until::Sequence(last) if last < newest => Some(DeliverPolicy::ByStartSequence { start_sequence: last + 1 }),
+            Until::Sequence(last) if last < newest => Some(from_sequence(last + 1)),
             Until::Time(start_time) if start_time <= newest_at => Some(DeliverPolicy::ByStartTime { start_time }),
             Until::Newest | Until::Sequence(_) | Until::Time(_) => None,
         };
+        let count = async |policy| {
+            let probe = stream.create_consumer(config(&subject, policy, headers_only)).await;
+            let probe = probe.context("cannot read the stream")?;
+            let info = probe.cached_info();
+            // Best effort: the server forgets it by itself, only later.
+            let _ = stream.delete_consumer(&info.name).await;
+            anyhow::Ok(info.num_pending)
+        };
         let unread = match beyond {
-            Some(beyond) => {
-                let probe = stream.create_consumer(config(beyond)).await.context("cannot read the stream")?;
-                let info = probe.cached_info();
-                // Best effort: the server forgets it by itself, only later.
-                let _ = stream.delete_consumer(&info.name).await;
-                info.num_pending
-            }
+            Some(beyond) => count(beyond).await?,
             None => 0,
         };
-        let consumer = stream.create_consumer(config(from)).await.context("cannot read the stream")?;
         // Given a time after its newest message, the server begins with the oldest.
         let none = matches!(span.from, From::Time(since) if since > newest_at);
+        let consumer = stream.create_consumer(config(&subject, from, headers_only)).await;
+        let consumer = consumer.context("cannot read the stream")?;
         let total = if none { 0 } else { consumer.cached_info().num_pending.saturating_sub(unread) };
         let last = match span.until {
             Until::Sequence(last) => last.min(newest),
@@ -177,10 +193,26 @@ impl Reading {
         };
         let next = match span.from {
             From::Sequence(first) => first,
-            From::Oldest | From::Time(_) => 1,
+            // The server has found the first message of that time.
+            From::Time(_) => consumer.cached_info().delivered.stream_sequence + 1,
+            From::Oldest => 1,
         };
-        let messages = consumer.messages().await.context("cannot read the stream")?;
-        Ok(Reading { stream, subject, messages, total, last, before, next, ended: total == 0 })
+        let messages = Some(consumer.messages().await.context("cannot read the stream")?);
+        let (singly, begun_again, ended) = (0, 0, total == 0);
+        Ok(Reading {
+            link,
+            stream,
+            subject,
+            headers_only,
+            messages,
+            singly,
+            total,
+            last,
+            before,
+            next,
+            begun_again,
+            ended,
+        })
     }
 
     /// The next messages, in their order: at most `most`, and not much more than 32 MiB. None at the end. NATS away is
@@ -192,19 +224,21 @@ impl Reading {
         let (mut batch, mut bytes) = (Vec::new(), 0);
         while !self.ended && batch.len() < most && bytes < BATCH_BYTES {
             let patience = if batch.is_empty() { ASK_AFTER } else { FILL_WITHIN };
-            let message = match self.messages.next().now_or_never() {
-                Some(message) => message,
-                None => match tokio::time::timeout(patience, self.messages.next()).await {
-                    Ok(message) => message,
-                    Err(_) if !batch.is_empty() => break,
-                    Err(_) => {
-                        self.ended = !self.has_more().await;
-                        continue;
+            let entry = match &mut self.messages {
+                None => self.fetch_next().await?,
+                Some(messages) => {
+                    let message = match messages.next().now_or_never() {
+                        Some(message) => Some(message),
+                        None => tokio::time::timeout(patience, messages.next()).await.ok(),
+                    };
+                    match message {
+                        Some(Some(Ok(message))) => self.entry(message)?,
+                        None if !batch.is_empty() => break,
+                        // Silence, an error or the end: the client may have met what it cannot read.
+                        None | Some(None | Some(Err(_))) => self.fetch_next().await?,
                     }
-                },
+                }
             };
-            let message = message.context("reading the stream ended too early")?.context("cannot read the stream")?;
-            let entry = self.entry(message)?;
             batch.extend(entry.inspect(|entry| bytes += entry.message.length));
         }
         Ok(if batch.is_empty() { None } else { Some(batch) })
@@ -214,39 +248,113 @@ impl Reading {
     fn entry(&mut self, message: Message) -> anyhow::Result<Option<Entry>> {
         let info = message.info().map_err(|error| anyhow::anyhow!("a message without its place: {error}"))?;
         let (sequence, stored_at) = (info.stream_sequence, info.published);
-        self.ended = info.pending == 0 || sequence >= self.last;
-        self.next = sequence + 1;
-        if sequence > self.last || self.before.is_some_and(|before| stored_at >= before) {
+        self.ended = info.pending == 0;
+        let entry = Entry { message: message.message, sequence, stored_at, unreadable: None };
+        Ok(self.within(entry))
+    }
+
+    /// `entry`, where it still belongs to the span.
+    fn within(&mut self, entry: Entry) -> Option<Entry> {
+        (self.next, self.begun_again) = (entry.sequence + 1, 0);
+        self.ended |= entry.sequence >= self.last;
+        if entry.sequence > self.last || self.before.is_some_and(|before| entry.stored_at >= before) {
             self.ended = true;
+            return None;
+        }
+        Some(entry)
+    }
+
+    /// Fetches the next message by itself, whatever its headers. Goes back to reading many at once where there is nothing
+    /// to be afraid of any more. None where there is no message to give out now: at the end, or while NATS is away.
+    async fn fetch_next(&mut self) -> anyhow::Result<Option<Entry>> {
+        let linked = self.link.current();
+        let name = &self.stream.cached_info().config.name;
+        let message = match StoredMessage::first(&linked.context, name, &self.subject, self.next).await {
+            Ok(Some(message)) => message,
+            Ok(None) => {
+                self.ended = true; // what was to come may have been purged
+                return Ok(None);
+            }
+            Err(_) => {
+                // NATS is away, and waited for; a stream that is gone is not.
+                if let Err(error) = linked.context.get_stream(name).await
+                    && is_final(&error)
+                {
+                    return Err(error).context("reading the stream ended too early");
+                }
+                tokio::time::sleep(FILL_WITHIN).await;
+                return Ok(None);
+            }
+        };
+        let entry = Entry::of(&message);
+        if entry.unreadable.is_some() {
+            self.singly = SINGLY;
+            self.messages = None;
+        }
+        if self.singly == 0 {
+            // It can be read, and was only late, or belongs to another client now.
+            self.open_again().await?;
             return Ok(None);
         }
-        Ok(Some(Entry { message: message.message, sequence, stored_at }))
+        self.singly -= 1;
+        Ok(self.within(entry))
     }
 
-    /// Whether the stream still has a message of the span that was not read: what was to come may have been purged.
-    async fn has_more(&self) -> bool {
-        match self.stream.get_first_raw_message_by_subject(&self.subject, self.next).await {
-            Ok(message) => message.sequence <= self.last,
-            Err(error) => error.kind() != LastRawMessageErrorKind::NoMessageFound, // else NATS is away: wait
+    /// Reads many at once again, from the next message on.
+    async fn open_again(&mut self) -> anyhow::Result<()> {
+        self.begun_again += 1;
+        let next = self.next;
+        ensure!(
+            self.begun_again <= BEGIN_AGAIN,
+            "the message at {next} is on the stream, and NATS does not deliver it"
+        );
+        let linked = self.link.current();
+        let name = &self.stream.cached_info().config.name;
+        let open = async {
+            let stream = linked.context.get_stream(name).await?;
+            let config = config(&self.subject, from_sequence(self.next), self.headers_only);
+            anyhow::Ok((stream.create_consumer(config).await?.messages().await?, stream))
+        };
+        match open.await {
+            Ok((messages, stream)) => (self.messages, self.stream) = (Some(messages), stream),
+            Err(error) if linked.is_up() => return Err(error.context("cannot read the stream")),
+            Err(_) => {} // NATS is away: waited for
         }
+        Ok(())
     }
 
-    /// The id of `entry`. Where only the body tells it, in a message of somebody else's, the body is fetched.
+    /// The id of `entry`. Where only the body tells it, in a message of another program's, the body is fetched.
     ///
     /// # Errors
     /// Where that cannot be fetched.
-    pub async fn id(stream: &Stream, entry: &Entry) -> anyhow::Result<DeliveryId> {
-        if let Some(id) = entry.id_in_header() {
-            return Ok(id);
+    pub async fn id(link: &Link, stream: &str, entry: &Entry) -> anyhow::Result<DeliveryId> {
+        if entry.unreadable.is_some() || !entry.body().is_empty() || read::id_in_header(&entry.message).is_some() {
+            return Ok(entry.id());
         }
         let sequence = entry.sequence;
-        let whole = stream.get_raw_message(sequence).await;
-        let whole = whole.with_context(|| format!("cannot fetch message {sequence} of the stream"))?;
-        Ok(DeliveryId::of_foreign_message(sequence, &whole.payload))
+        let whole = StoredMessage::at(&link.current().context, stream, sequence).await?;
+        let whole = whole.with_context(|| format!("message {sequence} of the stream is gone"))?;
+        Ok(DeliveryId::of_foreign_message(sequence, &whole.body))
     }
+}
 
-    /// The stream that is read.
-    pub fn stream(&self) -> Stream {
-        self.stream.clone()
+/// How the stream is read: by a consumer of the command's own, which the server forgets afterwards.
+fn config(subject: &str, deliver_policy: DeliverPolicy, headers_only: bool) -> OrderedConfig {
+    OrderedConfig {
+        filter_subject: subject.to_owned(),
+        deliver_policy,
+        headers_only,
+        max_batch: AHEAD,
+        max_bytes: i64::try_from(BATCH_BYTES).expect("32 MiB"),
+        ..OrderedConfig::default()
     }
+}
+
+fn from_sequence(first: u64) -> DeliverPolicy {
+    DeliverPolicy::ByStartSequence { start_sequence: first.max(1) }
+}
+
+/// Whether the stream will not be there later either.
+fn is_final(error: &GetStreamError) -> bool {
+    matches!(error.kind(), GetStreamErrorKind::JetStream(_))
 }

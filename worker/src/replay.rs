@@ -36,9 +36,9 @@ const AT_ONCE: usize = 3;
 pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result<Ending> {
     let options = Options::of(matches);
     let interruption = commands::interruption()?;
-    let context = commands::jetstream(config).await?;
+    let link = commands::link(config).await?;
     let store = commands::store(config).await?;
-    let reading = Reading::open(&context, &config.nats.stream, &options.span, false).await?;
+    let reading = Reading::open(link, &config.nats.stream, &options.span, false).await?;
     let mut replay = Replay {
         store: &store,
         options: &options,

@@ -9,6 +9,7 @@ use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use clap::{ArgMatches, Command};
 use indicatif::{HumanBytes, HumanDuration};
 use serde_json::{Value, json};
+use shared::hostile::StoredMessage;
 use shared::stream::{CONSUMER, SUBJECT_PREFIX};
 use time::OffsetDateTime;
 
@@ -69,7 +70,7 @@ async fn nats(config: &Config) -> Result<Nats, String> {
 }
 
 async fn ask_nats(config: &Config) -> anyhow::Result<Nats> {
-    let context = commands::jetstream(config).await?;
+    let context = commands::link(config).await?.current().context.clone();
     let name = &config.nats.stream;
     let stream = context.get_stream(name).await.with_context(|| format!("cannot look at stream {name}"))?;
     let (state, settings) = (&stream.cached_info().state, &stream.cached_info().config);
@@ -82,8 +83,8 @@ async fn ask_nats(config: &Config) -> anyhow::Result<Nats> {
     let oldest_pending = match consumer.as_ref().filter(|info| info.num_pending > 0 || info.num_ack_pending > 0) {
         Some(info) => {
             let next = info.ack_floor.stream_sequence + 1;
-            let oldest = stream.get_first_raw_message_by_subject(format!("{SUBJECT_PREFIX}.*"), next).await;
-            oldest.ok().map(|message| message.time)
+            let oldest = StoredMessage::first(&context, name, &format!("{SUBJECT_PREFIX}.*"), next).await;
+            oldest.ok().flatten().map(|message| message.stored_at)
         }
         None => None,
     };

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use super::direct::SegmentFile;
@@ -13,6 +14,9 @@ const DAMAGED: &str = "damaged";
 const UNFINISHED: &str = "new";
 const LOCK: &str = "lock";
 const ID: &str = "gateway-id";
+const RECEIPT_KEY: &str = "receipt-key";
+/// The mode of files that only the gateway's user may read.
+const OWNER_ONLY: u32 = 0o600;
 /// Random bytes in a gateway's id.
 const ID_BYTES: usize = 8;
 
@@ -115,7 +119,7 @@ pub(super) fn write_whole(dir: &Path, path: &Path, content: &[u8], sync: bool) -
     let mut unfinished = path.as_os_str().to_owned();
     unfinished.push(".");
     unfinished.push(UNFINISHED);
-    let mut file = File::create(&unfinished)?;
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(OWNER_ONLY).open(&unfinished)?;
     file.write_all(content)?;
     if sync {
         file.sync_all()?;
@@ -205,4 +209,28 @@ pub(super) fn read_gateway_id(dir: &Path) -> io::Result<Option<String>> {
     let id = text.trim();
     let token = id.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
     Ok((token && !id.is_empty() && id.len() <= 64).then(|| id.to_owned()))
+}
+
+/// The key of the tags in receipts, made at the first start and kept: 32 random bytes, in hex, for the gateway's user
+/// alone. A file that holds none is replaced: receipts under the old key are refused, which costs one repeat of each
+/// entry they were for.
+pub(super) fn receipt_key(dir: &Path) -> io::Result<[u8; 32]> {
+    if let Some(key) = read_receipt_key(dir)? {
+        return Ok(key);
+    }
+    let mut key = [0; 32];
+    getrandom::fill(&mut key)?;
+    write_whole(dir, &dir.join(RECEIPT_KEY), format!("{}\n", hex::encode(key)).as_bytes(), true)?;
+    Ok(key)
+}
+
+/// The key that is kept there, if there is a valid one.
+pub(super) fn read_receipt_key(dir: &Path) -> io::Result<Option<[u8; 32]>> {
+    let text = match fs::read_to_string(dir.join(RECEIPT_KEY)) {
+        Ok(text) => text,
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let mut key = [0; 32];
+    Ok(hex::decode_to_slice(text.trim(), &mut key).is_ok().then_some(key))
 }

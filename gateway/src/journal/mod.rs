@@ -11,6 +11,7 @@
 //! |---|---|
 //! | `lock` | locked by the gateway that has the journal open; holds its process id, for the message to a second one |
 //! | `gateway-id` | made once: a token of letters and digits |
+//! | `receipt-key` | made once: 32 random bytes in hex, from which the tags of receipts follow |
 //! | `000000000042.journal` | segment 42 |
 //! | `000000000042.marks` | the states of its entries, some time ago |
 //! | `000000000042.damaged` | a segment with damage, kept for people once nothing in it is left to do |
@@ -59,6 +60,8 @@
 //! - Marks are hints: written at most once a second, never synced, replaced by rename. Without them confirmed entries
 //!   are published again, which changes nothing in the end. They are never the reason to let an entry go that was not
 //!   confirmed: checksum and marker tie them to their segment.
+//! - No entry is confirmed before JetStream has acknowledged it, to this process or to an earlier one. A receipt that
+//!   comes sooner is remembered until then ([`receipts`]).
 //! - Nothing in memory says more than the disk: an entry can be published, read or marked only after its sync.
 //! - A sealed segment whose entries are all alike, as new or confirmed, *sleeps*: memory has its totals only. It is
 //!   *woken*, its index read back and held against what is known of it, before one of its entries is taken or read, or
@@ -99,6 +102,7 @@ mod format;
 mod keeper;
 mod place;
 mod read;
+mod receipts;
 mod recent;
 mod recover;
 mod scan;
@@ -124,6 +128,7 @@ use tokio::sync::{Notify, oneshot};
 
 pub use place::{NotAPlace, Place};
 pub use read::{ReadError, Stored};
+pub use receipts::{Judged, Receipt};
 pub use recover::{Damage, OpenError, Recovered};
 pub use snapshot::{Listed, SegmentStatus, Snapshot};
 pub use state::{Refusal, State, Tally};
@@ -214,6 +219,7 @@ pub struct Entry {
 struct Shared {
     dir: PathBuf,
     gateway_id: String,
+    receipt_key: [u8; 32],
     limits: Limits,
     table: Mutex<Table>,
     /// Something waits for a publisher that did not before.
@@ -264,11 +270,13 @@ impl Journal {
             files::LockError::Io(error) => OpenError::at(dir)(error),
         })?;
         let gateway_id = files::gateway_id(dir).map_err(OpenError::at(dir))?;
+        let receipt_key = files::receipt_key(dir).map_err(OpenError::at(dir))?;
         let (table, recovered) = recover::recover(dir)?;
         recovered.damages.iter().for_each(recover::Damage::tell);
         let shared = Arc::new(Shared {
             dir: dir.to_owned(),
             gateway_id,
+            receipt_key,
             limits: limits.sane(),
             table: Mutex::new(table),
             appended: Notify::new(),
@@ -293,6 +301,11 @@ impl Journal {
     /// The id of the gateway whose journal this is: a token of at most 64 lower-case letters and digits.
     pub fn gateway_id(&self) -> &str {
         &self.0.shared.gateway_id
+    }
+
+    /// The key of the tags that receipts must show. It never leaves this process.
+    pub fn receipt_key(&self) -> &[u8; 32] {
+        &self.0.shared.receipt_key
     }
 
     /// Makes an entry durable. It is on disk when this returns its place. If the future is dropped before, it may be
@@ -407,19 +420,35 @@ impl Journal {
     /// # Errors
     /// [`ReadError`]. A damaged entry is counted and reported once, an unreadable one each time.
     pub async fn read(&self, place: Place) -> Result<Stored, ReadError> {
-        let located = loop {
+        let located = self.located(place).await?;
+        let handle = self.clone();
+        let read = tokio::task::spawn_blocking(move || handle.reported(place, read::read(&located))).await;
+        read.unwrap_or(Err(ReadError::Unknown))
+    }
+
+    /// Reads the header block of one entry, whatever its state, and not its body. Its checksum covers both, so only the
+    /// record's own header is checked.
+    ///
+    /// # Errors
+    /// [`ReadError`]; what is wrong is counted and reported when the whole entry is read.
+    pub async fn read_header_block(&self, place: Place) -> Result<Bytes, ReadError> {
+        let located = self.located(place).await?;
+        let read = tokio::task::spawn_blocking(move || read::read_header_block(&located)).await;
+        read.unwrap_or(Err(ReadError::Unknown))
+    }
+
+    /// Where an entry lies on disk. Its segment is awake afterwards.
+    async fn located(&self, place: Place) -> Result<Located, ReadError> {
+        loop {
             let (located, asleep) = {
                 let mut table = self.0.shared.table();
                 (table.locate(place), table.sleeper(place))
             };
             match asleep {
                 Some(sleeper) => self.wake(sleeper).await.map_err(ReadError::Disk)?,
-                None => break located.ok_or(ReadError::Unknown)?,
+                None => return located.ok_or(ReadError::Unknown),
             }
-        };
-        let handle = self.clone();
-        let read = tokio::task::spawn_blocking(move || handle.reported(place, read::read(&located))).await;
-        read.unwrap_or(Err(ReadError::Unknown))
+        }
     }
 
     /// Hands back an entry that was taken and of which nothing has become; it is given out again.
@@ -429,13 +458,21 @@ impl Journal {
     }
 
     /// JetStream acknowledged the entry at `sequence`. Again, for one already published, it sets sequence and time
-    /// anew.
+    /// anew. Returns whether the entry is confirmed by this, because its receipt had come before.
     ///
     /// Like all marks but [`Journal::mark_confirmed`] this is for an entry that was taken, and costs no I/O. Like all
     /// of them it may be repeated, and ignores a place that is not of this journal, or whose segment is gone.
-    pub fn mark_published(&self, place: Place, sequence: u64) {
+    pub fn mark_published(&self, place: Place, sequence: u64) -> bool {
         let now = self.0.shared.ticks(Instant::now());
-        self.change(place, |segment, index| segment.publish(index, sequence, now));
+        let (mut confirmed, mut finished) = (false, false);
+        self.change(place, |segment, index| {
+            confirmed = segment.publish(index, sequence, now);
+            finished = confirmed && !segment.active && segment.settled();
+        });
+        if finished {
+            let _ = self.0.keeper.send(Nudge::Look); // gone only when the journal is closed
+        }
+        confirmed
     }
 
     /// These entries are stored for good. Returns how many of them were not known to be: not those confirmed before,
@@ -530,6 +567,13 @@ impl Journal {
             (number, from) = (segment.number + 1, 0);
         }
         found
+    }
+
+    /// Whether a thread of the journal has ended though the journal is open: a fault of the program, after which only a
+    /// restart helps.
+    pub fn is_broken(&self) -> bool {
+        let threads = self.0.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        threads.as_ref().is_some_and(|(writer, keeper)| writer.is_finished() || keeper.is_finished())
     }
 
     /// What keeps the journal from taking entries, if anything does.

@@ -118,9 +118,29 @@ pub(super) fn read_each<'e>(
 
 /// Reads and checks the record. Blocks.
 pub(super) fn read(entry: &Located) -> Result<Stored, ReadError> {
-    let mut bytes = vec![0; length(entry)];
+    check(entry, read_first(entry, length(entry))?.into())
+}
+
+/// Reads the header block of the record, and not its body. Only the record's own header is checked. Blocks.
+pub(super) fn read_header_block(entry: &Located) -> Result<Bytes, ReadError> {
+    let first = read_first(entry, length(entry).min(BLOCK as usize))?;
+    let header = RecordHeader::decode(&first, entry.marker, entry.offset).ok_or(ReadError::Damaged)?;
+    if header.index != entry.place.index || header.length() > entry.length {
+        return Err(ReadError::Damaged);
+    }
+    let end = RECORD_HEADER + header.meta_length as usize;
+    let mut bytes = if end <= first.len() { first } else { read_first(entry, end)? };
+    if bytes.len() < end {
+        return Err(ReadError::Damaged);
+    }
+    bytes.truncate(end);
+    Ok(Bytes::from(bytes).slice(RECORD_HEADER..))
+}
+
+/// The first bytes of the record: to its end or the file's, as what a file that was cut lacks may be no more than zeros.
+fn read_first(entry: &Located, bytes: usize) -> Result<Vec<u8>, ReadError> {
+    let mut bytes = vec![0; bytes];
     let mut filled = 0;
-    // To its end or the file's: what a file that was cut lacks may be no more than zeros.
     while filled < bytes.len() {
         match entry.file.cached.read_at(&mut bytes[filled..], entry.offset + filled as u64) {
             Ok(0) => break,
@@ -130,7 +150,7 @@ pub(super) fn read(entry: &Located) -> Result<Stored, ReadError> {
         }
     }
     bytes.truncate(filled);
-    check(entry, bytes.into())
+    Ok(bytes)
 }
 
 /// Cuts `entries` where the next record does not lie right behind the one before, in the same file, or there are enough.

@@ -6,6 +6,8 @@
 
 use std::sync::Arc;
 
+use subtle::ConstantTimeEq as _;
+
 use super::asleep::{Found, Sleeper};
 use super::direct::SegmentFile;
 use super::format::{Marker, Previous};
@@ -69,6 +71,8 @@ pub(super) struct Columns {
     published_at: Vec<Ticks>,
     /// How often the entry was found missing from the stream.
     repeats: Vec<u8>,
+    /// The tag that the entry's receipt must show; 0 where this process has not handed the entry out.
+    tags: Vec<u64>,
     /// No entry before this one waits.
     first_waiting: usize,
 }
@@ -115,6 +119,23 @@ impl Counts {
 
 /// Tenths of a second since the journal was opened.
 pub(super) type Ticks = u32;
+
+/// The judgement on one receipt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ReceiptVerdict {
+    /// The entry may be confirmed.
+    Right,
+    /// JetStream has not acknowledged the entry yet: the receipt is remembered until it does.
+    Early,
+    /// The entry is confirmed already, or there is none.
+    Settled,
+    /// This process has not handed the entry out.
+    NotHandedOut,
+    /// The tag is not the entry's.
+    WrongTag,
+    /// The entry is set aside, and JetStream never acknowledged it.
+    SetAside,
+}
 
 impl Segment {
     pub(super) fn new(number: u64, marker: Marker, file: Arc<SegmentFile>, on_disk: u64, end: u64) -> Segment {
@@ -220,13 +241,15 @@ impl Segment {
         }
     }
 
-    /// Falls asleep, if it may: its index is on disk, and its entries are all as new, or all confirmed.
+    /// Falls asleep, if it may: its index is on disk, and its entries are all as new, all published by an earlier
+    /// process, or all confirmed.
     pub(super) fn sleep(&mut self) {
         let Rows::Awake(columns) = &self.rows else { return };
         let confirmed = self.tally(State::Confirmed).entries == self.entries as u64;
         let new = self.counts.waiting == self.entries && columns.repeats.is_empty();
-        if self.sealed && (new || confirmed) {
-            self.rows = Rows::Asleep(if new { Bits::NEW } else { Bits::STORED });
+        let first = columns.bits.first().copied().unwrap_or(Bits::NEW);
+        if self.sealed && (new || confirmed) && columns.bits.iter().all(|bits| *bits == first) {
+            self.rows = Rows::Asleep(first);
         }
     }
 
@@ -243,10 +266,11 @@ impl Segment {
         self.sealed = found.by_index;
         self.damaged |= found.damage.is_some();
         self.fill(found.offsets, found.received, &found.holes);
+        // `HELD` says that the disk did not give this segment before; now its entries wait.
         if let Rows::Awake(columns) = &mut self.rows
-            && alike == Bits::STORED
+            && alike != Bits::HELD
         {
-            columns.bits.iter_mut().filter(|bits| **bits == Bits::NEW).for_each(|bits| *bits = Bits::STORED);
+            columns.bits.iter_mut().filter(|bits| **bits == Bits::NEW).for_each(|bits| *bits = alike);
             self.recount();
         }
     }
@@ -333,7 +357,7 @@ impl Segment {
         let Rows::Awake(columns) = &mut self.rows else { return None };
         let index = if self.counts.waiting == 0 { None } else { columns.next_waiting() }?;
         columns.first_waiting = index + 1;
-        columns.bits[index] = Bits::HELD;
+        columns.bits[index] = columns.bits[index].taken();
         self.counts.waiting -= 1;
         Some(index)
     }
@@ -351,11 +375,61 @@ impl Segment {
         }
     }
 
-    pub(super) fn publish(&mut self, index: usize, sequence: u64, now: Ticks) {
+    /// The entry goes out under this tag, which its receipt must show. A tag of 0 stands for none.
+    pub(super) fn hand_out(&mut self, index: usize, tag: u64) {
         let Rows::Awake(columns) = &mut self.rows else { return };
-        let state = columns.bits[index].state();
-        if state.is_none() || state == Some(State::Confirmed) {
-            return;
+        if columns.tags.len() <= index {
+            columns.tags.resize(columns.bits.len(), 0);
+        }
+        columns.tags[index] = tag;
+    }
+
+    /// Judges a receipt. One that comes before JetStream's ack is remembered.
+    pub(super) fn judge_receipt(&mut self, index: usize, tag: u64) -> ReceiptVerdict {
+        let bits = self.bits(index);
+        let columns = match &self.rows {
+            Rows::Awake(columns) => columns,
+            Rows::Asleep(Bits::STORED) => return ReceiptVerdict::Settled,
+            Rows::Asleep(_) => return ReceiptVerdict::NotHandedOut,
+        };
+        let own = columns.tags.get(index).copied().unwrap_or(0);
+        let acknowledged = columns.sequences.get(index).is_some_and(|sequence| *sequence != 0);
+        match bits.state() {
+            None | Some(State::Confirmed) => ReceiptVerdict::Settled,
+            Some(State::SetAside) if own == 0 => ReceiptVerdict::SetAside,
+            _ if own == 0 => ReceiptVerdict::NotHandedOut,
+            _ if !bool::from(own.ct_eq(&tag)) => ReceiptVerdict::WrongTag,
+            _ if acknowledged => ReceiptVerdict::Right,
+            Some(State::SetAside) => ReceiptVerdict::SetAside,
+            Some(State::Journalled | State::Published) => {
+                self.change(index, bits.receipted());
+                ReceiptVerdict::Early
+            }
+        }
+    }
+
+    /// A receipt with the right tag, for an entry that only an earlier process handed out: right where that one had
+    /// JetStream's ack, else remembered until this process has it.
+    pub(super) fn receipt_of_before(&mut self, index: usize) -> ReceiptVerdict {
+        let bits = self.bits(index);
+        match bits.state() {
+            None | Some(State::Confirmed) => ReceiptVerdict::Settled,
+            Some(State::SetAside) => ReceiptVerdict::SetAside,
+            Some(State::Published) => ReceiptVerdict::Right,
+            Some(State::Journalled) if bits.was_published() => ReceiptVerdict::Right,
+            Some(State::Journalled) => {
+                self.change(index, bits.receipted());
+                ReceiptVerdict::Early
+            }
+        }
+    }
+
+    /// Whether the entry is confirmed by this, because its receipt had come before.
+    pub(super) fn publish(&mut self, index: usize, sequence: u64, now: Ticks) -> bool {
+        let Rows::Awake(columns) = &mut self.rows else { return false };
+        let bits = columns.bits[index];
+        if bits.state().is_none() || bits.state() == Some(State::Confirmed) {
+            return false;
         }
         if columns.sequences.len() <= index {
             columns.sequences.resize(columns.bits.len(), 0);
@@ -363,7 +437,9 @@ impl Segment {
         }
         columns.sequences[index] = sequence;
         columns.published_at[index] = now;
-        self.change(index, Bits::IN_STREAM);
+        let receipted = bits.is_receipted();
+        self.change(index, if receipted { Bits::STORED } else { Bits::IN_STREAM });
+        receipted
     }
 
     /// Whether that was news. An entry of a segment that sleeps has to be woken first, if it is not confirmed already.

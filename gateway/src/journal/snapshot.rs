@@ -22,6 +22,7 @@ use super::table::Table;
 #[derive(Debug)]
 pub struct Snapshot {
     gateway_id: Option<String>,
+    receipt_key: Option<[u8; 32]>,
     segments: Vec<(PathBuf, Segment)>,
     unreadable: Vec<PathBuf>,
     damaged: Vec<(PathBuf, u64)>,
@@ -56,7 +57,9 @@ impl Snapshot {
     /// When the directory cannot be listed, or a file in it not be opened. One that is let go meanwhile is left out.
     pub fn of(dir: &Path) -> io::Result<Snapshot> {
         let gateway_id = files::read_gateway_id(dir)?;
-        let mut snapshot = Snapshot { gateway_id, segments: Vec::new(), unreadable: Vec::new(), damaged: Vec::new() };
+        let receipt_key = files::read_receipt_key(dir)?;
+        let (segments, unreadable, damaged) = (Vec::new(), Vec::new(), Vec::new());
+        let mut snapshot = Snapshot { gateway_id, receipt_key, segments, unreadable, damaged };
         for (kind, number) in files::list(dir)? {
             let looked = match kind {
                 Kind::Segment => snapshot.look_into(dir, number),
@@ -111,6 +114,11 @@ impl Snapshot {
         }
         self.segments.push((path, segment));
         Ok(())
+    }
+
+    /// The key of the tags that its receipts must show; `None` before the first start that made one.
+    pub fn receipt_key(&self) -> Option<&[u8; 32]> {
+        self.receipt_key.as_ref()
     }
 
     /// The id of the gateway whose journal it is; `None` if no gateway ever ran on it.

@@ -68,8 +68,12 @@ impl Bits {
     const TAKEN: u8 = 8;
     /// No entry can be read here. Found out anew at each start.
     const HOLE: u8 = 16;
-    /// The upper three bits: which [`Refusal`].
+    /// The upper three bits of a set-aside entry: which [`Refusal`].
     const REFUSAL: u32 = 5;
+    /// Of an entry that is not set aside: its receipt has come, JetStream's ack has not. Not kept across a restart.
+    const RECEIPTED: u8 = 32;
+    /// Of an entry that is not set aside: an earlier process had JetStream's ack for it.
+    const WAS_PUBLISHED: u8 = 64;
 
     pub(super) const NEW: Bits = Bits(0);
     /// As good as new, but somebody has it.
@@ -85,7 +89,28 @@ impl Bits {
 
     /// As it is written to a marks file. A hole is left out: it is what the file says, not what happened to it.
     pub(super) fn to_marks(self) -> u8 {
-        if self == Bits::GONE { 0 } else { self.0 & !Bits::TAKEN }
+        let kept = if self.has(Bits::SET_ASIDE) { self.0 } else { self.0 & !Bits::RECEIPTED };
+        if self == Bits::GONE { 0 } else { kept & !Bits::TAKEN }
+    }
+
+    /// As a publisher has it. A receipt that has come stays with it.
+    pub(super) fn taken(self) -> Bits {
+        Bits(self.0 & Bits::RECEIPTED | Bits::TAKEN)
+    }
+
+    /// The same, with the receipt that has come before JetStream's ack.
+    pub(super) fn receipted(self) -> Bits {
+        Bits(self.0 | Bits::RECEIPTED)
+    }
+
+    /// Whether the receipt has come before JetStream's ack.
+    pub(super) fn is_receipted(self) -> bool {
+        self.state() == Some(State::Journalled) && self.has(Bits::RECEIPTED)
+    }
+
+    /// Whether an earlier process had JetStream's ack for it, and this one has not handed it out yet.
+    pub(super) fn was_published(self) -> bool {
+        self.state() == Some(State::Journalled) && self.has(Bits::WAS_PUBLISHED)
     }
 
     fn has(self, bit: u8) -> bool {
@@ -123,12 +148,14 @@ impl Bits {
     }
 
     /// What of this is still true after a restart. A publish is not: the stream may have lost the message meanwhile,
-    /// so what is not confirmed is published again.
+    /// so what is not confirmed is published again. That it was published is remembered, for the receipt that may come.
     pub(super) fn after_restart(self) -> Bits {
         match self.state() {
             Some(State::Confirmed) => Bits(Bits::CONFIRMED),
             Some(State::SetAside) => self,
-            Some(State::Journalled | State::Published) | None => Bits::NEW,
+            Some(State::Published) => Bits(Bits::WAS_PUBLISHED),
+            Some(State::Journalled) => Bits(self.0 & Bits::WAS_PUBLISHED),
+            None => Bits::NEW,
         }
     }
 }

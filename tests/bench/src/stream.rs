@@ -60,7 +60,7 @@ impl Stream {
         let mut reader = Reader::new(&lookup);
         let settings = NatsSettings::read(&mut reader);
         let settings = reader.finish(settings)?;
-        Ok(Stream { context: shared::stream::jetstream(async_nats::connect(url).await?), settings })
+        Ok(Stream { context: shared::link::jetstream(async_nats::connect(url).await?), settings })
     }
 
     /// Publishes deliveries number `0` to `count` as the gateway publishes them (the same headers and subjects), as

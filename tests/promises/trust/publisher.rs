@@ -1,1 +1,150 @@
 //! A program that may publish `signals.sentry.*` puts hostile messages on the stream.
+//!
+//! Each message is met once: it becomes a dead letter with its raw bytes, and what comes behind it is stored.
+
+use std::time::Duration;
+
+use async_nats::jetstream::consumer::pull::Config;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use world::{RawClient, Setup, World, eventually};
+
+use crate::{fixture, setup};
+
+const BODY: &str = fixture!("issue_created");
+const SUBJECT: &str = "signals.sentry.issue";
+
+/// Header blocks that the client library cannot read: it drops the connection, or its task panics.
+const UNREADABLE: [(&str, &[u8]); 5] = [
+    ("a carriage return in a value", b"NATS/1.0\r\nX: a\rb\r\n\r\n"),
+    ("no colon", b"NATS/1.0\r\nno header\r\n\r\n"),
+    ("bytes that are no UTF-8", b"NATS/1.0\r\nX: \xff\xfe\r\n\r\n"),
+    ("a name with a space", b"NATS/1.0\r\nX Y: a\r\n\r\n"),
+    ("another version", b"HTTP/1.1\r\nX: a\r\n\r\n"),
+];
+
+/// A world in which a message that no worker acknowledges comes again after two seconds instead of thirty.
+async fn impatient(setup: Setup) -> World {
+    let mut world = setup.workers(0).start().await;
+    let jetstream = world.jetstream().await;
+    let stream = eventually("the stream", || async { jetstream.get_stream("SIGNALS").await.ok() }).await;
+    let consumer = Config {
+        durable_name: Some("worker".into()),
+        ack_wait: Duration::from_secs(2),
+        max_ack_pending: 16_384,
+        ..Config::default()
+    };
+    stream.create_consumer(consumer).await.unwrap();
+    world.start_worker().await;
+    world
+}
+
+/// Waits until each of these deliveries is stored.
+async fn all_stored(world: &World, ids: &[String]) {
+    for id in ids {
+        world.stored(id).await;
+    }
+}
+
+#[tokio::test]
+async fn header_blocks_that_the_client_cannot_read_become_dead_letters() {
+    let world = impatient(setup()).await;
+    let mut hostile = RawClient::connect(world.nats.port()).await;
+    let mut genuine = Vec::new();
+    for (name, block) in UNREADABLE {
+        genuine.push(world.post(BODY).await.accepted());
+        hostile.publish(SUBJECT, block, name.as_bytes()).await;
+        hostile.flush().await;
+        genuine.push(world.post(BODY).await.accepted());
+    }
+    all_stored(&world, &genuine).await;
+    world.until("SELECT count(*) FROM ingest.dead_letters", UNREADABLE.len() as i64).await;
+    world.all_acknowledged().await;
+    let letters =
+        world.query("SELECT body, headers::text, reason FROM ingest.dead_letters ORDER BY stream_sequence", &[]);
+    for (row, (name, block)) in letters.await.iter().zip(UNREADABLE) {
+        assert_eq!(row.get::<_, &[u8]>(0), name.as_bytes());
+        let headers: serde_json::Value = serde_json::from_str(row.get(1)).unwrap();
+        assert_eq!(headers["Unreadable-Header-Block"][0], STANDARD.encode(block), "{name}: the raw bytes are kept");
+        assert!(row.get::<_, &str>(2).contains("headers cannot be read"), "{name}: {}", row.get::<_, &str>(2));
+    }
+    // Never met again: what comes now finds the same connection.
+    let id = world.post(BODY).await.accepted();
+    world.stored(&id).await;
+    assert!(world.workers[0].process().is_alive());
+    assert_eq!(world.workers[0].metric("worker_messages_unreadable_total").await, UNREADABLE.len() as f64);
+    let audit = world.worker(&["audit", "--json"]).await;
+    assert_eq!(audit.code, Some(0), "{audit:?}");
+    let counts = audit.json();
+    assert_eq!((&counts["stored"], &counts["dead_letters"]), (&(genuine.len() + 1).into(), &UNREADABLE.len().into()));
+}
+
+#[tokio::test]
+async fn replay_and_audit_pass_over_what_the_client_cannot_read() {
+    let world = setup().workers(0).start().await;
+    let migrated = world.worker(&["migrate"]).await;
+    assert_eq!(migrated.code, Some(0), "{migrated:?}");
+    let mut hostile = RawClient::connect(world.nats.port()).await;
+    let mut genuine = Vec::new();
+    for (name, block) in UNREADABLE {
+        genuine.push(world.post(BODY).await.accepted());
+        world.on_stream(2 * genuine.len() as u64 - 1).await;
+        hostile.publish(SUBJECT, block, name.as_bytes()).await;
+        hostile.flush().await;
+    }
+    let messages = 2 * UNREADABLE.len();
+    let dry = world.worker(&["replay", "--dry-run"]).await;
+    assert_eq!((dry.code, dry.number("  would insert")), (Some(1), genuine.len() as u64), "{dry:?}");
+    assert_eq!(dry.number("  would become a dead letter"), UNREADABLE.len() as u64, "{dry:?}");
+    let audit = world.worker(&["audit", "--json"]).await;
+    assert_eq!((audit.code, &audit.json()["messages"]), (Some(0), &messages.into()), "{audit:?}");
+    assert_eq!(audit.json()["pending"], messages, "no consumer has acknowledged anything: {audit:?}");
+    let replay = world.worker(&["replay"]).await;
+    assert_eq!((replay.code, replay.number("  inserted")), (Some(1), genuine.len() as u64), "{replay:?}");
+    all_stored(&world, &genuine).await;
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM ingest.dead_letters").await, UNREADABLE.len() as i64);
+    let again = world.worker(&["replay"]).await;
+    assert_eq!((again.code, again.number("  inserted")), (Some(0), 0), "{again:?}");
+}
+
+#[tokio::test]
+async fn times_that_no_calendar_has_are_held_to_the_streams_clock() {
+    let world = impatient(setup()).await;
+    let mut hostile = RawClient::connect(world.nats.port()).await;
+    let times =
+        ["9999-12-31T23:59:59-23:59", "0000-01-01T00:00:00+23:59", "1970-01-01T00:00:00Z", "2200-01-01T00:00:00Z"];
+    for (n, time) in times.iter().enumerate() {
+        let block = format!("NATS/1.0\r\nDelivery-Id: far-{n}\r\nReceived-At: {time}\r\n\r\n");
+        hostile.publish(SUBJECT, block.as_bytes(), BODY.as_bytes()).await;
+    }
+    hostile.flush().await;
+    let id = world.post(BODY).await.accepted();
+    world.stored(&id).await;
+    for n in 0..times.len() {
+        world.stored(&format!("far-{n}")).await;
+    }
+    let far = "SELECT count(*) FROM ingest.deliveries
+        WHERE received_at NOT BETWEEN now() - interval '41 days' AND now() + interval '11 minutes'";
+    assert_eq!(world.value::<i64>(far).await, 0);
+    assert!(world.workers[0].process().is_alive());
+    world.all_acknowledged().await;
+    let audit = world.worker(&["audit"]).await;
+    assert_eq!(audit.code, Some(0), "{audit:?}");
+}
+
+#[tokio::test]
+async fn a_subject_that_is_no_utf_8_stops_no_worker() {
+    let world = impatient(setup()).await;
+    let mut hostile = RawClient::connect(world.nats.port()).await;
+    for subject in
+        [&b"signals.sentry.\xff\xfe"[..], "signals.sentry.a\u{a0}b".as_bytes(), "signals.sentry.\u{2003}".as_bytes()]
+    {
+        hostile.publish(subject, b"", b"a").await;
+        hostile.publish(subject, b"NATS/1.0\r\nX: a\r\n\r\n", b"b").await;
+    }
+    hostile.flush().await;
+    let id = world.post(BODY).await.accepted();
+    world.stored(&id).await;
+    world.all_acknowledged().await;
+    assert_eq!(world.worker(&["audit"]).await.code, Some(0));
+}

@@ -11,9 +11,13 @@ use std::time::{Duration, Instant};
 use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::consumer::pull::BatchConfig;
 use async_nats::jetstream::{Context, Message};
-use async_nats::{Client, StatusCode, Subject, Subscriber};
+use async_nats::{StatusCode, Subject, Subscriber};
 use futures_util::StreamExt as _;
 use tokio::time::{sleep, timeout};
+
+use super::pulled::Pulled;
+use super::session::Session;
+use crate::metrics::Metrics;
 
 /// Most bytes of messages in one batch, so that memory stays bounded when bodies are large.
 const BATCH_BYTES: usize = 16 << 20;
@@ -45,6 +49,7 @@ pub(super) enum Lost {
 pub(super) struct Requests {
     consumer: PullConsumer,
     context: Context,
+    metrics: Metrics,
     /// Everything that is answered comes here; each request has a subject of its own in it, so that a word on an older
     /// one is not taken for the present one's.
     inbox: Subscriber,
@@ -54,27 +59,27 @@ pub(super) struct Requests {
     pending: bool,
     batch_max: usize,
     /// What has been delivered and not been returned yet. Here, so that a call of `next` that is dropped loses nothing.
-    arrived: Vec<Message>,
+    arrived: Vec<Pulled>,
     /// The next message alone is larger than a batch may be.
     oversized: bool,
 }
 
 impl Requests {
     pub(super) async fn open(
-        client: &Client,
-        context: &Context,
+        session: &Session,
         consumer: PullConsumer,
         batch_max: usize,
+        metrics: &Metrics,
     ) -> Result<Requests, Lost> {
+        let (client, context, metrics) = (session.client(), session.context().clone(), metrics.clone());
         let prefix = client.new_inbox();
         let inbox = client.subscribe(format!("{prefix}.*")).await.map_err(|error| Lost::Client(error.to_string()))?;
-        let context = context.clone();
         let (asked, pending, arrived, oversized) = (0, false, vec![], false);
-        Ok(Requests { consumer, context, inbox, prefix, asked, pending, batch_max, arrived, oversized })
+        Ok(Requests { consumer, context, metrics, inbox, prefix, asked, pending, batch_max, arrived, oversized })
     }
 
     /// Waits for messages, and gives all there are, up to a batch: never none. May be dropped at any time.
-    pub(super) async fn next(&mut self) -> Result<Vec<Message>, Lost> {
+    pub(super) async fn next(&mut self) -> Result<Vec<Pulled>, Lost> {
         loop {
             let asked_at = Instant::now();
             self.ask().await?;
@@ -99,7 +104,7 @@ impl Requests {
     /// just sent to it, which then waits for the ack wait to pass: JetStream does not see at once that nobody listens any
     /// more (<https://github.com/nats-io/nats.go/issues/898>), and async-nats 0.51 forgets a drained subscription before
     /// the server has answered.
-    pub(super) async fn close(mut self) -> Vec<Message> {
+    pub(super) async fn close(mut self) -> Vec<Pulled> {
         if self.pending {
             let _ = timeout(EXPIRES + LATE, self.gather()).await;
         }
@@ -131,8 +136,17 @@ impl Requests {
         let present = self.subject();
         while self.arrived.len() < self.batch_max {
             let message = self.inbox.next().await.ok_or_else(|| Lost::Client("it has stopped".into()))?;
+            // A message of the stream bears the stream's subject, whatever its headers say; the server's word on a request
+            // comes to the request's own subject. Anything else was sent here by another program.
+            if !message.subject.starts_with(&self.prefix) {
+                match Pulled::of(Message { message, context: self.context.clone() }) {
+                    Some(pulled) => self.arrived.push(pulled),
+                    None => self.metrics.ignored(),
+                }
+                continue;
+            }
             let Some(status) = message.status else {
-                self.arrived.push(Message { message, context: self.context.clone() });
+                self.metrics.ignored();
                 continue;
             };
             if message.subject.as_str() != present {

@@ -5,15 +5,18 @@
 //! delivered in a session is acknowledged in it or not at all. What is not acknowledged comes again after the ack
 //! wait; if it was stored, the ledger knows it.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_nats::Client;
-use async_nats::connection::State;
-use async_nats::jetstream::{AckKind, Message};
+use async_nats::jetstream::{AckKind, Context};
 use futures_util::future::join_all;
+use shared::link::Linked;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
+
+use super::pulled::Pulled;
 
 /// How long the server may take to confirm an ack. One that is not confirmed costs a redelivery, which changes nothing.
 const ACK_WITHIN: Duration = Duration::from_secs(5);
@@ -22,7 +25,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// The time of one connection, shared by all pullers of a worker.
 pub struct Session {
-    client: Client,
+    linked: Arc<Linked>,
     /// Which of the client's connections this is, counted from 1.
     connection: u64,
     ended: CancellationToken,
@@ -31,8 +34,9 @@ pub struct Session {
 impl Session {
     /// Begins one with the connection that the client has now. Begun before the consumer is looked at, it also covers
     /// what was found there.
-    pub fn begin(client: &Client) -> Session {
-        Session { client: client.clone(), connection: connections(client), ended: CancellationToken::new() }
+    pub fn begin(linked: Arc<Linked>) -> Session {
+        let connection = connections(&linked.client);
+        Session { linked, connection, ended: CancellationToken::new() }
     }
 
     /// Ends it for everybody.
@@ -42,9 +46,12 @@ impl Session {
 
     /// Whether it was ended or its connection is gone.
     pub fn is_over(&self) -> bool {
-        self.ended.is_cancelled()
-            || self.connection != connections(&self.client)
-            || self.client.connection_state() != State::Connected
+        self.ended.is_cancelled() || self.has_lost_connection()
+    }
+
+    /// Whether its connection is gone, or the client itself.
+    pub fn has_lost_connection(&self) -> bool {
+        self.connection != connections(&self.linked.client) || !self.linked.is_up()
     }
 
     /// Returns once it is over. It looks, and does not rely on the client's events: those may be dropped when there
@@ -55,19 +62,26 @@ impl Session {
         }
     }
 
-    /// The connection.
+    /// The client.
     pub(super) fn client(&self) -> &Client {
-        &self.client
+        &self.linked.client
+    }
+
+    /// JetStream by that client.
+    pub(super) fn context(&self) -> &Context {
+        &self.linked.context
     }
 
     /// Acknowledges messages that are stored, and waits until the server confirms. Gives how many acks it did not.
-    pub(super) async fn acknowledge(&self, messages: &[Message]) -> usize {
+    pub(super) async fn acknowledge(&self, messages: &[Pulled]) -> usize {
         let unconfirmed = match self.is_over() {
             true => messages.len(),
-            false => match timeout(ACK_WITHIN, join_all(messages.iter().map(Message::double_ack))).await {
-                Ok(acks) => acks.into_iter().filter(Result::is_err).count(),
-                Err(_) => messages.len(),
-            },
+            false => {
+                match timeout(ACK_WITHIN, join_all(messages.iter().map(|pulled| pulled.message.double_ack()))).await {
+                    Ok(acks) => acks.into_iter().filter(Result::is_err).count(),
+                    Err(_) => messages.len(),
+                }
+            }
         };
         if unconfirmed > 0 {
             tracing::warn!(
@@ -80,30 +94,30 @@ impl Session {
 
     /// Keeps telling the server that these messages are worked on, so that nobody else gets them. Returns when
     /// the session is over, and nothing can be told any more.
-    pub(super) async fn keep(&self, messages: &[Message], every: Duration) {
+    pub(super) async fn keep(&self, messages: &[Pulled], every: Duration) {
         let mut ticks = interval(every);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         ticks.tick().await; // the first is at once, and the server has only just delivered them
         loop {
             ticks.tick().await;
-            for message in messages {
+            for pulled in messages {
                 if self.is_over() {
                     return;
                 }
                 // One that is not told is delivered again after the ack wait.
-                let _ = message.ack_with(AckKind::Progress).await;
+                let _ = pulled.message.ack_with(AckKind::Progress).await;
             }
         }
     }
 
     /// Gives messages back to the consumer, for another worker to have at once.
-    pub async fn hand_back(&self, messages: &[Message]) {
-        for message in messages {
+    pub async fn hand_back(&self, messages: &[Pulled]) {
+        for pulled in messages {
             if self.is_over() {
                 return;
             }
             // One that cannot be handed back is delivered again after the ack wait.
-            let _ = message.ack_with(AckKind::Nak(None)).await;
+            let _ = pulled.message.ack_with(AckKind::Nak(None)).await;
         }
     }
 }

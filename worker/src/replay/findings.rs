@@ -3,7 +3,6 @@
 use crate::commands::{count, patiently};
 use crate::dead_letters::DeadLetter;
 use crate::interpret::interpret;
-use crate::read::read;
 use crate::reading::Entry;
 use crate::replay::options::Options;
 use crate::store::{Fate, Known, Record, Store};
@@ -117,15 +116,12 @@ pub(super) async fn find(store: &Store, options: &Options, batch: Vec<Entry>) ->
         pairs.map(|(entry, id)| Found::of(&entry, known.get(&id), id, dry_run, restore)).collect()
     };
     // Reading megabytes of JSON takes a while.
-    Ok(tokio::task::spawn_blocking(judge).await.expect("reading a batch does not panic"))
+    Ok(tokio::task::spawn_blocking(judge).await.expect("reading isolates its panics"))
 }
 
 impl Found {
     fn of(entry: &Entry, known: Option<&Known>, delivery_id: String, dry_run: bool, restore: bool) -> Found {
-        let read = || {
-            let read = read(&entry.delivery(), entry.sequence, entry.origin());
-            Some(read.map(Box::new))
-        };
+        let read = || Some(entry.read().map(Box::new));
         let (outcome, read) = match known.map(|known| &known.fate) {
             None => (Outcome::Inserted, read()),
             Some(Fate::Stored { severity, title }) if dry_run => (compare(entry, severity, title), None),

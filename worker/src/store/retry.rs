@@ -5,13 +5,15 @@ use async_nats::header::{HeaderName, HeaderValue};
 use bytes::Bytes;
 use deadpool_postgres::Transaction;
 use serde_json::Value;
-use shared::delivery::{Delivery, DeliveryId, trace_of_message};
+use shared::delivery::{DELIVERY_ID, RECEIVED_AT, trace_of_message};
+use time::format_description::well_known::Rfc3339;
+use time::{Duration, OffsetDateTime};
 use tracing::field::display;
 
 use super::rows::{Claim, Statements};
 use super::{LEDGER, Origin, SETTINGS, Store, StoreError, UNLESS_THERE, begin, within};
 use crate::dead_letters::{self, DeadLetter};
-use crate::read::read;
+use crate::read::read_message;
 
 /// Takes a letter out; two who want the same one take turns, and the second finds none.
 const TAKE: &str = "\
@@ -61,7 +63,7 @@ impl Store {
         let Some(letter) = take(&tx, delivery_id).await? else { return Ok(Retried::NotThere) };
         let attempts = letter.origin.attempts + 1;
         let trace = trace_of_message(Some(&letter.origin.headers)).map(|trace| display(trace.trace_id()));
-        let read = tokio::task::spawn_blocking(move || read_again(letter)).await.expect("reading does not panic");
+        let read = tokio::task::spawn_blocking(move || read_again(letter)).await.expect("reading isolates its panics");
         let mut dead = match read {
             Ok(record) => {
                 let savepoint = within(tx.savepoint("delivery")).await?;
@@ -136,21 +138,29 @@ async fn take(tx: &Transaction<'_>, delivery_id: &str) -> Result<Option<DeadLett
 
 /// The letter's message, read as if it came now. What a foreign message lacks, the time, is that of its failure.
 fn read_again(letter: DeadLetter) -> Result<super::Record, Box<DeadLetter>> {
-    let Origin { subject, headers, body, .. } = &letter.origin;
+    let Origin { subject, mut headers, body, attempts } = letter.origin;
+    if letter.delivery_id.parse::<HeaderValue>().is_ok() {
+        headers.insert(DELIVERY_ID, letter.delivery_id.as_str()); // the ledger's, whatever the headers said
+    }
     let message = async_nats::Message {
-        subject: subject.as_str().into(),
+        subject: subject.into(),
         reply: None,
-        payload: body.clone(),
-        headers: Some(headers.clone()),
+        length: body.len(),
+        payload: body,
+        headers: Some(headers),
         status: None,
         description: None,
-        length: body.len(),
     };
-    let mut delivery = Delivery::from_message(&message, letter.stream_sequence, letter.failed_at);
-    if let Some(id) = DeliveryId::parse(&letter.delivery_id) {
-        delivery.id = id; // the ledger's, whatever the headers say
-    }
-    read(&delivery, letter.stream_sequence, letter.origin)
+    let stored_at = received_at(&message, letter.failed_at).unwrap_or(letter.failed_at);
+    read_message(&message, letter.stream_sequence, stored_at, attempts)
+}
+
+/// The time in the message's header, where it can be true of a letter that failed at `failed_at`, perhaps again and
+/// again for years.
+fn received_at(message: &async_nats::Message, failed_at: OffsetDateTime) -> Option<OffsetDateTime> {
+    let text = message.headers.as_ref()?.get(RECEIVED_AT)?.as_str();
+    let at = OffsetDateTime::parse(text, &Rfc3339).ok()?;
+    (failed_at.saturating_sub(Duration::days(10 * 365))..=failed_at).contains(&at).then_some(at)
 }
 
 /// Back from what [`dead_letters`] made of them. What can be no header any more is left out.
@@ -170,8 +180,6 @@ fn headers(json: &str) -> HeaderMap {
 
 #[cfg(test)]
 mod tests {
-    use time::OffsetDateTime;
-
     use super::*;
 
     #[test]

@@ -138,7 +138,9 @@ async fn nothing_is_let_go_for_an_entry_that_would_not_fit_anyway() {
     let limits = Limits { max_bytes_on_disk: 180_000, ..limits(7) };
     let (journal, _) = open(dir.path(), limits).await;
     append_all(&journal, &(0..20).map(|id| entry(id, 500)).collect::<Vec<_>>()).await;
-    journal.take(20, MIB).await.iter().for_each(|stored| journal.mark_published(stored.place, 1));
+    for stored in journal.take(20, MIB).await {
+        journal.mark_published(stored.place, 1);
+    }
     let error = journal.append(entry(99, 200_000)).await.unwrap_err();
     assert!(matches!(error, AppendError::Full { .. }), "{error}");
     assert_eq!(states(&journal), [0, 20, 0, 0]);
@@ -409,7 +411,9 @@ async fn a_record_that_the_disk_does_not_give_is_not_given_up() {
     }
     assert!(is_waiting(journal.take(1, MIB)).await, "not tried again and again");
     assert_eq!(journal.stats().unreadable_records, 8 - there as u64);
-    taken.iter().for_each(|stored| journal.mark_published(stored.place, 1));
+    for stored in &taken {
+        journal.mark_published(stored.place, 1);
+    }
     journal.mark_confirmed(&taken.iter().map(|stored| stored.place).collect::<Vec<_>>()).await;
     journal.close().await;
     drop(journal);

@@ -5,6 +5,7 @@ mod behaviour;
 mod damage;
 mod disk;
 mod model;
+mod receipts;
 
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};

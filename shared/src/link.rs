@@ -1,0 +1,216 @@
+//! The connection of a program to NATS, for as long as the program runs.
+//!
+//! async-nats connects again by itself. One thing it does not survive is a panic of its own task, which a single message
+//! can bring about ([`crate::hostile`]). The client then takes no more commands and still calls itself connected. A
+//! [`Link`] notices that the task has ended and makes a new client; subscriptions and requests of the old one are gone.
+//!
+//! The check `nats` of `/readyz` is a round trip: the server has answered a request within the last seconds.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use async_nats::client::RequestErrorKind;
+use async_nats::connection::State;
+use async_nats::{Client, Event, jetstream};
+use tokio::sync::{Notify, watch};
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::nats::Connection;
+use crate::ops::Readiness;
+
+/// How often the server is asked for an answer, beside each new connection.
+const ASK_EVERY: Duration = Duration::from_secs(3);
+/// How long an answer of the server may take, for this and for every request to JetStream.
+pub const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+/// How long to wait before a client that has ended is replaced, so that hostile messages cannot make it a busy loop.
+const REPLACE_AFTER: Duration = Duration::from_millis(200);
+
+/// A connection whose client is replaced when it has ended. Clones share it.
+#[derive(Clone)]
+pub struct Link(Arc<Kept>);
+
+/// What [`Link`] shares with the task that keeps it; dropping it ends the task.
+struct Kept {
+    shared: Arc<Shared>,
+    _keeper: AbortOnDropHandle<()>,
+}
+
+struct Shared {
+    connection: Connection,
+    /// The stream that the server is asked about.
+    stream: String,
+    program: String,
+    queue: usize,
+    readiness: Readiness,
+    observe: Arc<dyn Fn(&Event) + Send + Sync>,
+    /// The client has a connection, perhaps a new one.
+    connected: Arc<Notify>,
+    current: watch::Sender<Arc<Linked>>,
+    replaced: AtomicU64,
+}
+
+/// A client, its JetStream context, and whether its task still runs.
+#[derive(Debug)]
+pub struct Linked {
+    /// The client.
+    pub client: Client,
+    /// JetStream by this client, with this project's time limits.
+    pub context: jetstream::Context,
+    ended: CancellationToken,
+}
+
+impl Linked {
+    /// Whether the client's task has ended, so that only another client can work.
+    pub fn has_ended(&self) -> bool {
+        self.ended.is_cancelled()
+    }
+
+    /// Returns once the client's task has ended.
+    pub async fn ended(&self) {
+        self.ended.cancelled().await;
+    }
+
+    /// Whether the client has a connection.
+    pub fn is_up(&self) -> bool {
+        !self.has_ended() && self.client.connection_state() == State::Connected
+    }
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Link({})", self.0.shared.program)
+    }
+}
+
+impl Link {
+    /// See [`crate::stream::NatsSettings::connect`].
+    pub(crate) async fn open(
+        connection: &Connection,
+        stream: &str,
+        program: &str,
+        queue: usize,
+        readiness: &Readiness,
+        observe: Arc<dyn Fn(&Event) + Send + Sync>,
+    ) -> anyhow::Result<Self> {
+        let connected = Arc::<Notify>::default();
+        let first = make(connection, program, queue, readiness, &observe, &connected).await?;
+        let shared = Arc::new(Shared {
+            connection: connection.clone(),
+            stream: stream.to_owned(),
+            program: program.to_owned(),
+            queue,
+            readiness: readiness.clone(),
+            observe,
+            connected,
+            current: watch::Sender::new(Arc::new(first)),
+            replaced: AtomicU64::new(0),
+        });
+        let kept = shared.clone();
+        let keeper = AbortOnDropHandle::new(tokio::spawn(async move { kept.keep().await }));
+        Ok(Link(Arc::new(Kept { shared, _keeper: keeper })))
+    }
+
+    /// The client as it is now. To be asked for again after a failure: it may have been replaced.
+    pub fn current(&self) -> Arc<Linked> {
+        self.0.shared.current.borrow().clone()
+    }
+
+    /// How often a client was replaced.
+    pub fn replaced(&self) -> u64 {
+        self.0.shared.replaced.load(Ordering::Relaxed)
+    }
+}
+
+/// A JetStream context with this project's time limits.
+pub fn jetstream(client: Client) -> jetstream::Context {
+    let mut context = jetstream::new(client);
+    context.set_timeout(ANSWER_WITHIN);
+    context
+}
+
+/// A client, and a token that is cancelled when its task ends.
+async fn make(
+    connection: &Connection,
+    program: &str,
+    queue: usize,
+    readiness: &Readiness,
+    observe: &Arc<dyn Fn(&Event) + Send + Sync>,
+    connected: &Arc<Notify>,
+) -> anyhow::Result<Linked> {
+    let ended = CancellationToken::new();
+    // The client's task owns the sender of events. When the task ends, however it ends, the library drops the callback
+    // for events, and the guard with it.
+    let guard = ended.clone().drop_guard();
+    let (observe, connected) = (observe.clone(), connected.clone());
+    let on_event = move |event: &Event| {
+        let _ = &guard;
+        if matches!(event, Event::Connected) {
+            connected.notify_one();
+        }
+        observe(event);
+    };
+    let client = connection.connect(program, queue, readiness, on_event).await?;
+    Ok(Linked { context: jetstream(client.clone()), client, ended })
+}
+
+impl Shared {
+    /// Asks for answers, and replaces the client when it has ended. Never returns.
+    async fn keep(&self) {
+        loop {
+            let linked = self.current.borrow().clone();
+            let asking = async {
+                loop {
+                    self.ask(&linked).await;
+                    // Too early is harmless, and too late is soon made good.
+                    let _ = timeout(ASK_EVERY, self.connected.notified()).await;
+                }
+            };
+            tokio::select! {
+                () = linked.ended() => {}
+                () = asking => {}
+            }
+            self.readiness.set("nats", Err("the client has ended; a new one is being made".into()));
+            sleep(REPLACE_AFTER).await;
+            let made =
+                make(&self.connection, &self.program, self.queue, &self.readiness, &self.observe, &self.connected);
+            match made.await {
+                Ok(new) => {
+                    self.replaced.fetch_add(1, Ordering::Relaxed);
+                    tracing::error!(
+                        "the NATS client had ended, most likely over a message that it could not read; a new one takes \
+                         its place"
+                    );
+                    self.current.send_replace(Arc::new(new));
+                }
+                Err(error) => tracing::error!("cannot make a new NATS client, will try again: {error:#}"),
+            }
+        }
+    }
+
+    /// Asks the server for something that both programs may ask for, and sets the check `nats`. Any answer will do, also
+    /// one that says no.
+    async fn ask(&self, linked: &Linked) {
+        if !linked.is_up() {
+            return; // the client's events have said why
+        }
+        let subject = format!("$JS.API.STREAM.INFO.{}", self.stream);
+        let begin = Instant::now();
+        let answered = match timeout(ANSWER_WITHIN, linked.client.request(subject, bytes::Bytes::new())).await {
+            Ok(Ok(_)) => true,
+            Ok(Err(error)) => error.kind() == RequestErrorKind::NoResponders, // JetStream's own check says that
+            Err(_) => false,
+        };
+        if !linked.is_up() {
+            return;
+        }
+        let state = match answered {
+            true => Ok(format!("connected, answers within {} ms", begin.elapsed().as_millis().max(1))),
+            false => Err(format!("connected, and no answer within {} s", ANSWER_WITHIN.as_secs())),
+        };
+        self.readiness.set("nats", state);
+    }
+}

@@ -1,0 +1,103 @@
+//! Messages that the client library cannot read.
+//!
+//! Such a message ends the connection on which it comes, or the client ([`shared::hostile`]). Nothing tells which message
+//! it was. So after a connection that was lost, a worker fetches what the consumer has given out and not seen
+//! acknowledged, one message at a time and unparsed. One that cannot be read becomes a dead letter with its raw bytes. It
+//! is then acknowledged in the worker's name, so that no worker meets it again.
+
+use async_nats::jetstream::stream::Stream;
+use futures_util::{StreamExt as _, stream};
+use shared::hostile::StoredMessage;
+use shared::stream::CONSUMER;
+use time::OffsetDateTime;
+use tokio::time::{Duration, timeout};
+
+use super::database::Database;
+use super::session::Session;
+use crate::dead_letters::DeadLetter;
+use crate::read;
+use crate::store::{Batch, tell};
+
+/// How many messages are fetched at once. Each may be 8 MiB, and comes as base64.
+const AT_ONCE: usize = 4;
+/// How long the server may take to confirm the ack. One that another worker has acknowledged before is not confirmed.
+const ACK_WITHIN: Duration = Duration::from_secs(1);
+
+/// Finds unreadable messages, in one session after another.
+#[derive(Debug, Default)]
+pub struct UnreadableScan {
+    /// Every message up to this sequence was found readable, or is a dead letter.
+    known: u64,
+    /// When the stream in which this was found was made.
+    stream: Option<OffsetDateTime>,
+}
+
+impl UnreadableScan {
+    /// Makes dead letters of what cannot be read among the messages that the consumer has given out.
+    ///
+    /// # Errors
+    /// Where NATS does not say. What was found is done; the rest is looked at after the next loss.
+    pub async fn bury(&mut self, stream: &Stream, session: &Session, database: &Database) -> anyhow::Result<()> {
+        let consumer = stream.consumer_info(CONSUMER).await?;
+        let info = stream.get_info().await?;
+        let (floor, delivered) = (consumer.ack_floor.stream_sequence, consumer.delivered.stream_sequence);
+        if self.stream != Some(info.created) || info.state.last_sequence < self.known {
+            *self = UnreadableScan { known: 0, stream: Some(info.created) }; // another stream, or older files of this one
+        }
+        let name = &info.config.name;
+        let range = floor.max(self.known) + 1..=delivered.min(info.state.last_sequence);
+        let fetch = |sequence| StoredMessage::at(session.context(), name, sequence);
+        let mut messages = stream::iter(range.clone()).map(fetch).buffered(AT_ONCE);
+        let mut found = Vec::new();
+        let mut failed = None;
+        while let Some(message) = messages.next().await {
+            match message {
+                Ok(Some(message)) => {
+                    found.extend(unreadable_letter(&message).map(|letter| (message.stored_at, letter)))
+                }
+                Ok(None) => {} // purged
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
+            }
+        }
+        for (stored_at, letter) in found {
+            let sequence = letter.stream_sequence;
+            let batch = Batch { records: vec![], dead_letters: vec![letter] };
+            let Some(stored) = database.persist(&batch, || !session.is_over()).await else { return Ok(()) };
+            database.metrics().unreadable();
+            tell(&stored, &batch);
+            acknowledge(session, name, sequence, stored_at).await;
+        }
+        match failed {
+            Some(error) => Err(error.into()),
+            None => {
+                self.known = self.known.max(*range.end());
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The dead letter of a message that cannot be read; `None` for any other.
+pub fn unreadable_letter(message: &StoredMessage) -> Option<DeadLetter> {
+    let why = message.to_message().err()?;
+    let raw = message.to_raw_message();
+    Some(DeadLetter {
+        delivery_id: read::id(&raw, message.sequence).to_string(),
+        stream_sequence: message.sequence,
+        origin: read::origin(&raw, 1),
+        reason: why.to_string(),
+        failed_at: OffsetDateTime::now_utc(),
+    })
+}
+
+/// Acknowledges a message that never arrived, by the reply subject that it would have had. The server goes by the
+/// sequence in it (nats-server `consumer.go`, `processAckMsg`).
+async fn acknowledge(session: &Session, stream: &str, sequence: u64, stored_at: OffsetDateTime) {
+    let reply = format!("$JS.ACK.{stream}.{CONSUMER}.1.{sequence}.1.{}.0", stored_at.unix_timestamp_nanos());
+    if timeout(ACK_WITHIN, session.client().request(reply, "+ACK".into())).await.is_err() {
+        tracing::debug!(sequence, "the ack of a message that cannot be read was not confirmed");
+    }
+}
