@@ -9,7 +9,10 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use checks::http::Door;
+use checks::message::Seen;
 use shared::delivery::Delivery;
+use worker::pull::unreadable_letter;
+use worker::read::read_message;
 use worker::store::{Batch, Origin};
 
 use crate::canonical_form;
@@ -67,6 +70,14 @@ fn a_connection_of_any_bytes_gets_clean_answers_and_nothing_unsigned_is_taken() 
     assert_eq!(seen, [202, 400, 401, 404, 405, 408, 413, 431].into(), "the corpus reaches every answer");
 }
 
+#[test]
+fn a_message_of_any_bytes_is_a_row_or_a_dead_letter() {
+    let seen: BTreeSet<Seen> = pass("message", checks::message::check).into_iter().collect();
+    let unreadable = seen.iter().filter(|seen| matches!(seen, Seen::Unreadable(_))).count();
+    assert!(seen.contains(&Seen::Record) && seen.contains(&Seen::NotJson), "{seen:?}");
+    assert_eq!(unreadable, 6, "the corpus reaches every reason: {seen:?}");
+}
+
 /// Also of another folder, such as a fuzzer's while it runs: `CANONICAL_CORPUS=folder`.
 #[test]
 fn node_agrees_on_what_the_fuzzers_found() {
@@ -114,6 +125,22 @@ async fn postgresql_takes_what_the_fuzzers_found() {
         fresh += stored.fresh.len() as i64;
         dead += stored.dead.len() as i64;
     }
+    let mut messages = Batch::default();
+    for (_, input) in corpus("message") {
+        let stored = checks::message::parts(&input);
+        match (unreadable_letter(&stored), stored.to_message()) {
+            (Some(letter), _) => messages.dead_letters.push(letter),
+            (None, Ok(message)) => match read_message(&message, stored.sequence, stored.stored_at, 1) {
+                Ok(record) => messages.records.push(record),
+                Err(letter) => messages.dead_letters.push(*letter),
+            },
+            (None, Err(why)) => unreachable!("it has a letter: {why}"),
+        }
+    }
+    let stored = store.persist(&messages).await.unwrap();
+    fresh += stored.fresh.len() as i64;
+    dead += stored.dead.len() as i64;
+    assert!(stored.fresh.len() > 3 && stored.dead.len() > 6, "{stored:?}");
     assert_eq!(database.counts().await, [fresh, fresh, fresh + dead, dead]);
     assert!(fresh > 100 && dead > 10, "{fresh} stored and {dead} dead letters: too few to tell anything");
     let readable = "SELECT count(*)::text FROM signals WHERE length(payload::text) > 0";

@@ -14,5 +14,6 @@ pub mod http;
 pub mod interpret;
 pub mod javascript;
 pub mod journal;
+pub mod message;
 mod segments;
 mod wire;
