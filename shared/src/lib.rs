@@ -26,6 +26,7 @@ pub mod delivery;
 pub mod json;
 pub mod metrics;
 pub mod nats;
+pub mod operator;
 pub mod ops;
 pub mod receipt;
 pub mod settings;
