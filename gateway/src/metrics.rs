@@ -16,6 +16,7 @@ use shared::metrics::{Each, counter, gauge, labels};
 use crate::journal::{Journal, Refusal, SYNC_BUCKETS};
 use crate::receive::Gateway;
 use crate::reject::Reject;
+use crate::signature::Form;
 
 /// Bounds of times that are short when all is well, seconds.
 const QUICK: [f64; 13] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0];
@@ -94,6 +95,9 @@ impl VerifyTimes {
     }
 }
 
+/// What [`Metrics::signed`] tells apart.
+const SIGNED: [Form; 2] = [Form::Raw, Form::Canonical];
+
 impl Default for VerifyTimes {
     /// Times that nobody asks for.
     fn default() -> Self {
@@ -108,6 +112,7 @@ pub struct Metrics {
     answers: Each<Counter>,
     bodies: Histogram,
     verify: VerifyTimes,
+    signatures: Each<Counter>,
     appends: Histogram,
     appended_bytes: Counter,
     publish: Histogram,
@@ -144,6 +149,9 @@ impl Metrics {
         let unit = Some(Unit::Seconds);
         let verify =
             Each::register(registry, "gateway_verify", help, unit, verified.to_vec(), || Histogram::new(VERIFY));
+        let help = "Right signatures, by what they are over: the body's bytes (raw) or its canonical JSON (canonical)";
+        let forms = labels("form", SIGNED.map(Form::as_str));
+        let signatures = Each::register(registry, "gateway_signatures", help, None, forms, Counter::default);
 
         let appends = Histogram::new(QUICK);
         let help = "From handing an accepted delivery to the journal until it is on disk";
@@ -183,6 +191,7 @@ impl Metrics {
             answers,
             bodies,
             verify: VerifyTimes(verify),
+            signatures,
             appends,
             appended_bytes,
             publish,
@@ -213,6 +222,11 @@ impl Metrics {
     /// For how long signatures take.
     pub fn verify_times(&self) -> VerifyTimes {
         self.verify.clone()
+    }
+
+    /// A signature over that form was right.
+    pub fn signed(&self, form: Form) {
+        self.signatures.at(usize::from(form == Form::Canonical)).inc();
     }
 
     /// An entry is on its way to JetStream until what this gives is dropped.

@@ -132,6 +132,7 @@ impl Gateway {
         let signature = Signature::of(&head.headers)?;
         let (body, _budget) = self.bodies.read(body).await?;
         let body = self.verifier.verify(body, &signature).await?;
+        self.metrics.signed(body.form());
         let header = |name| Some(head.headers.get(name)?.as_bytes());
         let (request_id, resource, timestamp) = (header(REQUEST_ID), header(HOOK_RESOURCE), header(HOOK_TIMESTAMP));
         let delivery = Delivery::received(body.into_bytes(), request_id, resource, timestamp).in_trace(trace);

@@ -51,6 +51,15 @@ impl Form {
             _ => None,
         }
     }
+
+    /// Its name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Form::Any => "any",
+            Form::Canonical => "canonical",
+            Form::Raw => "raw",
+        }
+    }
 }
 
 /// What the sender put into [`SIGNATURE`]: well formed, not yet believed.
@@ -75,12 +84,20 @@ impl Signature {
 
 /// A body whose signature was right. Only [`Verifier::verify`] makes one, so nothing else can go on from here.
 #[derive(Debug)]
-pub struct VerifiedBody(Bytes);
+pub struct VerifiedBody {
+    bytes: Bytes,
+    form: Form,
+}
 
 impl VerifiedBody {
+    /// What the signature is over: [`Form::Raw`] or [`Form::Canonical`].
+    pub fn form(&self) -> Form {
+        self.form
+    }
+
     /// The bytes.
     pub fn into_bytes(self) -> Bytes {
-        self.0
+        self.bytes
     }
 }
 
@@ -124,7 +141,7 @@ impl Verifier {
             let matched = signed(&secrets, &body, signature).await;
             self.times.raw(matched, begin.elapsed());
             if matched {
-                return Ok(VerifiedBody(body));
+                return Ok(VerifiedBody { bytes: body, form: Form::Raw });
             }
         }
         if self.form == Form::Raw {
@@ -141,7 +158,7 @@ impl Verifier {
             tokio::task::spawn_blocking(check).await.expect("making a canonical form does not panic")
         };
         self.times.canonical(right, begin.elapsed());
-        if right { Ok(VerifiedBody(body)) } else { Err(Reject::BadSignature) }
+        if right { Ok(VerifiedBody { bytes: body, form: Form::Canonical }) } else { Err(Reject::BadSignature) }
     }
 }
 
