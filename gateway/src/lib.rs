@@ -3,7 +3,7 @@
 //! Read [`receive`] first: it is the way of one delivery up to its 202. [`signature`] and [`canonical`] say what a genuine
 //! delivery is, [`journal`] what a 202 rests on, [`reject`] what everybody else is told, [`server`] keeps the connections, [`body`]
 //! and [`pace`] what they may cost, [`said`] that every word of theirs is ours, [`secrets`] the client secrets, which may change.
-//! [`source`] finds the address that a request came from, [`top_sources`] counts by it.
+//! [`duplicate_bodies`] recognises a body that comes again. [`source`] finds the address that a request came from, [`top_sources`] counts by it.
 //! Behind the answer, [`publish`] takes entries from the journal to JetStream, and [`confirm`] looks after each until a
 //! worker has stored it. [`commands`] and [`check`] are for operators.
 
@@ -13,6 +13,7 @@ pub mod check;
 pub mod commands;
 pub mod confirm;
 pub mod descriptors;
+pub mod duplicate_bodies;
 pub mod journal;
 pub mod metrics;
 pub mod pace;

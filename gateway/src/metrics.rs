@@ -113,6 +113,7 @@ pub struct Metrics {
     bodies: Histogram,
     verify: VerifyTimes,
     signatures: Each<Counter>,
+    repeated_bodies: Counter,
     appends: Histogram,
     appended_bytes: Counter,
     publish: Histogram,
@@ -153,6 +154,9 @@ impl Metrics {
         let forms = labels("form", SIGNED.map(Form::as_str));
         let signatures = Each::register(registry, "gateway_signatures", help, None, forms, Counter::default);
 
+        let help = "Deliveries whose body was accepted under another delivery id within the hour before";
+        let repeated_bodies = counter(registry, "gateway_repeated_bodies", help);
+
         let appends = Histogram::new(QUICK);
         let help = "From handing an accepted delivery to the journal until it is on disk";
         registry.register_with_unit("gateway_journal_append", help, Unit::Seconds, appends.clone());
@@ -192,6 +196,7 @@ impl Metrics {
             bodies,
             verify: VerifyTimes(verify),
             signatures,
+            repeated_bodies,
             appends,
             appended_bytes,
             publish,
@@ -227,6 +232,11 @@ impl Metrics {
     /// A signature over that form was right.
     pub fn signed(&self, form: Form) {
         self.signatures.at(usize::from(form == Form::Canonical)).inc();
+    }
+
+    /// A body came again, under another delivery id.
+    pub fn repeated_body(&self) {
+        self.repeated_bodies.inc();
     }
 
     /// An entry is on its way to JetStream until what this gives is dropped.

@@ -15,6 +15,7 @@ use shared::trace::{TraceContext, TraceId};
 use tracing::field::{DisplayValue, display};
 
 use crate::body::Bodies;
+use crate::duplicate_bodies::SeenBodies;
 use crate::journal::{AppendError, Entry, Journal};
 use crate::metrics::Metrics;
 use crate::pace::InRequest;
@@ -33,6 +34,7 @@ pub struct Gateway {
     verifier: Verifier,
     journal: Journal,
     metrics: Metrics,
+    seen_bodies: SeenBodies,
     trusted_proxies: TrustedProxies,
     sources: Sources,
 }
@@ -50,6 +52,7 @@ impl Gateway {
                 .timed(metrics.verify_times()),
             journal,
             metrics,
+            seen_bodies: SeenBodies::new(config.duplicate_bodies),
             trusted_proxies: config.trusted_proxies.clone(),
             sources: Sources::default(),
         }
@@ -133,9 +136,16 @@ impl Gateway {
         let (body, _budget) = self.bodies.read(body).await?;
         let body = self.verifier.verify(body, &signature).await?;
         self.metrics.signed(body.form());
+        let digest = body.digest();
         let header = |name| Some(head.headers.get(name)?.as_bytes());
         let (request_id, resource, timestamp) = (header(REQUEST_ID), header(HOOK_RESOURCE), header(HOOK_TIMESTAMP));
         let delivery = Delivery::received(body.into_bytes(), request_id, resource, timestamp).in_trace(trace);
+        if let Some(first) = self.seen_bodies.first_delivery(digest, &delivery.id) {
+            self.body_came_again(source);
+            let trace = delivery.trace_id();
+            tracing::debug!(delivery.id = %first, trace.id = trace, %source, "answered a repeated body as its first delivery");
+            return Ok(Accepted(first)); // that one is on disk
+        }
         let entry = Entry {
             received_at: delivery.received_at.into(),
             meta: delivery.to_journal(),
@@ -144,11 +154,19 @@ impl Gateway {
         let (begin, meta) = (Instant::now(), entry.meta.len());
         let appended = self.journal.append(entry).await;
         let place = appended.map_err(|cause| not_journalled(&delivery, source, cause))?; // on disk when this returns
+        if self.seen_bodies.journalled(digest, &delivery.id) {
+            self.body_came_again(source);
+        }
         let bytes = delivery.body.len();
         self.metrics.journalled(meta, bytes, begin.elapsed());
         let (id, trace) = (&delivery.id, delivery.trace_id());
         tracing::debug!(delivery.id = %id, trace.id = trace, %source, %place, bytes, "accepted a delivery");
         Ok(Accepted(delivery.id))
+    }
+
+    fn body_came_again(&self, source: IpAddr) {
+        self.metrics.repeated_body();
+        self.sources.repeated_bodies.add(source);
     }
 }
 

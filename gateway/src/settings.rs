@@ -9,6 +9,7 @@ use shared::settings::{self, BadSettings, SHUTDOWN_GRACE, Setting};
 use shared::stream::{self, NatsSettings};
 use shared::telemetry::LogSettings;
 
+use crate::duplicate_bodies::DuplicateBodies;
 use crate::journal;
 use crate::secrets::{Secrets, Source};
 use crate::signature::Form;
@@ -78,6 +79,11 @@ const GATEWAY_MAX_CANONICAL: Setting = Setting::bare(
     "GATEWAY_MAX_CANONICAL",
     "Bodies whose canonical form is made at once, default half of the CPU's cores; deliveries signed raw never wait for them",
 );
+const GATEWAY_DUPLICATE_BODIES: Setting = Setting::new(
+    "GATEWAY_DUPLICATE_BODIES",
+    "accept",
+    "What a body is that was accepted under another delivery id within the hour before: a delivery of its own (accept), the first one (once)",
+);
 const GATEWAY_TRUSTED_PROXIES: Setting = Setting::bare(
     "GATEWAY_TRUSTED_PROXIES",
     "Proxies whose Forwarded or X-Forwarded-For names a request's source in the log: addresses or CIDR blocks, separated by commas",
@@ -109,6 +115,7 @@ pub const SETTINGS: [&[Setting]; 4] = [
         GATEWAY_MAX_CONNECTIONS,
         GATEWAY_MAX_BYTES_IN_FLIGHT,
         GATEWAY_MAX_CANONICAL,
+        GATEWAY_DUPLICATE_BODIES,
         GATEWAY_TRUSTED_PROXIES,
         GATEWAY_SHUTDOWN_DELAY,
     ],
@@ -132,6 +139,8 @@ pub struct Config {
     pub journal: JournalSettings,
     /// What the public listener puts up with.
     pub limits: Limits,
+    /// `GATEWAY_DUPLICATE_BODIES`
+    pub duplicate_bodies: DuplicateBodies,
     /// `GATEWAY_TRUSTED_PROXIES`
     pub trusted_proxies: TrustedProxies,
     /// Where NATS is, and the stream.
@@ -192,6 +201,9 @@ impl Config {
         let ops_listen = reader.parse(&GATEWAY_OPS_LISTEN, settings::address);
         let journal = journal(&mut reader);
         let limits = limits(&mut reader);
+        let duplicate_bodies = reader.parse(&GATEWAY_DUPLICATE_BODIES, |text| {
+            DuplicateBodies::named(text).ok_or_else(|| "accept or once".into())
+        });
         let trusted_proxies = reader.optional(&GATEWAY_TRUSTED_PROXIES, |text| {
             let expected = "addresses or CIDR blocks, separated by commas, such as 10.0.0.0/8,2001:db8::1";
             TrustedProxies::parse(text).ok_or_else(|| expected.into())
@@ -212,6 +224,7 @@ impl Config {
                 form: form?,
                 journal: journal?,
                 limits: limits?,
+                duplicate_bodies: duplicate_bodies?,
                 trusted_proxies: trusted_proxies.unwrap_or_default(),
                 nats: nats?,
                 shutdown_delay: shutdown_delay?,
@@ -352,6 +365,7 @@ mod tests {
             ("SENTRY_SIGNATURE_FORM", "sha1"),
             ("GATEWAY_LISTEN", "here"),
             ("GATEWAY_MAX_BODY_BYTES", "0"),
+            ("GATEWAY_DUPLICATE_BODIES", "twice"),
             ("GATEWAY_TRUSTED_PROXIES", "10.0.0.0/33"),
             ("NATS_URL", "::"),
             ("LOG_FORMAT", "xml"),

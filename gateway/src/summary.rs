@@ -58,5 +58,10 @@ impl Summary {
         if let Some(Top { events: wrong_signatures, sources }) = self.sources.wrong_signatures.take() {
             tracing::warn!(wrong_signatures, sources, "requests had a wrong signature; `sources` has the top five");
         }
+        if let Some(Top { events: repeated_bodies, sources }) = self.sources.repeated_bodies.take() {
+            let words = "bodies came again under other delivery ids; `sources` has the top five; \
+                         GATEWAY_DUPLICATE_BODIES=once takes each once an hour";
+            tracing::warn!(repeated_bodies, sources, "{words}");
+        }
     }
 }

@@ -14,6 +14,8 @@ const NAMED: usize = 5;
 pub struct Sources {
     /// Requests with a signature that no secret gives.
     pub wrong_signatures: TopSources,
+    /// Bodies that were accepted before, under another delivery id.
+    pub repeated_bodies: TopSources,
 }
 
 /// Counts events by source. Clones share the counts.
