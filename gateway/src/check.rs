@@ -13,6 +13,7 @@ use shared::settings;
 use crate::descriptors;
 use crate::journal::Outside;
 use crate::settings::{Config, SETTINGS};
+use crate::signature::Form;
 
 /// The longest that proxies in common use keep an idle connection to what is behind them, by default: nginx.
 /// <https://nginx.org/en/docs/http/ngx_http_upstream_module.html#keepalive_timeout>
@@ -35,6 +36,7 @@ pub async fn run(arguments: &ArgMatches, config: &Config) -> anyhow::Result<bool
     let journal = config.journal.clone();
     let mut findings = tokio::task::spawn_blocking(move || disk::look(&journal)).await?;
     findings.extend(listeners(config, running).await);
+    findings.push(signature_form(config.form));
     findings.extend(limits(config));
     let id = outside.as_ref().and_then(|outside| outside.gateway_id.as_deref());
     let side = Side::Gateway { id, body_bytes: config.limits.body_bytes };
@@ -101,6 +103,18 @@ fn limits(config: &Config) -> Vec<Finding> {
     );
     findings.push(Finding::ok("memory", detail));
     findings
+}
+
+/// No warning: the check cannot know the sender, and `any` is right for one that signs the canonical form.
+fn signature_form(form: Form) -> Finding {
+    let advice = match form {
+        Form::Any => {
+            "; where Sentry itself is the sender, set SENTRY_SIGNATURE_FORM=raw: with any, a replayer can alter bytes of \
+             a captured delivery"
+        }
+        Form::Canonical | Form::Raw => "",
+    };
+    Finding::ok("signature form", format!("{}{advice}", form.as_str()))
 }
 
 fn open_files(connections: usize) -> Finding {

@@ -11,6 +11,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use shared::delivery::Delivery;
+use shared::operator;
 use shared::ops::Readiness;
 use shared::receipt::ReceiptTo;
 use shared::stream::{ensure_stream, until_ready};
@@ -180,6 +181,8 @@ async fn redrive(config: &JournalConfig, since: SystemTime, dry: bool) -> anyhow
             }
         }
     }
+    let result = format!("published {published}, failed {failed}");
+    operator::log_end("gateway journal redrive", &format!("--since {}", when(since)), &result);
     println!("published {published}");
     if failed > 0 {
         bail!("{failed} deliveries are not published; what is not stored is still the gateway's to publish");
@@ -214,6 +217,7 @@ async fn drain(config: &JournalConfig, shutdown: CancellationToken) -> anyhow::R
     let publisher = Publisher::connect(&config.nats, journal.clone(), &readiness, metrics.clone()).await?;
     let settling = Settling { journal: &journal, publisher: &publisher, metrics: &metrics };
     let done = CancellationToken::new();
+    let before = unconfirmed(&journal);
     let wait = async {
         let mut told = None;
         loop {
@@ -231,6 +235,10 @@ async fn drain(config: &JournalConfig, shutdown: CancellationToken) -> anyhow::R
     tokio::join!(wait, settling.run(&config.nats, config.journal.confirm_after, &readiness, &done));
     let (left, aside) = (unconfirmed(&journal), journal.stats().share(State::SetAside).tally.entries);
     journal.close().await;
+    let confirmed = before.saturating_sub(left);
+    let filter = format!("--dir {}", config.journal.dir.display());
+    let result = format!("confirmed {confirmed}, left {left}, set aside {aside}");
+    operator::log_end("gateway journal drain", &filter, &result);
     match (left, aside) {
         (0, 0) => println!("the journal is empty; its directory can go"),
         (0, aside) => bail!("{aside} deliveries are left that NATS refuses; see `gateway journal status`"),

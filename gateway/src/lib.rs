@@ -3,6 +3,7 @@
 //! Read [`receive`] first: it is the way of one delivery up to its 202. [`signature`] and [`canonical`] say what a genuine
 //! delivery is, [`journal`] what a 202 rests on, [`reject`] what everybody else is told, [`server`] keeps the connections, [`body`]
 //! and [`pace`] what they may cost, [`said`] that every word of theirs is ours, [`secrets`] the client secrets, which may change.
+//! [`duplicate_bodies`] recognises a body that comes again. [`source`] finds the address that a request came from, [`top_sources`] counts by it.
 //! Behind the answer, [`publish`] takes entries from the journal to JetStream, and [`confirm`] looks after each until a
 //! worker has stored it, of which [`receipts`] tell. [`commands`] and [`check`] are for operators.
 
@@ -12,6 +13,7 @@ pub mod check;
 pub mod commands;
 pub mod confirm;
 pub mod descriptors;
+pub mod duplicate_bodies;
 pub mod journal;
 pub mod metrics;
 pub mod pace;
@@ -24,7 +26,9 @@ pub mod secrets;
 pub mod server;
 pub mod settings;
 pub mod signature;
+pub mod source;
 pub mod summary;
+pub mod top_sources;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -83,7 +87,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     shared::metrics::of_link(&mut registry, "gateway", publisher.link());
     let ops = tokio::spawn(ops::serve(ops, readiness.clone(), registry, after.clone()));
     let settling = Settling { journal: &journal, publisher: &publisher, metrics: &metrics };
-    let mut summary = Summary::new(metrics.clone(), journal.clone());
+    let mut summary = Summary::new(metrics.clone(), journal.clone(), gateway.sources());
     let ending = server::Ending::default();
     let leave = async {
         shutdown.cancelled().await;

@@ -16,6 +16,7 @@ use shared::metrics::{Each, counter, gauge, labels};
 use crate::journal::{Journal, Refusal, SYNC_BUCKETS};
 use crate::receive::Gateway;
 use crate::reject::Reject;
+use crate::signature::Form;
 
 /// Bounds of times that are short when all is well, seconds.
 const QUICK: [f64; 13] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0];
@@ -122,6 +123,9 @@ impl VerifyTimes {
     }
 }
 
+/// What [`Metrics::signed`] tells apart.
+const SIGNED: [Form; 2] = [Form::Raw, Form::Canonical];
+
 impl Default for VerifyTimes {
     /// Times that nobody asks for.
     fn default() -> Self {
@@ -136,6 +140,8 @@ pub struct Metrics {
     answers: Each<Counter>,
     bodies: Histogram,
     verify: VerifyTimes,
+    signatures: Each<Counter>,
+    repeated_bodies: Counter,
     appends: Histogram,
     appended_bytes: Counter,
     publish: Histogram,
@@ -173,6 +179,12 @@ impl Metrics {
         let unit = Some(Unit::Seconds);
         let verify =
             Each::register(registry, "gateway_verify", help, unit, verified.to_vec(), || Histogram::new(VERIFY));
+        let help = "Right signatures, by what they are over: the body's bytes (raw) or its canonical JSON (canonical)";
+        let forms = labels("form", SIGNED.map(Form::as_str));
+        let signatures = Each::register(registry, "gateway_signatures", help, None, forms, Counter::default);
+
+        let help = "Deliveries whose body was accepted under another delivery id within the hour before";
+        let repeated_bodies = counter(registry, "gateway_repeated_bodies", help);
 
         let appends = Histogram::new(QUICK);
         let help = "From handing an accepted delivery to the journal until it is on disk";
@@ -216,6 +228,8 @@ impl Metrics {
             answers,
             bodies,
             verify: VerifyTimes(verify),
+            signatures,
+            repeated_bodies,
             appends,
             appended_bytes,
             publish,
@@ -247,6 +261,16 @@ impl Metrics {
     /// For how long signatures take.
     pub fn verify_times(&self) -> VerifyTimes {
         self.verify.clone()
+    }
+
+    /// A signature over that form was right.
+    pub fn signed(&self, form: Form) {
+        self.signatures.at(usize::from(form == Form::Canonical)).inc();
+    }
+
+    /// A body came again, under another delivery id.
+    pub fn repeated_body(&self) {
+        self.repeated_bodies.inc();
     }
 
     /// An entry is on its way to JetStream until what this gives is dropped.

@@ -1,5 +1,6 @@
 //! START HERE: what happens to one request.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -14,12 +15,15 @@ use shared::trace::{TraceContext, TraceId};
 use tracing::field::{DisplayValue, display};
 
 use crate::body::Bodies;
+use crate::duplicate_bodies::SeenBodies;
 use crate::journal::{AppendError, Entry, Journal};
 use crate::metrics::Metrics;
 use crate::pace::InRequest;
 use crate::reject::Reject;
 use crate::settings::Config;
 use crate::signature::{Signature, Verifier};
+use crate::source::TrustedProxies;
+use crate::top_sources::Sources;
 
 /// Where deliveries are posted.
 pub const PATH: &str = "/api/signals/sentry";
@@ -30,6 +34,9 @@ pub struct Gateway {
     verifier: Verifier,
     journal: Journal,
     metrics: Metrics,
+    seen_bodies: SeenBodies,
+    trusted_proxies: TrustedProxies,
+    sources: Sources,
 }
 
 /// A delivery that is safe: the answer is 202.
@@ -45,20 +52,33 @@ impl Gateway {
                 .timed(metrics.verify_times()),
             journal,
             metrics,
+            seen_bodies: SeenBodies::new(config.duplicate_bodies),
+            trusted_proxies: config.trusted_proxies.clone(),
+            sources: Sources::default(),
         }
     }
 
-    /// Answers one request. It lasts, for the connection's pace, until nothing of it is left to read.
-    pub async fn handle(self: Arc<Self>, request: Request<Incoming>, lasts: InRequest) -> Response<Full<Bytes>> {
+    /// Answers one request, which came from `peer`. It lasts, for the connection's pace, until nothing of it is left to
+    /// read.
+    pub async fn handle(
+        self: Arc<Self>,
+        request: Request<Incoming>,
+        peer: IpAddr,
+        lasts: InRequest,
+    ) -> Response<Full<Bytes>> {
         let (head, mut body) = request.into_parts();
         let trace = TraceContext::of_request(&head.headers);
         let trace_id = trace.trace_id();
-        let result = self.receive(&head, &mut body, trace).await;
+        let source = self.trusted_proxies.source(peer, &head.headers);
+        let result = self.receive(&head, &mut body, trace, source).await;
         self.metrics.answered(result.as_ref().err());
         let mut response = match result {
             Ok(accepted) => accepted.to_response(),
             Err(reject) => {
-                tell(&reject, Some(display(trace_id)));
+                tell(&reject, Some(display(trace_id)), source);
+                if matches!(reject, Reject::BadSignature) {
+                    self.sources.wrong_signatures.add(source);
+                }
                 if wants_discarding(&head, &body, &reject) {
                     tokio::spawn(async move {
                         self.bodies.discard(body).await;
@@ -91,22 +111,41 @@ impl Gateway {
         &self.metrics
     }
 
-    /// Counts and tells an answer that was given outside of [`Gateway::handle`].
-    pub fn refused(&self, reject: &Reject) {
-        tell(reject, None);
+    /// What is counted by source.
+    pub fn sources(&self) -> Sources {
+        self.sources.clone()
+    }
+
+    /// Counts and tells an answer to `peer` that was given outside of [`Gateway::handle`].
+    pub fn refused(&self, reject: &Reject, peer: IpAddr) {
+        tell(reject, None, peer.to_canonical());
         self.metrics.answered(Some(reject));
     }
 
     /// The way of one delivery through this process. Nothing that was not verified goes on, and nothing is accepted
     /// before it is on disk.
-    async fn receive(&self, head: &Parts, body: &mut Incoming, trace: TraceContext) -> Result<Accepted, Reject> {
+    async fn receive(
+        &self,
+        head: &Parts,
+        body: &mut Incoming,
+        trace: TraceContext,
+        source: IpAddr,
+    ) -> Result<Accepted, Reject> {
         route(head)?;
         let signature = Signature::of(&head.headers)?;
         let (body, _budget) = self.bodies.read(body).await?;
         let body = self.verifier.verify(body, &signature).await?;
+        self.metrics.signed(body.form());
+        let digest = body.digest();
         let header = |name| Some(head.headers.get(name)?.as_bytes());
         let (request_id, resource, timestamp) = (header(REQUEST_ID), header(HOOK_RESOURCE), header(HOOK_TIMESTAMP));
         let delivery = Delivery::received(body.into_bytes(), request_id, resource, timestamp).in_trace(trace);
+        if let Some(first) = self.seen_bodies.first_delivery(digest, &delivery.id) {
+            self.body_came_again(source);
+            let trace = delivery.trace_id();
+            tracing::debug!(delivery.id = %first, trace.id = trace, %source, "answered a repeated body as its first delivery");
+            return Ok(Accepted(first)); // that one is on disk
+        }
         let entry = Entry {
             received_at: delivery.received_at.into(),
             meta: delivery.to_journal(),
@@ -114,34 +153,42 @@ impl Gateway {
         };
         let (begin, meta) = (Instant::now(), entry.meta.len());
         let appended = self.journal.append(entry).await;
-        let place = appended.map_err(|cause| not_journalled(&delivery, cause))?; // on disk when this returns
+        let place = appended.map_err(|cause| not_journalled(&delivery, source, cause))?; // on disk when this returns
+        if self.seen_bodies.journalled(digest, &delivery.id) {
+            self.body_came_again(source);
+        }
         let bytes = delivery.body.len();
         self.metrics.journalled(meta, bytes, begin.elapsed());
         let (id, trace) = (&delivery.id, delivery.trace_id());
-        tracing::debug!(delivery.id = %id, trace.id = trace, %place, bytes, "accepted a delivery");
+        tracing::debug!(delivery.id = %id, trace.id = trace, %source, %place, bytes, "accepted a delivery");
         Ok(Accepted(delivery.id))
+    }
+
+    fn body_came_again(&self, source: IpAddr) {
+        self.metrics.repeated_body();
+        self.sources.repeated_bodies.add(source);
     }
 }
 
 /// The log's line on a delivery that is lost to its sender through no fault of the sender's.
-fn not_journalled(delivery: &Delivery, cause: AppendError) -> Reject {
+fn not_journalled(delivery: &Delivery, source: IpAddr, cause: AppendError) -> Reject {
     let (id, trace) = (&delivery.id, delivery.trace_id());
     let words = "a delivery could not be journalled and was answered 503";
-    tracing::warn!(delivery.id = %id, trace.id = trace, %cause, "{words}");
+    tracing::warn!(delivery.id = %id, trace.id = trace, %source, %cause, "{words}");
     Reject::NotJournalled(cause)
 }
 
 /// What the log says of a request that was refused. What is the sender's doing is counted; a line for each would let
 /// anybody fill the disk.
-fn tell(reject: &Reject, trace: Option<DisplayValue<TraceId>>) {
+fn tell(reject: &Reject, trace: Option<DisplayValue<TraceId>>, source: IpAddr) {
     let (status, reason) = (reject.status().as_u16(), reject.reason());
     if matches!(reject, Reject::NotJournalled(_)) {
         return; // told where it happened
     }
     if reject.is_ours() {
-        tracing::warn!(trace.id = trace, reason, "a request was answered {status}: {reject}");
+        tracing::warn!(trace.id = trace, %source, reason, "a request was answered {status}: {reject}");
     } else {
-        tracing::debug!(trace.id = trace, status, reason, "refused a request");
+        tracing::debug!(trace.id = trace, %source, status, reason, "refused a request");
     }
 }
 

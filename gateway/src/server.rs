@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::future::poll_fn;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -45,24 +46,24 @@ pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, limits: &Limits, 
     let connections = Arc::new(Semaphore::new(limits.connections));
     let turned_away = Arc::new(Semaphore::new(MAX_TURNED_AWAY));
     let tasks = TaskTracker::new();
-    let take = |socket: TcpStream| {
+    let take = |socket: TcpStream, peer: IpAddr| {
         if let Ok(slot) = connections.clone().try_acquire_owned() {
             // Answers are one small write each; waiting to fill a packet would only delay them. A failure costs just that.
             let _ = socket.set_nodelay(true);
             let (gateway, limits, ending) = (gateway.clone(), limits.clone(), ending.clone());
             tasks.spawn(async move {
-                serve(socket, gateway, &limits, ending).await;
+                serve(socket, peer, gateway, &limits, ending).await;
                 drop(slot);
             });
         } else if let Ok(slot) = turned_away.clone().try_acquire_owned() {
-            gateway.refused(&Reject::TooManyConnections);
+            gateway.refused(&Reject::TooManyConnections, peer);
             tasks.spawn(turn_away(socket, slot));
         }
     };
     loop {
         tokio::select! {
             connection = listener.accept() => match connection {
-                Ok((socket, _)) => take(socket),
+                Ok((socket, peer)) => take(socket, peer.ip()),
                 Err(error) => {
                     // Out of file descriptors, most likely: trying at once again would only burn CPU.
                     gateway.metrics().not_connected();
@@ -75,9 +76,9 @@ pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, limits: &Limits, 
     }
     // To its sender a connection is there before we take it; closed with the listener, it would be reset.
     if let Ok(listener) = listener.into_std() {
-        while let Ok((socket, _)) = listener.accept() {
+        while let Ok((socket, peer)) = listener.accept() {
             let socket = socket.set_nonblocking(true).and_then(|()| TcpStream::from_std(socket));
-            socket.into_iter().for_each(&take);
+            socket.into_iter().for_each(|socket| take(socket, peer.ip()));
         }
     }
     tasks.close();
@@ -87,6 +88,7 @@ pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, limits: &Limits, 
 /// Serves one connection, request by request, until it has ended. On any stream of bytes, so that fuzzing needs no network.
 pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     socket: S,
+    peer: IpAddr,
     gateway: Arc<Gateway>,
     limits: &Limits,
     ending: Ending,
@@ -96,7 +98,7 @@ pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     // Boxed, because only a connection that may be moved gives its socket back after a time-out.
     let service = service_fn(|request| {
         let (due, leaving) = (said.due(), ending.leaving.clone());
-        let answer = gateway.clone().handle(request, pace.request());
+        let answer = gateway.clone().handle(request, peer, pace.request());
         Box::pin(async move {
             let mut answer = answer.await;
             if leaving.is_cancelled() {
@@ -146,7 +148,7 @@ pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
         None => Some(Reject::SlowHeaders),
     };
     if let Some(reject) = answer {
-        gateway.refused(&reject);
+        gateway.refused(&reject, peer);
         // Else the sender reads none of its answers, and another behind them would be cut into them.
         if said.is_all() {
             let _ = tokio::time::timeout(LINGER, socket.write_all(&reject.to_wire())).await;

@@ -9,9 +9,11 @@ use shared::settings::{self, BadSettings, SHUTDOWN_GRACE, Setting};
 use shared::stream::{self, NatsSettings};
 use shared::telemetry::LogSettings;
 
+use crate::duplicate_bodies::DuplicateBodies;
 use crate::journal;
 use crate::secrets::{Secrets, Source};
 use crate::signature::Form;
+use crate::source::TrustedProxies;
 
 const SENTRY_CLIENT_SECRET: Setting = Setting::secret(
     "SENTRY_CLIENT_SECRET",
@@ -77,6 +79,15 @@ const GATEWAY_MAX_CANONICAL: Setting = Setting::bare(
     "GATEWAY_MAX_CANONICAL",
     "Bodies whose canonical form is made at once, default half of the CPU's cores; deliveries signed raw never wait for them",
 );
+const GATEWAY_DUPLICATE_BODIES: Setting = Setting::new(
+    "GATEWAY_DUPLICATE_BODIES",
+    "accept",
+    "What a body is that was accepted under another delivery id within the hour before: a delivery of its own (accept), the first one (once)",
+);
+const GATEWAY_TRUSTED_PROXIES: Setting = Setting::bare(
+    "GATEWAY_TRUSTED_PROXIES",
+    "Proxies whose Forwarded or X-Forwarded-For names a request's source in the log: addresses or CIDR blocks, separated by commas",
+);
 const GATEWAY_SHUTDOWN_DELAY: Setting = Setting::new(
     "GATEWAY_SHUTDOWN_DELAY",
     "0",
@@ -104,6 +115,8 @@ pub const SETTINGS: [&[Setting]; 4] = [
         GATEWAY_MAX_CONNECTIONS,
         GATEWAY_MAX_BYTES_IN_FLIGHT,
         GATEWAY_MAX_CANONICAL,
+        GATEWAY_DUPLICATE_BODIES,
+        GATEWAY_TRUSTED_PROXIES,
         GATEWAY_SHUTDOWN_DELAY,
     ],
     &nats::SETTINGS,
@@ -126,6 +139,10 @@ pub struct Config {
     pub journal: JournalSettings,
     /// What the public listener puts up with.
     pub limits: Limits,
+    /// `GATEWAY_DUPLICATE_BODIES`
+    pub duplicate_bodies: DuplicateBodies,
+    /// `GATEWAY_TRUSTED_PROXIES`
+    pub trusted_proxies: TrustedProxies,
     /// Where NATS is, and the stream.
     pub nats: NatsSettings,
     /// `GATEWAY_SHUTDOWN_DELAY`
@@ -184,6 +201,13 @@ impl Config {
         let ops_listen = reader.parse(&GATEWAY_OPS_LISTEN, settings::address);
         let journal = journal(&mut reader);
         let limits = limits(&mut reader);
+        let duplicate_bodies = reader.parse(&GATEWAY_DUPLICATE_BODIES, |text| {
+            DuplicateBodies::named(text).ok_or_else(|| "accept or once".into())
+        });
+        let trusted_proxies = reader.optional(&GATEWAY_TRUSTED_PROXIES, |text| {
+            let expected = "addresses or CIDR blocks, separated by commas, such as 10.0.0.0/8,2001:db8::1";
+            TrustedProxies::parse(text).ok_or_else(|| expected.into())
+        });
         let nats = NatsSettings::read(&mut reader);
         let shutdown_delay = reader.parse(&GATEWAY_SHUTDOWN_DELAY, duration_or_0);
         let grace = reader.parse(&SHUTDOWN_GRACE, settings::duration);
@@ -200,6 +224,8 @@ impl Config {
                 form: form?,
                 journal: journal?,
                 limits: limits?,
+                duplicate_bodies: duplicate_bodies?,
+                trusted_proxies: trusted_proxies.unwrap_or_default(),
                 nats: nats?,
                 shutdown_delay: shutdown_delay?,
                 grace: grace?,
@@ -339,6 +365,8 @@ mod tests {
             ("SENTRY_SIGNATURE_FORM", "sha1"),
             ("GATEWAY_LISTEN", "here"),
             ("GATEWAY_MAX_BODY_BYTES", "0"),
+            ("GATEWAY_DUPLICATE_BODIES", "twice"),
+            ("GATEWAY_TRUSTED_PROXIES", "10.0.0.0/33"),
             ("NATS_URL", "::"),
             ("LOG_FORMAT", "xml"),
         ];

@@ -51,6 +51,15 @@ impl Form {
             _ => None,
         }
     }
+
+    /// Its name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Form::Any => "any",
+            Form::Canonical => "canonical",
+            Form::Raw => "raw",
+        }
+    }
 }
 
 /// What the sender put into [`SIGNATURE`]: well formed, not yet believed.
@@ -75,12 +84,42 @@ impl Signature {
 
 /// A body whose signature was right. Only [`Verifier::verify`] makes one, so nothing else can go on from here.
 #[derive(Debug)]
-pub struct VerifiedBody(Bytes);
+pub struct VerifiedBody {
+    bytes: Bytes,
+    form: Form,
+    digest: BodyDigest,
+}
+
+/// 128 bits of a signature that was right: a digest of a body, keyed with the client secret. The same for two bodies only
+/// where both have the same canonical form and were signed over that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BodyDigest(pub(crate) [u64; 2]);
+
+impl BodyDigest {
+    fn of(signature: &Signature) -> Self {
+        let half = |at: usize| std::array::from_fn(|byte| signature.0[at + byte]);
+        BodyDigest([u64::from_be_bytes(half(0)), u64::from_be_bytes(half(8))])
+    }
+}
 
 impl VerifiedBody {
+    fn new(bytes: Bytes, form: Form, signature: &Signature) -> Self {
+        VerifiedBody { bytes, form, digest: BodyDigest::of(signature) }
+    }
+
+    /// Its digest.
+    pub fn digest(&self) -> BodyDigest {
+        self.digest
+    }
+
+    /// What the signature is over: [`Form::Raw`] or [`Form::Canonical`].
+    pub fn form(&self) -> Form {
+        self.form
+    }
+
     /// The bytes.
     pub fn into_bytes(self) -> Bytes {
-        self.0
+        self.bytes
     }
 }
 
@@ -124,7 +163,7 @@ impl Verifier {
             let matched = signed(&secrets, &body, signature).await;
             self.times.raw(matched, begin.elapsed());
             if matched {
-                return Ok(VerifiedBody(body));
+                return Ok(VerifiedBody::new(body, Form::Raw, signature));
             }
         }
         if self.form == Form::Raw {
@@ -141,7 +180,7 @@ impl Verifier {
             tokio::task::spawn_blocking(check).await.expect("making a canonical form does not panic")
         };
         self.times.canonical(right, begin.elapsed());
-        if right { Ok(VerifiedBody(body)) } else { Err(Reject::BadSignature) }
+        if right { Ok(VerifiedBody::new(body, Form::Canonical, signature)) } else { Err(Reject::BadSignature) }
     }
 }
 

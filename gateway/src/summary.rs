@@ -5,18 +5,20 @@ use shared::telemetry::{SUMMARY_EVERY, numbers};
 
 use crate::journal::{Journal, State};
 use crate::metrics::{Counts, Metrics};
+use crate::top_sources::{Sources, Top};
 
 /// Sums up.
 pub struct Summary {
     metrics: Metrics,
     journal: Journal,
     last: Counts,
+    sources: Sources,
 }
 
 impl Summary {
     /// Of what is counted in `metrics` from now on.
-    pub fn new(metrics: Metrics, journal: Journal) -> Self {
-        Summary { last: metrics.counts(), metrics, journal }
+    pub fn new(metrics: Metrics, journal: Journal, sources: Sources) -> Self {
+        Summary { last: metrics.counts(), metrics, journal, sources }
     }
 
     /// Sums up again and again. Never returns.
@@ -29,6 +31,7 @@ impl Summary {
 
     /// Sums up what happened since the last time; nothing, where nothing did.
     pub fn tell(&mut self) {
+        self.warn_of_sources();
         let now = self.metrics.counts();
         let since = now.since(&self.last);
         self.last = now;
@@ -48,5 +51,17 @@ impl Summary {
             unconfirmed = stats.unsettled().entries,
             "summary"
         );
+    }
+
+    /// Warns of the sources of what a prober does. Once each time, so that a flood is one line.
+    fn warn_of_sources(&self) {
+        if let Some(Top { events: wrong_signatures, sources }) = self.sources.wrong_signatures.take() {
+            tracing::warn!(wrong_signatures, sources, "requests had a wrong signature; `sources` has the top five");
+        }
+        if let Some(Top { events: repeated_bodies, sources }) = self.sources.repeated_bodies.take() {
+            let words = "bodies came again under other delivery ids; `sources` has the top five; \
+                         GATEWAY_DUPLICATE_BODIES=once takes each once an hour";
+            tracing::warn!(repeated_bodies, sources, "{words}");
+        }
     }
 }

@@ -82,6 +82,16 @@ impl DeliveryId {
         ((1..=128).contains(&text.len()) && text.bytes().all(allowed)).then(|| DeliveryId(text.to_owned()))
     }
 
+    /// Its 128 bits. None where it is no UUID, as the id of somebody else's message may be.
+    pub fn to_bits(&self) -> Option<u128> {
+        Uuid::try_parse(&self.0).ok().map(|uuid| uuid.as_u128())
+    }
+
+    /// The id of these 128 bits: a UUID with hyphens, as [`DeliveryId::of_request`] makes them.
+    pub fn from_bits(bits: u128) -> Self {
+        DeliveryId(Uuid::from_u128(bits).hyphenated().to_string())
+    }
+
     /// As it stands in headers, answers, logs and the ledger.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -390,6 +400,7 @@ mod tests {
     fn an_id_is_a_uuid_and_parses_back() {
         for (id, version) in [(DeliveryId::of_request(Some(b"r"), b""), 8), (DeliveryId::of_request(None, b""), 7)] {
             assert_eq!(Uuid::parse_str(id.as_str()).unwrap().get_version_num(), version);
+            assert_eq!(id.to_bits().map(DeliveryId::from_bits).as_ref(), Some(&id));
             assert_eq!(DeliveryId::parse(id.as_str()), Some(id));
         }
         for bad in ["", "a b", "é", "a\n", &"x".repeat(129)] {

@@ -30,6 +30,7 @@ pub mod json;
 pub mod link;
 pub mod metrics;
 pub mod nats;
+pub mod operator;
 pub mod ops;
 pub mod receipt;
 pub mod settings;

@@ -146,6 +146,9 @@ async fn a_first_deployment_is_well_and_looking_makes_nothing() {
     let gateway = servers.gateway(&[]).await;
     gateway.well();
     assert!(gateway.found("ok").contains("the gateway makes it (10.0 GiB on disk"), "{:#}", gateway.json);
+    assert!(gateway.found("ok").contains("signature form: any; where Sentry itself"), "{:#}", gateway.json);
+    let raw = servers.gateway(&[("SENTRY_SIGNATURE_FORM", "raw")]).await;
+    assert!(raw.well().found("ok").contains("signature form: raw"), "{:#}", raw.json);
     let with = |value: &str, from: &str| (value.to_owned(), from.to_owned());
     assert_eq!(gateway.setting("SENTRY_CLIENT_SECRET"), with("set, 2 in use", "variable"));
     assert_eq!(gateway.setting("GATEWAY_MAX_BODY_BYTES"), with("8MiB", "default"));

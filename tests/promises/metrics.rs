@@ -203,6 +203,8 @@ async fn what_happens_is_counted() {
         ("gateway_verify_seconds_count{form=\"raw\",result=\"unmatched\"}", 2.0),
         ("gateway_verify_seconds_count{form=\"canonical\",result=\"matched\"}", 1.0),
         ("gateway_verify_seconds_count{form=\"canonical\",result=\"unmatched\"}", 1.0),
+        ("gateway_signatures_total{form=\"raw\"}", 2.0),
+        ("gateway_signatures_total{form=\"canonical\"}", 1.0),
         ("gateway_journal_append_seconds_count", 3.0),
         ("gateway_publish_seconds_count", 3.0),
         ("gateway_published_total", 3.0),

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{ArgMatches, Command};
 use shared::settings::{self, EX_USAGE};
-use shared::{shutdown, telemetry};
+use shared::{operator, shutdown, telemetry};
 use worker::{Config, commands};
 
 fn main() -> ExitCode {
@@ -24,8 +24,8 @@ fn main() -> ExitCode {
         }
     };
     if arguments.subcommand().is_some() && lookup("RUST_LOG").is_none() {
-        // Who runs a command reads its output; only what goes wrong belongs between.
-        config.logs.filter = "warn".into();
+        // Who runs a command reads its output; only what goes wrong belongs between. And the line about its end.
+        config.logs.filter = format!("warn,{}=info", operator::TARGET);
     }
     config.logs.start();
     let exit = execute(&arguments, config);
@@ -39,7 +39,7 @@ async fn execute(arguments: &ArgMatches, config: Config) -> ExitCode {
         return exit;
     }
     let ended = match arguments.subcommand_name() {
-        Some("migrate") => worker::migrate_now(&config).await.map(|report| print!("{report}")).map_err(Into::into),
+        Some("migrate") => migrate(&config).await,
         _ => run(config).await,
     };
     match ended {
@@ -49,6 +49,18 @@ async fn execute(arguments: &ArgMatches, config: Config) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+async fn migrate(config: &Config) -> anyhow::Result<()> {
+    let ended = worker::migrate_now(config).await;
+    let result = match &ended {
+        Ok(report) if report.changed() => format!("created {}", report.created().collect::<Vec<_>>().join(", ")),
+        Ok(_) => "nothing created".to_owned(),
+        Err(_) => "failed, nothing created".to_owned(),
+    };
+    operator::log_end("worker migrate", "", &result);
+    print!("{}", ended?);
+    Ok(())
 }
 
 async fn run(config: Config) -> anyhow::Result<()> {

@@ -18,6 +18,7 @@ use std::time::Duration;
 use clap::ArgMatches;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use sha2::{Digest as _, Sha256};
+use shared::operator;
 use tokio::time::Instant;
 
 use crate::Config;
@@ -52,6 +53,9 @@ pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result
     let Replay { progress, totals, next, .. } = replay;
     let pace = progress.pace();
     drop(progress);
+    if !options.dry_run {
+        operator::log_end("worker replay", &options.filter(), &totals.summary());
+    }
     let (read, stream) = (count(totals.read()), &config.nats.stream);
     commands::print(&format!("read {read} messages of stream {stream} in {pace}\n{}", totals.table(options.dry_run)))?;
     let go_on = || match next {

@@ -1,6 +1,7 @@
 //! The HTTP handler: a whole connection of the public listener, on a pipe instead of a socket and with a clock that jumps to
 //! the next deadline whenever nothing else is left to do.
 
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -113,7 +114,13 @@ async fn exchange(door: &Door, pieces: &[Vec<u8>], closes_early: bool) -> Vec<u8
         reader.read_to_end(&mut received).await.unwrap();
         received
     };
-    let serve = server::serve(theirs, door.gateway.clone(), &door.config.limits, server::Ending::default());
+    let serve = server::serve(
+        theirs,
+        Ipv4Addr::LOCALHOST.into(),
+        door.gateway.clone(),
+        &door.config.limits,
+        server::Ending::default(),
+    );
     let ((), received, ()) = tokio::join!(send, receive, serve);
     received
 }

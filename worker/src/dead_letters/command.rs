@@ -3,6 +3,7 @@
 use anyhow::Context as _;
 use clap::{Arg, ArgMatches, Command};
 use serde_json::{Value, json};
+use shared::operator;
 use time::OffsetDateTime;
 use tokio_postgres::Row;
 
@@ -72,8 +73,8 @@ pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result
     match name {
         "list" => list(&store, &Filter::of(matches), matches.get_flag("json")).await,
         "show" => show(&store, matches).await,
-        "retry" => each(&store, &Filter::of(matches), retry).await,
-        _ => each(&store, &Filter::of(matches), discard).await,
+        "retry" => each("worker dead-letters retry", &store, &Filter::of(matches), retry).await,
+        _ => each("worker dead-letters discard", &store, &Filter::of(matches), discard).await,
     }
 }
 
@@ -96,6 +97,19 @@ impl Filter {
             since: time("since"),
             until: time("until"),
         }
+    }
+
+    /// As arguments of the command.
+    fn arguments(&self) -> String {
+        let Filter { ids, reason, since, until } = self;
+        if let Some(ids) = ids {
+            return operator::ids(ids.iter().map(String::as_str));
+        }
+        let mut text = "--all".to_owned();
+        text.extend(reason.iter().map(|reason| format!(" --reason {reason:?}")));
+        text.extend(since.iter().map(|since| format!(" --since {}", show_time(*since))));
+        text.extend(until.iter().map(|until| format!(" --until {}", show_time(*until))));
+        text
     }
 
     async fn letters(&self, store: &Store) -> Result<Vec<Letter>, StoreError> {
@@ -214,8 +228,9 @@ fn none(id: &str) -> anyhow::Result<Ending> {
     Ok(Ending::LookAtIt)
 }
 
-/// Does something to each letter, tells what, and whether all went well.
+/// Does something to each letter, tells what, and whether all went well. `command` is for the log.
 async fn each(
+    command: &str,
     store: &Store,
     filter: &Filter,
     act: impl AsyncFn(&Store, &str) -> Result<(bool, String), StoreError>,
@@ -226,14 +241,22 @@ async fn each(
         None => patiently(|| filter.letters(store)).await?.into_iter().map(|letter| letter.delivery_id).collect(),
     };
     let (mut well, mut ill) = (0, 0);
-    for id in &ids {
-        let Some(done) = interruption.run_until_cancelled(patiently(|| act(store, id))).await else {
-            eprintln!("interrupted; the letters named above are done");
-            return Ok(Ending::Interrupted);
-        };
-        let (good, what) = done.with_context(|| format!("letter {id}"))?;
-        *(if good { &mut well } else { &mut ill }) += 1;
-        print(&format!("{id}  {what}\n"))?;
+    let all = async {
+        for id in &ids {
+            let Some(done) = interruption.run_until_cancelled(patiently(|| act(store, id))).await else {
+                eprintln!("interrupted; the letters named above are done");
+                return Ok(Ending::Interrupted);
+            };
+            let (good, what) = done.with_context(|| format!("letter {id}"))?;
+            *(if good { &mut well } else { &mut ill }) += 1;
+            print(&format!("{id}  {what}\n"))?;
+        }
+        anyhow::Ok(Ending::Well)
+    };
+    let ended = all.await;
+    operator::log_end(command, &filter.arguments(), &format!("{} letters, {well} done, {ill} not", ids.len()));
+    if ended? == Ending::Interrupted {
+        return Ok(Ending::Interrupted);
     }
     print(&format!("{} letters: {well} done, {ill} not\n", ids.len()))?;
     Ok(if ill == 0 { Ending::Well } else { Ending::LookAtIt })

@@ -75,6 +75,13 @@ impl Totals {
         self.0.iter().sum()
     }
 
+    /// What a replay changed, for the log.
+    pub(super) fn summary(&self) -> String {
+        let changed = [&Outcome::Inserted, &Outcome::Restored, &Outcome::Buried].map(|outcome| self.of(outcome));
+        let [inserted, restored, buried] = changed;
+        format!("read {}, inserted {inserted}, restored {restored}, dead letters {buried}", self.read())
+    }
+
     /// A line an outcome that occurred; what was inserted is always told.
     pub(super) fn table(&self, dry_run: bool) -> String {
         let all = [

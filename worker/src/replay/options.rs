@@ -102,10 +102,24 @@ impl Options {
         }
     }
 
+    /// What it was told, as arguments of the command.
+    pub(super) fn filter(&self) -> String {
+        let from = match self.span.from {
+            From::Oldest => String::new(),
+            From::Sequence(first) => format!(" --from-seq {first}"),
+            From::Time(time) => format!(" --since {}", time.format(&Rfc3339).unwrap_or_default()),
+        };
+        format!("{from}{}", self.all_but_from()).trim_start().to_owned()
+    }
+
     /// The command that goes on at sequence `next`.
     pub(super) fn going_on(&self, next: u64) -> String {
+        format!("worker replay --from-seq {next}{}", self.all_but_from())
+    }
+
+    fn all_but_from(&self) -> String {
         let Options { span: Span { from: _, until, resource }, rate, dry_run, restore_deleted, verbose } = self;
-        let mut command = format!("worker replay --from-seq {next}");
+        let mut command = String::new();
         match until {
             Until::Newest => {}
             Until::Sequence(last) => command += &format!(" --until {last}"),
