@@ -108,7 +108,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     tokio::join!(
         serving,
         settling.run(&config.nats, config.journal.confirm_after, &readiness, &after),
-        after.run_until_cancelled(config.secrets.watch(&readiness)),
+        after.run_until_cancelled(config.secrets.watch(&readiness, metrics.secret_file_rejected())),
         after.run_until_cancelled(summary.run()),
     );
     summary.tell();
