@@ -41,7 +41,7 @@ fn serve(arguments: &ArgMatches) -> anyhow::Result<bool> {
     let config = Config::load(&settings::flags_then_environment(arguments))?;
     config.logs.start();
     keep_freed_memory();
-    Runtime::new()?.block_on(async { gateway::run(config, shutdown::on_signal()?).await })?;
+    run(async { gateway::run(config, shutdown::on_signal()?).await })?;
     Ok(true)
 }
 
@@ -63,6 +63,14 @@ fn operate(journal: &ArgMatches) -> anyhow::Result<bool> {
     let innermost = journal.subcommand().map_or(journal, |(_, command)| command);
     let config = JournalConfig::load(&settings::flags_then_environment(innermost))?;
     config.logs.start();
-    Runtime::new()?.block_on(async { commands::run(journal, config, shutdown::on_signal()?).await })?;
+    run(async { commands::run(journal, config, shutdown::on_signal()?).await })?;
     Ok(true)
+}
+
+/// Runs to the end. A start that was stopped may still wait for the journal's disk, on a thread that is not waited for.
+fn run(program: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = Runtime::new()?;
+    let ended = runtime.block_on(program);
+    runtime.shutdown_background();
+    ended
 }

@@ -1,9 +1,12 @@
 //! The operator slips: a wrong file, a loose mode, a broker without a login.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::process::Command;
 
 use local::Scratch;
+use serde_json::Value;
 use world::{Post, Ran, SECRET, World, eventually, sign};
 
 use crate::{fixture, setup};
@@ -96,4 +99,57 @@ fn a_start_with_such_a_secret_is_a_mistake_in_the_settings() {
     for wrong in ["0123456789abcde", &"x".repeat(257), "0123456789abcdé0", "0123456789 abcdef"] {
         assert_eq!(start("SENTRY_CLIENT_SECRET", wrong).code, Some(64), "{wrong}");
     }
+}
+
+/// What `gateway check` finds with these settings, of which it names what begins with `what`: state, detail and advice.
+fn check(settings: &[(&str, &Path)], what: &str) -> Vec<(String, String)> {
+    let mut command = Command::new(GATEWAY);
+    command.args(["check", "--json"]).env_clear().env("NATS_URL", "nats://127.0.0.1:1");
+    command.env("GATEWAY_LISTEN", "127.0.0.1:0").env("GATEWAY_OPS_LISTEN", "127.0.0.1:0");
+    let ran = Ran::of(command.envs(settings.iter().copied()).output().unwrap());
+    let json = ran.json();
+    let word = |finding: &Value, name: &str| finding[name].as_str().unwrap_or_default().to_owned();
+    let findings =
+        json["findings"].as_array().unwrap().iter().filter(|finding| word(finding, "what").starts_with(what));
+    findings.map(|it| (word(it, "state"), format!("{} -> {}", word(it, "detail"), word(it, "advice")))).collect()
+}
+
+#[test]
+fn check_complains_of_files_that_others_may_read() {
+    let folder = Scratch::new("modes").unwrap();
+    let (secret, journal) = (folder.path().join("secret"), folder.path().join("journal"));
+    fs::write(&secret, SECRET).unwrap();
+    fs::create_dir(&journal).unwrap();
+    let segment = journal.join("000000000001.journal");
+    fs::write(&segment, "").unwrap();
+    let settings = [("SENTRY_CLIENT_SECRET_FILE", secret.as_path()), ("GATEWAY_JOURNAL_DIR", &journal)];
+    let modes = |of_secret: u32, of_journal: u32, of_segment: u32| {
+        let of = [(&secret, of_secret), (&journal, of_journal), (&segment, of_segment)];
+        for (path, mode) in of {
+            fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+        }
+        (check(&settings, "secret file"), check(&settings, "journal modes"))
+    };
+    let ok = |found: &[(String, String)]| found.len() == 1 && found[0].0 == "ok";
+    let warns = |found: &[(String, String)], words: &str| {
+        found.len() == 1 && found[0].0 == "warning" && found[0].1.contains(words) && found[0].1.contains("chmod")
+    };
+    for mode in [0o640, 0o604, 0o620, 0o400 | 0o044] {
+        let (of_secret, of_journal) = modes(mode, 0o700, 0o600);
+        assert!(warns(&of_secret, &format!("{mode:04o}")), "{mode:o}: {of_secret:?}");
+        assert!(ok(&of_journal), "{of_journal:?}");
+    }
+    for mode in [0o600, 0o400] {
+        assert!(ok(&modes(mode, 0o700, 0o600).0), "{mode:o}");
+    }
+    if nix::unistd::geteuid().is_root() {
+        // As a volume of Kubernetes gives it to a user who is not root: by the group, and to read.
+        std::os::unix::fs::chown(&secret, Some(4_000_000), None).unwrap();
+        assert!(ok(&modes(0o440, 0o700, 0o600).0));
+        assert!(warns(&modes(0o460, 0o700, 0o600).0, "0460"));
+    }
+    let (_, of_journal) = modes(0o600, 0o755, 0o600);
+    assert!(warns(&of_journal, "0755"), "{of_journal:?}");
+    let (_, of_journal) = modes(0o600, 0o700, 0o644);
+    assert!(warns(&of_journal, "000000000001.journal"), "{of_journal:?}");
 }
