@@ -6,10 +6,11 @@ use clap::{ArgMatches, Command};
 use gateway::settings::{Config, JournalConfig};
 use gateway::{check, commands, settings as own};
 use shared::settings::{self, BadSettings, EX_USAGE};
-use shared::{shutdown, telemetry};
+use shared::{core_dumps, shutdown, telemetry};
 use tokio::runtime::Runtime;
 
 fn main() -> ExitCode {
+    core_dumps::forbid();
     let about = "Takes Sentry's webhooks, verifies them, makes them durable, and answers";
     let command = Command::new("gateway").bin_name("gateway").about(about).version(env!("CARGO_PKG_VERSION"));
     let command = settings::command(command, &own::SETTINGS).subcommand(commands::command());

@@ -246,3 +246,15 @@ async fn a_journal_folder_of_another_user_is_refused_and_root_is_warned() {
     assert!(warned.listens().await, "{}", warned.log());
     assert!(warned.log().contains(&format!("belongs to user {}", nobody.uid)), "{}", warned.log());
 }
+
+#[tokio::test]
+async fn a_crash_leaves_no_memory_on_the_disk() {
+    let world = setup().start().await;
+    for program in [&world.gateway, &world.workers[0]] {
+        let Ok(limits) = fs::read_to_string(format!("/proc/{}/limits", program.process().pid())) else {
+            return skipped("a_crash_leaves_no_memory_on_the_disk", "this system has no /proc");
+        };
+        let core = limits.lines().find_map(|line| line.strip_prefix("Max core file size")).unwrap();
+        assert_eq!(core.split_whitespace().take(2).collect::<Vec<_>>(), ["0", "0"], "{core}");
+    }
+}
