@@ -24,7 +24,7 @@ pub mod watchdog;
 pub mod wheels;
 pub mod wire;
 
-pub use nats::{NatsOptions, NatsServer};
+pub use nats::{Login, NatsOptions, NatsServer};
 pub use postgres::{Postgres, PostgresOptions};
 pub use programs::Programs;
 pub use watchdog::Scratch;
