@@ -20,6 +20,7 @@ pub mod process;
 pub mod programs;
 pub mod sentry;
 pub mod stack_env;
+mod sums;
 pub mod watchdog;
 pub mod wheels;
 pub mod wire;

@@ -9,6 +9,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use local::stack_env::{self, StackEnv};
+use local::wheels::{NATS_SERVER, POSTGRESQL};
 use local::{Scratch, watchdog};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -221,6 +222,28 @@ fn the_broker_takes_only_its_own_login() {
     launcher.signal(Signal::SIGTERM);
     let (status, words) = launcher.ended();
     assert!(status.success() && !words.contains(password), "{words}");
+}
+
+/// A cache with programs that were not unpacked there. Each makes the file `ran` and ends.
+#[test]
+fn a_program_that_was_put_into_the_cache_does_not_run() {
+    let scratch = Scratch::new("cache").unwrap();
+    let (cache, ran) = (scratch.path().join("cache/loop-sentry-door"), scratch.path().join("ran"));
+    for wheel in [&NATS_SERVER, &POSTGRESQL] {
+        let program = wheel.cached(&cache).expect("a build for this machine");
+        fs::create_dir_all(program.parent().unwrap()).unwrap();
+        for program in [program.clone(), program.with_file_name("initdb")] {
+            fs::write(&program, format!("#!/bin/sh\necho \"$0\" >> {}\n", ran.display())).unwrap();
+            fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+    }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_local"));
+    command.args(["--port", "0", "--data-dir"]).arg(scratch.path().join("data"));
+    command.env("PATH", scratch.path()).env("XDG_CACHE_HOME", scratch.path().join("cache"));
+    let output = command.env_remove("LOCAL_NATS_SERVER").env_remove("LOCAL_POSTGRES_BIN").output().unwrap();
+    let words = String::from_utf8(output.stderr).unwrap();
+    assert!(!ran.exists(), "{} ran: {words}", fs::read_to_string(&ran).unwrap());
+    assert!(output.status.code() == Some(1) && words.contains("no python3 on PATH"), "{words}");
 }
 
 #[test]
