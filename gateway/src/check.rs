@@ -2,10 +2,13 @@
 
 mod disk;
 
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::thread::available_parallelism;
 use std::time::Duration;
 
 use clap::{ArgMatches, Command};
+use nix::unistd::geteuid;
 use shared::check::nats::{self, Side};
 use shared::check::{self, Finding, Report, size};
 use shared::settings;
@@ -35,6 +38,7 @@ pub async fn run(arguments: &ArgMatches, config: &Config) -> anyhow::Result<bool
     let running = outside.as_ref().and_then(|outside| outside.held_by);
     let journal = config.journal.clone();
     let mut findings = tokio::task::spawn_blocking(move || disk::look(&journal)).await?;
+    findings.extend(config.secrets.path().map(secret_file));
     findings.extend(listeners(config, running).await);
     findings.push(signature_form(config.form));
     findings.extend(limits(config));
@@ -60,6 +64,28 @@ fn shown(variable: &str, config: &Config) -> Option<String> {
         ("GATEWAY_MAX_CANONICAL", _) => Some(config.limits.canonical.to_string()),
         _ => None,
     }
+}
+
+/// The mode of the secrets' file. The group may read it where that is how this process reads it, as in a Kubernetes volume
+/// that is root's.
+fn secret_file(path: &Path) -> Finding {
+    let what = "secret file";
+    let found = match std::fs::metadata(path) {
+        Ok(found) => found,
+        Err(error) => {
+            return Finding::warning(what, format!("the system does not tell its mode: {error}"), "look with ls -lL");
+        }
+    };
+    let mode = found.mode() & 0o7777;
+    if mode & 0o077 == 0 {
+        return Finding::ok(what, format!("mode {mode:04o}, its owner's alone"));
+    }
+    if mode & 0o037 == 0 && found.uid() != geteuid().as_raw() {
+        return Finding::ok(what, format!("mode {mode:04o}, its owner's and, to read, its group's"));
+    }
+    let advice = "chmod 600 it, and let the gateway's user own it (defaultMode: 0400 of a Kubernetes Secret): a user who can \
+                  read the secret can sign any delivery, and a user who can write it chooses the secret";
+    Finding::warning(what, format!("mode {mode:04o}: its group or others have rights on it"), advice)
 }
 
 async fn listeners(config: &Config, running: Option<Option<u32>>) -> [Finding; 2] {

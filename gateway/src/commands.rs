@@ -211,7 +211,10 @@ async fn redrive_one(
 
 /// Publishes an orphaned journal and waits until every delivery in it is confirmed.
 async fn drain(config: &JournalConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
-    let journal = crate::open_journal(&config.journal).await?;
+    let Some(opened) = shutdown.run_until_cancelled(crate::open_journal(&config.journal)).await else {
+        bail!("stopped before the journal was open");
+    };
+    let journal = opened?;
     let readiness = Readiness::default();
     let metrics = Metrics::new(&mut Registry::default(), &journal);
     let publisher = Publisher::connect(&config.nats, journal.clone(), &readiness, metrics.clone()).await?;

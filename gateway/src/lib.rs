@@ -63,7 +63,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let ops = bind(config.ops_listen, "GATEWAY_OPS_LISTEN")?;
     // NATS away costs nothing but time: deliveries are taken, and wait on disk.
     let readiness = Readiness::tolerating(&["nats", "stream", "secrets"]);
-    let journal = open_journal(&config.journal).await?;
+    let Some(opened) = shutdown.run_until_cancelled(open_journal(&config.journal)).await else {
+        tracing::info!("stopped before the journal was open");
+        return Ok(());
+    };
+    let journal = opened?;
     let watched = journal.clone();
     readiness.probe("journal", move || match watched.trouble() {
         Some(trouble) => Err(trouble.problem.to_string()),
@@ -119,7 +123,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     tokio::join!(
         serving,
         settling.run(&config.nats, config.journal.confirm_after, &readiness, &after),
-        after.run_until_cancelled(config.secrets.watch(&readiness)),
+        after.run_until_cancelled(config.secrets.watch(&readiness, metrics.secret_file_rejected())),
         after.run_until_cancelled(summary.run()),
     );
     summary.tell();

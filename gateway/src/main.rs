@@ -6,10 +6,11 @@ use clap::{ArgMatches, Command};
 use gateway::settings::{Config, JournalConfig};
 use gateway::{check, commands, settings as own};
 use shared::settings::{self, BadSettings, EX_USAGE};
-use shared::{shutdown, telemetry};
+use shared::{core_dumps, shutdown, telemetry};
 use tokio::runtime::Runtime;
 
 fn main() -> ExitCode {
+    core_dumps::forbid();
     let about = "Takes Sentry's webhooks, verifies them, makes them durable, and answers";
     let command = Command::new("gateway").bin_name("gateway").about(about).version(env!("CARGO_PKG_VERSION"));
     let command = settings::command(command, &own::SETTINGS).subcommand(commands::command());
@@ -41,7 +42,7 @@ fn serve(arguments: &ArgMatches) -> anyhow::Result<bool> {
     let config = Config::load(&settings::flags_then_environment(arguments))?;
     config.logs.start();
     keep_freed_memory();
-    Runtime::new()?.block_on(async { gateway::run(config, shutdown::on_signal()?).await })?;
+    run(async { gateway::run(config, shutdown::on_signal()?).await })?;
     Ok(true)
 }
 
@@ -63,6 +64,14 @@ fn operate(journal: &ArgMatches) -> anyhow::Result<bool> {
     let innermost = journal.subcommand().map_or(journal, |(_, command)| command);
     let config = JournalConfig::load(&settings::flags_then_environment(innermost))?;
     config.logs.start();
-    Runtime::new()?.block_on(async { commands::run(journal, config, shutdown::on_signal()?).await })?;
+    run(async { commands::run(journal, config, shutdown::on_signal()?).await })?;
     Ok(true)
+}
+
+/// Runs to the end. A start that was stopped may still wait for the journal's disk, on a thread that is not waited for.
+fn run(program: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = Runtime::new()?;
+    let ended = runtime.block_on(program);
+    runtime.shutdown_background();
+    ended
 }

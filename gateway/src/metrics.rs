@@ -155,6 +155,7 @@ pub struct Metrics {
     connections: Gauge,
     accepted_connections: Counter,
     accept_errors: Counter,
+    secret_file_rejected: Counter,
 }
 
 impl Metrics {
@@ -223,6 +224,10 @@ impl Metrics {
         let help = "Connections that could not be taken (out of file descriptors, say)";
         let accept_errors = counter(registry, "gateway_accept_errors", help);
 
+        let help =
+            "Changes of the file of SENTRY_CLIENT_SECRET_FILE that left the secrets as they were: it could not be used";
+        let secret_file_rejected = counter(registry, "gateway_secret_file_rejected", help);
+
         registry.register_collector(Box::new(OfJournal(Arc::new(journal.clone()))));
         Metrics {
             answers,
@@ -243,6 +248,7 @@ impl Metrics {
             connections,
             accepted_connections,
             accept_errors,
+            secret_file_rejected,
         }
     }
 
@@ -313,6 +319,11 @@ impl Metrics {
     pub fn connected(&self) -> Counted {
         self.accepted_connections.inc();
         Counted::new(&self.connections)
+    }
+
+    /// Counts the changes of the secrets' file that could not be used.
+    pub fn secret_file_rejected(&self) -> &Counter {
+        &self.secret_file_rejected
     }
 
     /// A connection could not be taken.

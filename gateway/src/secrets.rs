@@ -6,11 +6,13 @@
 
 use std::fmt;
 use std::io;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use hmac::{Hmac, KeyInit as _, Mac as _};
+use prometheus_client::metrics::counter::Counter;
 use sha2::Sha256;
 use shared::ops::Readiness;
 use subtle::{Choice, ConstantTimeEq as _};
@@ -24,18 +26,38 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// For how long a changed file must stay as it is before it counts: who writes it in place may be half-way.
 const SETTLED_AFTER: Duration = Duration::from_millis(100);
 
+/// The fewest and the most characters of a secret. Sentry's have 64 hex digits.
+const LENGTH: RangeInclusive<usize> = 16..=256;
+/// The most secrets at once: two while one is rotated, and room for several integrations.
+const MOST: usize = 8;
+
 /// The client secrets, any of which may have signed. Never shown. Clones share them.
 #[derive(Clone)]
 pub struct Secrets(Arc<[Hmac<Sha256>]>);
 
 impl Secrets {
-    /// Secrets separated by commas or line ends; white space around each is dropped. None where nothing is left.
-    pub fn parse(text: &str) -> Option<Self> {
+    /// Secrets separated by commas or line ends. White space around each is dropped, and so are empty ones.
+    ///
+    /// The text is taken as a whole or not at all. Lines of JSON, of HTML or of a comment would else be secrets, and
+    /// an outsider can guess those.
+    ///
+    /// # Errors
+    /// [`Unusable`] where there is none, there are too many, or one does not look like a secret.
+    pub fn parse(text: &str) -> Result<Self, Unusable> {
         let secrets = text.split([',', '\n']).map(str::trim).filter(|secret| !secret.is_empty());
+        let secrets: Vec<&str> = secrets.collect();
+        if secrets.is_empty() {
+            return Err(Unusable::Empty);
+        }
+        if !secrets.iter().all(|secret| is_secret(secret)) {
+            return Err(Unusable::NoSecret);
+        }
+        if secrets.len() > MOST {
+            return Err(Unusable::TooMany);
+        }
         // Keyed once here; each delivery clones the keyed state.
         let key = |secret: &str| Hmac::new_from_slice(secret.as_bytes()).expect("HMAC takes a key of any length");
-        let keyed: Arc<[_]> = secrets.map(key).collect();
-        (!keyed.is_empty()).then_some(Secrets(keyed))
+        Ok(Secrets(secrets.into_iter().map(key).collect()))
     }
 
     /// How many there are, one at least.
@@ -54,6 +76,12 @@ impl Secrets {
         signing.update(signed);
         signing.gives(signature)
     }
+}
+
+/// Tells by length and characters whether a text can be a secret.
+fn is_secret(text: &str) -> bool {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"._~+/=-".contains(&byte);
+    LENGTH.contains(&text.len()) && text.bytes().all(fits)
 }
 
 /// What is being signed with each of the secrets.
@@ -91,7 +119,7 @@ struct SecretFile {
     content: String,
 }
 
-/// Why a file's content cannot be used. The words follow "it" and hold nothing of the content.
+/// Why a text with secrets cannot be used. The words follow "it" and hold nothing of the text.
 #[derive(Debug, thiserror::Error)]
 pub enum Unusable {
     /// It cannot be read, or is not UTF-8.
@@ -100,6 +128,15 @@ pub enum Unusable {
     /// It holds no secret.
     #[error("is empty")]
     Empty,
+    /// A part of it is no secret.
+    #[error(
+        "holds something else than secrets: a secret has {} to {} characters of A-Z a-z 0-9 . _ ~ + / = -",
+        LENGTH.start(), LENGTH.end()
+    )]
+    NoSecret,
+    /// It holds more secrets than are ever needed.
+    #[error("holds more than {MOST} secrets")]
+    TooMany,
 }
 
 impl fmt::Debug for SecretFile {
@@ -117,10 +154,10 @@ impl Source {
     /// Secrets from a file, which is watched once [`Source::watch`] runs.
     ///
     /// # Errors
-    /// Where the file cannot be read now, or holds no secret.
+    /// Where the file cannot be read now, or [`Secrets::parse`] refuses what it holds.
     pub fn file(path: &Path) -> Result<Self, Unusable> {
         let content = std::fs::read_to_string(path)?;
-        let secrets = Secrets::parse(&content).ok_or(Unusable::Empty)?;
+        let secrets = Secrets::parse(&content)?;
         let file = SecretFile { path: path.to_owned(), content };
         Ok(Source { current: watch::Sender::new(secrets), file: Some(file) })
     }
@@ -136,8 +173,8 @@ impl Source {
     }
 
     /// Takes what changes in the file, without end; returns at once where there is none. A file that cannot be used leaves
-    /// the secrets as they are: told once in the log, and by `readiness` for as long as it lasts.
-    pub async fn watch(&self, readiness: &Readiness) {
+    /// the secrets as they are: told once in the log, counted in `rejected`, and by `readiness` for as long as it lasts.
+    pub async fn watch(&self, readiness: &Readiness, rejected: &Counter) {
         let Some(file) = &self.file else { return };
         let mut taken = file.content.clone();
         let in_use = |secrets: &Secrets| Ok(format!("{} in use", secrets.0.len()));
@@ -154,6 +191,7 @@ impl Source {
                     let path = file.path.display();
                     tracing::error!(%path, "the file of SENTRY_CLIENT_SECRET_FILE {problem}; the secrets stay as they were");
                     readiness.set("secrets", Err(format!("{path} {problem}; the secrets stay as they were")));
+                    rejected.inc();
                     troubled = true;
                     continue;
                 }
@@ -186,7 +224,7 @@ impl SecretFile {
             };
             if settled {
                 let content = again?;
-                let secrets = Secrets::parse(&content).ok_or(Unusable::Empty)?;
+                let secrets = Secrets::parse(&content)?;
                 return Ok(Some((content, secrets)));
             }
             seen = again;
@@ -204,13 +242,30 @@ mod tests {
 
     #[test]
     fn secrets_are_never_shown() {
-        assert_eq!(format!("{:?}", Secrets::parse("hunter2,hunter3").unwrap()), "Secrets(2 of them, not shown)");
-        assert!(Secrets::parse(" ,\n ").is_none());
+        let secrets = Secrets::parse("hunter2-hunter2-hunter2,hunter3-hunter3-hunter3").unwrap();
+        assert_eq!(format!("{secrets:?}"), "Secrets(2 of them, not shown)");
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("secret");
-        std::fs::write(&path, "hunter2\nhunter3\n").unwrap();
+        std::fs::write(&path, "hunter2-hunter2-hunter2\nhunter3-hunter3-hunter3\n").unwrap();
         let shown = format!("{:?}", Source::file(&path).unwrap());
         assert!(shown.contains("2 of them") && !shown.contains("hunter"), "{shown}");
+    }
+
+    #[test]
+    fn a_text_is_taken_whole_or_not_at_all() {
+        let (shortest, longest) = ("0123456789abcdef", "x".repeat(256));
+        let most = [shortest; MOST].join("\n");
+        for good in [shortest, &longest, &format!(" {shortest} ,\r\n\n{longest}\r\n"), "AZaz09._~+/=-AZaz", &most] {
+            assert!(Secrets::parse(good).is_ok(), "{good}");
+        }
+        assert!(matches!(Secrets::parse(" ,\n "), Err(Unusable::Empty)));
+        for part in
+            ["0123456789abcde", &"x".repeat(257), "0123456789\tabcdef", "0123456789abcdé0", "<html>0123456789>", "\0"]
+        {
+            let with = format!("{shortest}\n{part}\n");
+            assert!(matches!(Secrets::parse(&with), Err(Unusable::NoSecret)), "{part}");
+        }
+        assert!(matches!(Secrets::parse(&format!("{most},{shortest}")), Err(Unusable::TooMany)));
     }
 
     #[test]
@@ -220,8 +275,10 @@ mod tests {
         assert!(matches!(Source::file(&path), Err(Unusable::Unreadable(_))));
         std::fs::write(&path, " \n").unwrap();
         assert!(matches!(Source::file(&path), Err(Unusable::Empty)));
-        std::fs::write(&path, b"hunter\xff").unwrap();
-        let problem = Source::file(&path).unwrap_err().to_string();
-        assert!(!problem.contains("hunter"), "{problem}");
+        for content in [&b"hunter\xff"[..], b"hunter", b"{\"hunter\": 2}"] {
+            std::fs::write(&path, content).unwrap();
+            let problem = Source::file(&path).unwrap_err().to_string();
+            assert!(!problem.contains("hunter"), "{problem}");
+        }
     }
 }

@@ -190,7 +190,7 @@ mod tests {
     #[tokio::test]
     async fn who_has_connected_before_the_listener_closes_is_answered() {
         let folder = tempfile::tempdir().unwrap();
-        let set = |variable: &str| (variable == "SENTRY_CLIENT_SECRET").then(|| "s".to_owned());
+        let set = |variable: &str| (variable == "SENTRY_CLIENT_SECRET").then(|| "a-secret-of-the-tests".to_owned());
         let config = Config::load(&set).unwrap();
         let (journal, _) = Journal::open(folder.path(), config.journal.limits).unwrap();
         let metrics = Metrics::new(&mut Registry::default(), &journal);

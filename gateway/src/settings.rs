@@ -327,8 +327,9 @@ fn limits(reader: &mut settings::Reader<'_>) -> Option<Limits> {
 /// The secrets, from the variable or from the file.
 fn secrets(reader: &mut settings::Reader<'_>) -> Option<Source> {
     let Some(file) = reader.text(&SENTRY_CLIENT_SECRET_FILE) else {
-        let parse =
-            |text: &str| Secrets::parse(text).ok_or_else(|| "the integration's client secret, not empty".into());
+        let parse = |text: &str| {
+            Secrets::parse(text).map_err(|problem| format!("the integration's client secret; the value {problem}"))
+        };
         return reader.parse(&SENTRY_CLIENT_SECRET, parse).map(Source::fixed);
     };
     if reader.text(&SENTRY_CLIENT_SECRET).is_some() {
@@ -353,7 +354,7 @@ mod tests {
 
     #[test]
     fn a_secret_is_all_that_must_be_set() {
-        let config = load(&[("SENTRY_CLIENT_SECRET", "s3cr3t")]).unwrap();
+        let config = load(&[("SENTRY_CLIENT_SECRET", "s3cr3t-s3cr3t-s3cr3t")]).unwrap();
         assert_eq!(config.listen, "0.0.0.0:8080".parse().unwrap());
         assert_eq!(config.limits.body_bytes, 8 << 20);
         assert!(!format!("{config:?}").contains("s3cr3t"));
@@ -379,7 +380,8 @@ mod tests {
 
     #[test]
     fn limits_that_contradict_each_other_are_a_mistake() {
-        let error = load(&[("SENTRY_CLIENT_SECRET", "s"), ("GATEWAY_MAX_BYTES_IN_FLIGHT", "1MiB")]).unwrap_err();
+        let error = load(&[("SENTRY_CLIENT_SECRET", "s3cr3t-s3cr3t-s3cr3t"), ("GATEWAY_MAX_BYTES_IN_FLIGHT", "1MiB")])
+            .unwrap_err();
         assert!(error.to_string().contains("GATEWAY_MAX_BYTES_IN_FLIGHT must be at least"), "{error}");
     }
 }

@@ -202,15 +202,17 @@ mod tests {
     use super::*;
     use crate::secrets::Source;
 
-    /// Computed with Python: `hmac.new(b"secret", b'{"a":1.0}', "sha256").hexdigest()`.
-    const RAW: &str = "2bac577cffaeadabc9fe55d703d10df2e0c578ba4002dfd722071a8e9c639017";
+    /// Computed with Python: `hmac.new(b"a-secret-of-the-tests", b'{"a":1.0}', "sha256").hexdigest()`.
+    const RAW: &str = "3139449d69a3aebfacd017cdedf9a8adfff6d1f2c5c38931579876af2bcd3275";
     /// The same over `{"a":1}`.
-    const CANONICAL: &str = "aa9e2e3575f5d7098b6caccd790888c36d5fdb63342a73bada2d6a51747a8494";
+    const CANONICAL: &str = "8d045858cfbb3a3ef9aa8387eab52fcd3e049de5b010796b6dd1910b23704552";
     const BODY: &[u8] = br#"{"a":1.0}"#;
 
     fn headers(values: &[&str]) -> HeaderMap {
         values.iter().map(|value| (SIGNATURE.parse().unwrap(), value.parse().unwrap())).collect()
     }
+
+    const SECRET: &str = "a-secret-of-the-tests";
 
     async fn verifies(secrets: &str, form: Form, signature: &str) -> bool {
         let verifier = Verifier::new(Source::fixed(Secrets::parse(secrets).unwrap()).current(), form, 1);
@@ -228,17 +230,17 @@ mod tests {
     async fn each_form_takes_what_it_says() {
         let table = [(Form::Any, true, true), (Form::Raw, true, false), (Form::Canonical, false, true)];
         for (form, raw, canonical) in table {
-            assert_eq!(verifies("secret", form, RAW).await, raw, "{form:?}");
-            assert_eq!(verifies("secret", form, CANONICAL).await, canonical, "{form:?}");
-            assert!(!verifies("secret", form, &"0".repeat(64)).await, "{form:?}");
+            assert_eq!(verifies(SECRET, form, RAW).await, raw, "{form:?}");
+            assert_eq!(verifies(SECRET, form, CANONICAL).await, canonical, "{form:?}");
+            assert!(!verifies(SECRET, form, &"0".repeat(64)).await, "{form:?}");
         }
     }
 
     #[tokio::test]
     async fn any_of_several_secrets_may_have_signed() {
-        assert!(verifies("other, secret", Form::Any, RAW).await);
-        assert!(verifies("secret,other", Form::Any, CANONICAL).await);
-        assert!(!verifies("other,third", Form::Any, RAW).await);
+        assert!(verifies(&format!("the-other-secret, {SECRET}"), Form::Any, RAW).await);
+        assert!(verifies(&format!("{SECRET},the-other-secret"), Form::Any, CANONICAL).await);
+        assert!(!verifies("the-other-secret,the-third-secret", Form::Any, RAW).await);
     }
 
     #[test]

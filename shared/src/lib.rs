@@ -24,6 +24,7 @@
 //! The trace that begins or goes on in 1 travels along ([`trace`]), onto every log line about the delivery.
 
 pub mod check;
+pub mod core_dumps;
 pub mod delivery;
 pub mod hostile;
 pub mod json;

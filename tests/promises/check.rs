@@ -15,7 +15,7 @@ use crate::{fixture, setup};
 const GATEWAY: &str = env!("CARGO_BIN_EXE_gateway-under-test");
 const WORKER: &str = env!("CARGO_BIN_EXE_worker-under-test");
 /// Of every secret that a check here gets to see; it must not show one.
-const SECRET: &str = "hunter2";
+const SECRET: &str = "hunter2-hunter2-hunter2";
 
 /// Servers, and nothing that uses them yet.
 struct Servers {
@@ -44,7 +44,7 @@ impl Servers {
         let (listen, ops) = (format!("127.0.0.1:{}", ports.0), format!("127.0.0.1:{}", ports.1));
         let url = self.nats.url();
         let own = [
-            ("SENTRY_CLIENT_SECRET", "hunter2,hunter22"),
+            ("SENTRY_CLIENT_SECRET", "hunter2-hunter2-hunter2,hunter2-hunter2-hunter22"),
             ("NATS_URL", &url),
             ("GATEWAY_LISTEN", &listen),
             ("GATEWAY_OPS_LISTEN", &ops),

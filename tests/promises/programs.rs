@@ -86,7 +86,7 @@ fn every_command_has_every_flag_in_its_help() {
 fn an_address_that_is_taken_is_told_with_its_setting() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    let (code, _, stderr) = run(GATEWAY, &["--listen", &address], &[("SENTRY_CLIENT_SECRET", "s")]);
+    let (code, _, stderr) = run(GATEWAY, &["--listen", &address], &[("SENTRY_CLIENT_SECRET", "a-secret-of-the-tests")]);
     assert_eq!(code, Some(1), "{stderr}");
     assert!(stderr.contains(&address) && stderr.contains("GATEWAY_LISTEN"), "{stderr}");
 }

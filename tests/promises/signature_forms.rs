@@ -49,9 +49,10 @@ async fn canonical_takes_only_the_canonical_form() {
 
 #[tokio::test]
 async fn every_secret_of_a_rotation_is_good() {
-    let world = setup().workers(0).gateway("SENTRY_CLIENT_SECRET", &format!("the-next-one, {SECRET}")).start().await;
+    let world =
+        setup().workers(0).gateway("SENTRY_CLIENT_SECRET", &format!("the-next-one-of-two, {SECRET}")).start().await;
     let body = json!({ "data": {} }).to_string();
-    for secret in ["the-next-one", SECRET] {
+    for secret in ["the-next-one-of-two", SECRET] {
         let post = Post::unsigned(body.clone()).header("Sentry-Hook-Signature", &sign(secret, body.as_bytes()));
         assert_eq!(post.send(world.port()).await.status, 202);
     }

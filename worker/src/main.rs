@@ -4,10 +4,11 @@ use std::process::ExitCode;
 
 use clap::{ArgMatches, Command};
 use shared::settings::{self, EX_USAGE};
-use shared::{operator, shutdown, telemetry};
+use shared::{core_dumps, operator, shutdown, telemetry};
 use worker::{Config, commands};
 
 fn main() -> ExitCode {
+    core_dumps::forbid();
     let about = "Turns Sentry's deliveries from the stream into Loop's signals and issues";
     let migrate =
         Command::new("migrate").about("Make the tables that are missing, check those that are there, and stop");

@@ -20,11 +20,12 @@ pub mod process;
 pub mod programs;
 pub mod sentry;
 pub mod stack_env;
+mod sums;
 pub mod watchdog;
 pub mod wheels;
 pub mod wire;
 
-pub use nats::{NatsOptions, NatsServer};
+pub use nats::{Login, NatsOptions, NatsServer};
 pub use postgres::{Postgres, PostgresOptions};
 pub use programs::Programs;
 pub use watchdog::Scratch;

@@ -12,9 +12,11 @@ use std::time::Duration;
 
 use clap::{Arg, ArgMatches, Command, value_parser};
 use local::sentry::Sign;
+use shared::core_dumps;
 use shared::settings::{self, BadSettings, EX_USAGE};
 
 fn main() -> ExitCode {
+    core_dumps::forbid(); // of the servers neither, which inherit it
     let arguments = settings::arguments(command());
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,

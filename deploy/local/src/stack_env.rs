@@ -25,7 +25,7 @@ pub struct StackEnv {
     pub secret: String,
     /// `DATABASE_URL`, with its password.
     pub database_url: String,
-    /// `NATS_URL`
+    /// `NATS_URL`, with its password.
     pub nats_url: String,
     /// `GATEWAY_OPS_URL`
     pub gateway_ops_url: String,

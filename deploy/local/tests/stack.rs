@@ -1,12 +1,15 @@
 //! `cargo run` as a person has it: the program itself, with real servers.
 
 use std::fs;
-use std::io::Read as _;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{Ipv4Addr, TcpStream};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use local::stack_env::{self, StackEnv};
+use local::wheels::{NATS_SERVER, POSTGRESQL};
 use local::{Scratch, watchdog};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -186,6 +189,61 @@ async fn a_stack_keeps_its_data_and_addresses_whatever_ended_it() {
     assert!(status.success() && words.contains("an earlier run had left behind"), "{words}");
     assert!(words.contains(&nats.to_string()) && words.contains(&postgres.to_string()), "{words}");
     wait_until_unused(&data_dir);
+}
+
+/// Sends what a NATS client sends first, with `login` in it, and gives the answer.
+fn greet(port: u16, login: &str) -> String {
+    let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("nats-server listens");
+    write!(socket, "CONNECT {{\"verbose\":false,\"protocol\":1{login}}}\r\nPING\r\n").expect("it reads");
+    let mut lines = BufReader::new(socket).lines().map_while(Result::ok);
+    lines.find(|line| !line.starts_with("INFO ")).unwrap_or_default()
+}
+
+#[test]
+fn the_broker_takes_only_its_own_login() {
+    let scratch = Scratch::new("login").unwrap();
+    let mut launcher = Launcher::start(scratch.path());
+    let env = launcher.ready();
+    let (login, address) = env.nats_url.strip_prefix("nats://").and_then(|url| url.split_once('@')).unwrap_or_default();
+    let port = env.nats_url.rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port in NATS_URL");
+    for wrong in ["", ",\"user\":\"loop\",\"pass\":\"\"", ",\"user\":\"loop\",\"pass\":\"loop\""] {
+        let answer = greet(port, wrong);
+        assert!(answer.contains("Authorization Violation"), "{wrong}: {answer}");
+    }
+    let (user, password) = login.split_once(':').expect("a login in NATS_URL");
+    assert!(password.len() == 64 && address.starts_with("127.0.0.1:"), "{address}");
+    assert_eq!(greet(port, &format!(",\"user\":\"{user}\",\"pass\":\"{password}\"")), "PONG");
+    for file in [stack_env::NAME, "nats-password", "nats/nats.conf"] {
+        let mode = fs::metadata(scratch.path().join(file)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{file}");
+    }
+    let (code, words) = send(scratch.path(), &[]);
+    assert_eq!(code, Some(0), "{words}");
+    launcher.signal(Signal::SIGTERM);
+    let (status, words) = launcher.ended();
+    assert!(status.success() && !words.contains(password), "{words}");
+}
+
+/// A cache with programs that were not unpacked there. Each makes the file `ran` and ends.
+#[test]
+fn a_program_that_was_put_into_the_cache_does_not_run() {
+    let scratch = Scratch::new("cache").unwrap();
+    let (cache, ran) = (scratch.path().join("cache/loop-sentry-door"), scratch.path().join("ran"));
+    for wheel in [&NATS_SERVER, &POSTGRESQL] {
+        let program = wheel.cached(&cache).expect("a build for this machine");
+        fs::create_dir_all(program.parent().unwrap()).unwrap();
+        for program in [program.clone(), program.with_file_name("initdb")] {
+            fs::write(&program, format!("#!/bin/sh\necho \"$0\" >> {}\n", ran.display())).unwrap();
+            fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+    }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_local"));
+    command.args(["--port", "0", "--data-dir"]).arg(scratch.path().join("data"));
+    command.env("PATH", scratch.path()).env("XDG_CACHE_HOME", scratch.path().join("cache"));
+    let output = command.env_remove("LOCAL_NATS_SERVER").env_remove("LOCAL_POSTGRES_BIN").output().unwrap();
+    let words = String::from_utf8(output.stderr).unwrap();
+    assert!(!ran.exists(), "{} ran: {words}", fs::read_to_string(&ran).unwrap());
+    assert!(output.status.code() == Some(1) && words.contains("no python3 on PATH"), "{words}");
 }
 
 #[test]

@@ -303,7 +303,7 @@ mod tests {
     /// are 8.
     fn room() -> Room {
         let set = |variable: &str| match variable {
-            "SENTRY_CLIENT_SECRET" => Some("s".to_owned()),
+            "SENTRY_CLIENT_SECRET" => Some("a-secret-of-the-tests".to_owned()),
             "GATEWAY_MAX_BYTES_IN_FLIGHT" => Some("64MiB".to_owned()),
             _ => None,
         };

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use nix::sys::statfs::{Statfs, statfs};
 use nix::sys::statvfs::statvfs;
-use nix::unistd::{AccessFlags, access};
+use nix::unistd::{AccessFlags, access, geteuid};
 use shared::check::{Finding, size};
 
-use crate::journal::Outside;
+use crate::journal::{Outside, foreign_owner, open_to_others};
 use crate::settings::JournalSettings;
 
 /// How often the probe is synced, and what is written each time: about one delivery.
@@ -33,6 +33,9 @@ pub(super) fn look(journal: &JournalSettings) -> Vec<Finding> {
         let id = held_by.map(|id| format!(" (process {id})")).unwrap_or_default();
         let detail = format!("a gateway has it open{id}: right if it is the one that these settings are for");
         findings.push(Finding::ok("journal lock", detail));
+    }
+    if there == *dir {
+        findings.push(modes(dir));
     }
     findings.push(kind(&there));
     let taken = outside.map_or(0, |outside| outside.bytes);
@@ -62,6 +65,35 @@ fn directory(what: &str, dir: &Path) -> (Option<PathBuf>, Finding) {
     }
     let detail = if there == *dir { "there, and may be written to" } else { "not there yet: the gateway makes it" };
     (Some(there), Finding::ok(what, detail))
+}
+
+/// The owner of the journal, and the files of it that other users have rights on.
+fn modes(dir: &Path) -> Finding {
+    let what = "journal modes";
+    let (owner, open) = match (foreign_owner(dir), open_to_others(dir)) {
+        (Ok(owner), Ok(open)) => (owner, open),
+        (Err(error), _) | (_, Err(error)) => {
+            return Finding::warning(what, format!("the system does not tell: {error}"), "look with ls -la");
+        }
+    };
+    if let Some(owner) = owner {
+        let detail = format!("the directory belongs to user {owner}, who can read and replace what is in it");
+        let advice = "chown -R it to the gateway's user, or have GATEWAY_JOURNAL_DIR name another directory";
+        return if geteuid().is_root() {
+            Finding::warning(what, detail, advice)
+        } else {
+            Finding::problem(what, detail, advice)
+        };
+    }
+    let Some((first, mode)) = open.first() else { return Finding::ok(what, "its owner's alone") };
+    let more = match open.len() {
+        1 => String::new(),
+        number => format!(", and {} more", number - 1),
+    };
+    let detail = format!("the group or others have rights on {} (mode {mode:04o}){more}", first.display());
+    let advice = "deliveries lie there as they came: chmod 700 the directory and chmod 600 its files; the next start of a \
+                  gateway does so, too";
+    Finding::warning(what, detail, advice)
 }
 
 /// What a file system means for a journal.

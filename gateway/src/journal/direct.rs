@@ -89,7 +89,10 @@ impl SegmentFile {
 #[cfg(target_os = "linux")]
 fn open_direct(path: &Path) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt as _;
-    OpenOptions::new().read(true).write(true).custom_flags(nix::fcntl::OFlag::O_DIRECT.bits()).open(path)
+
+    use nix::fcntl::OFlag;
+    let flags = OFlag::O_DIRECT | OFlag::O_NOFOLLOW;
+    OpenOptions::new().read(true).write(true).custom_flags(flags.bits()).open(path)
 }
 
 /// Other systems have other ways, and nobody runs many deliveries there.

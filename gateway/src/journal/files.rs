@@ -1,22 +1,24 @@
 //! The journal's directory: names, the lock, the gateway's id, and how files come and go in it.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use super::access;
 use super::direct::SegmentFile;
+use super::format::LARGEST_SEGMENT;
 
 const SEGMENT: &str = "journal";
 const MARKS: &str = "marks";
 const DAMAGED: &str = "damaged";
 /// A file that takes its real name once it is whole.
 const UNFINISHED: &str = "new";
-const LOCK: &str = "lock";
-const ID: &str = "gateway-id";
-const RECEIPT_KEY: &str = "receipt-key";
-/// The mode of files that only the gateway's user may read.
-const OWNER_ONLY: u32 = 0o600;
+pub(super) const LOCK: &str = "lock";
+pub(super) const ID: &str = "gateway-id";
+pub(super) const RECEIPT_KEY: &str = "receipt-key";
+/// The most that is read of a file in which there is one line.
+const LINE: usize = 256;
 /// Random bytes in a gateway's id.
 const ID_BYTES: usize = 8;
 
@@ -70,6 +72,26 @@ pub(super) fn list(dir: &Path) -> io::Result<Vec<(Kind, u64)>> {
     Ok(files)
 }
 
+/// Every file that the journal makes in `dir`, by its path.
+pub(super) fn all(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let path = |(kind, number)| match kind {
+        Kind::Segment => segment(dir, number),
+        Kind::Marks => marks(dir, number),
+        Kind::Damaged => damaged(dir, number),
+        Kind::Unfinished => marks(dir, number).with_extension("marks.new"),
+    };
+    let unfinished = |name| format!("{name}.{UNFINISHED}");
+    let others = [LOCK.to_owned(), ID.to_owned(), RECEIPT_KEY.to_owned(), unfinished(ID), unfinished(RECEIPT_KEY)];
+    let others = others.map(|name| dir.join(name));
+    let others = others.into_iter().filter(|path| fs::symlink_metadata(path).is_ok());
+    Ok(list(dir)?.into_iter().map(path).chain(others).collect())
+}
+
+/// Bytes that a file takes. One that is longer than any segment was not written here, and may be a hole for the most part.
+pub(super) fn taken(found: &Metadata) -> u64 {
+    if found.len() <= LARGEST_SEGMENT { found.len() } else { found.blocks() * 512 }
+}
+
 /// Makes the names in `dir` last: a file that was synced can still be lost with its name.
 pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
@@ -78,7 +100,7 @@ pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
 /// Makes the directory where it is missing, and its name last.
 pub(super) fn create_dir(dir: &Path) -> io::Result<()> {
     if !dir.is_dir() {
-        fs::create_dir_all(dir)?;
+        access::create_directory(dir)?;
         // The parent may be one that we may write to but not open for reading; then the name is as lasting as the
         // system makes it.
         let _ = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).map(sync_dir);
@@ -90,7 +112,7 @@ pub(super) fn create_dir(dir: &Path) -> io::Result<()> {
 /// already lasting.
 pub(super) fn create_segment(dir: &Path, number: u64, size: u64) -> io::Result<SegmentFile> {
     let path = segment(dir, number);
-    let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+    let file = access::create_new(&path)?;
     let mut file = SegmentFile::of(file, &path);
     let made = reserve(&file.cached, size).and_then(|()| file.try_out());
     match made.and_then(|()| file.cached.sync_all()).and_then(|()| sync_dir(dir)) {
@@ -119,7 +141,9 @@ pub(super) fn write_whole(dir: &Path, path: &Path, content: &[u8], sync: bool) -
     let mut unfinished = path.as_os_str().to_owned();
     unfinished.push(".");
     unfinished.push(UNFINISHED);
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(OWNER_ONLY).open(&unfinished)?;
+    let unfinished = PathBuf::from(unfinished);
+    remove(&unfinished)?;
+    let mut file = access::create_new(&unfinished)?;
     file.write_all(content)?;
     if sync {
         file.sync_all()?;
@@ -149,14 +173,13 @@ pub(super) enum LockError {
 
 pub(super) fn lock(dir: &Path) -> Result<Lock, LockError> {
     let path = dir.join(LOCK);
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
+    let file = access::open(OpenOptions::new().read(true).write(true).create(true).truncate(false), &path);
     let mut file = file.map_err(LockError::Io)?;
+    access::own(&file);
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
-            let mut holder = String::new();
-            let _ = file.read_to_string(&mut holder);
-            return Err(LockError::Held(holder.trim().parse().ok()));
+            return Err(LockError::Held(process_id(&file)));
         }
         Err(TryLockError::Error(error)) => return Err(LockError::Io(error)),
     }
@@ -165,9 +188,16 @@ pub(super) fn lock(dir: &Path) -> Result<Lock, LockError> {
     Ok(Lock(file))
 }
 
+/// The process id in a lock's file, if there is one.
+fn process_id(file: &File) -> Option<u32> {
+    let mut holder = String::new();
+    let _ = file.take(LINE as u64).read_to_string(&mut holder);
+    holder.trim().parse().ok()
+}
+
 /// Who holds the lock, without taking it: `Some` with the process id, if they wrote it.
 pub(super) fn holder(dir: &Path) -> io::Result<Option<Option<u32>>> {
-    let mut file = match File::open(dir.join(LOCK)) {
+    let file = match access::open(OpenOptions::new().read(true), &dir.join(LOCK)) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
@@ -175,11 +205,7 @@ pub(super) fn holder(dir: &Path) -> io::Result<Option<Option<u32>>> {
     // Shared, and let go of at once when the file is closed: two who look do not take each other for a holder.
     match file.try_lock_shared() {
         Ok(()) => Ok(None),
-        Err(TryLockError::WouldBlock) => {
-            let mut holder = String::new();
-            let _ = file.read_to_string(&mut holder);
-            Ok(Some(holder.trim().parse().ok()))
-        }
+        Err(TryLockError::WouldBlock) => Ok(Some(process_id(&file))),
         Err(TryLockError::Error(error)) => Err(error),
     }
 }
@@ -201,8 +227,8 @@ pub(super) fn gateway_id(dir: &Path) -> io::Result<String> {
 
 /// The id that is kept there, if there is a valid one.
 pub(super) fn read_gateway_id(dir: &Path) -> io::Result<Option<String>> {
-    let text = match fs::read_to_string(dir.join(ID)) {
-        Ok(text) => text,
+    let text = match access::read_small(&dir.join(ID), LINE) {
+        Ok(text) => String::from_utf8(text).unwrap_or_default(),
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData) => return Ok(None),
         Err(error) => return Err(error),
     };
@@ -226,8 +252,8 @@ pub(super) fn receipt_key(dir: &Path) -> io::Result<[u8; 32]> {
 
 /// The key that is kept there, if there is a valid one.
 pub(super) fn read_receipt_key(dir: &Path) -> io::Result<Option<[u8; 32]>> {
-    let text = match fs::read_to_string(dir.join(RECEIPT_KEY)) {
-        Ok(text) => text,
+    let text = match access::read_small(&dir.join(RECEIPT_KEY), LINE) {
+        Ok(text) => String::from_utf8(text).unwrap_or_default(),
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData) => return Ok(None),
         Err(error) => return Err(error),
     };

@@ -18,6 +18,9 @@ pub(super) const INDEX_ENTRY: usize = 8;
 /// The most that an entry's header block and body may have together, in bytes. Keeps every length well inside 32 bits.
 pub(super) const MAX_PAYLOAD: usize = 1 << 30;
 
+/// No segment's file is longer: 1 GiB, or one entry and its index.
+pub(super) const LARGEST_SEGMENT: u64 = 2 << 30;
+
 const SEGMENT_MAGIC: &[u8; 8] = b"LOOPJRNL";
 const TRAILER_MAGIC: &[u8; 8] = b"LOOPTAIL";
 const MARKS_MAGIC: &[u8; 8] = b"LOOPMARK";
@@ -261,6 +264,11 @@ pub(super) fn encode_marks(check: u32, states: &[u8]) -> Vec<u8> {
     let crc = crc_around(&bytes, 12);
     bytes[12..16].copy_from_slice(&crc.to_le_bytes());
     bytes
+}
+
+/// The most bytes that the marks file of a segment with so many entries has.
+pub(super) fn marks_length(entries: usize) -> usize {
+    MARKS_HEADER + entries
 }
 
 /// The state bytes in a marks file. `None` unless it is intact and of the segment with this check.

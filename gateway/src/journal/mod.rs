@@ -16,6 +16,8 @@
 //! | `000000000042.marks` | the states of its entries, some time ago |
 //! | `000000000042.damaged` | a segment with damage, kept for people once nothing in it is left to do |
 //!
+//! The directory is its owner's alone, and so are the files ([`access`]).
+//!
 //! Numbers grow and are never used twice while any file bears them. All integers are little-endian; every checksum is
 //! CRC32C (RFC 3720, appendix B.4) of everything it covers in the order of the file, its own four bytes left out.
 //!
@@ -95,6 +97,7 @@
 //! Then what is not known to be confirmed is published again, the oldest first, and a new segment is begun: none is
 //! ever appended to after a restart.
 
+mod access;
 mod asleep;
 mod direct;
 mod files;
@@ -126,6 +129,7 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use tokio::sync::{Notify, oneshot};
 
+pub use access::{foreign_owner, open_to_others};
 pub use place::{NotAPlace, Place};
 pub use read::{ReadError, Stored};
 pub use receipts::{Judged, Receipt};
@@ -198,7 +202,7 @@ impl Outside {
             files::Kind::Unfinished => None, // about to become marks, or left over
         };
         let paths = files::list(dir)?.into_iter().filter_map(path);
-        let bytes = paths.filter_map(|path| Some(path.metadata().ok()?.len())).sum(); // one that has just gone takes nothing
+        let bytes = paths.filter_map(|path| Some(files::taken(&path.symlink_metadata().ok()?))).sum(); // one that has just gone takes nothing
         Ok(Outside { gateway_id: files::read_gateway_id(dir)?, held_by: files::holder(dir)?, bytes })
     }
 }
@@ -265,12 +269,14 @@ impl Journal {
     /// [`OpenError`]; nothing was lost or changed.
     pub fn open(dir: &Path, limits: Limits) -> Result<(Journal, Recovered), OpenError> {
         files::create_dir(dir).map_err(OpenError::at(dir))?;
+        access::tighten_directory(dir)?;
         let lock = files::lock(dir).map_err(|error| match error {
             files::LockError::Held(holder) => OpenError::InUse { dir: dir.to_owned(), holder },
-            files::LockError::Io(error) => OpenError::at(dir)(error),
+            files::LockError::Io(error) => OpenError::at(&dir.join(files::LOCK))(error),
         })?;
-        let gateway_id = files::gateway_id(dir).map_err(OpenError::at(dir))?;
-        let receipt_key = files::receipt_key(dir).map_err(OpenError::at(dir))?;
+        access::tighten_files(dir);
+        let gateway_id = files::gateway_id(dir).map_err(OpenError::at(&dir.join(files::ID)))?;
+        let receipt_key = files::receipt_key(dir).map_err(OpenError::at(&dir.join(files::RECEIPT_KEY)))?;
         let (table, recovered) = recover::recover(dir)?;
         recovered.damages.iter().for_each(recover::Damage::tell);
         let shared = Arc::new(Shared {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::access;
 use super::direct::SegmentFile;
 use super::files::{self, Kind};
 use super::format::{self, HeaderBlock, Marker, Previous, SegmentHeader};
@@ -80,6 +81,19 @@ pub enum OpenError {
         /// Its version.
         version: u32,
     },
+    /// Its directory belongs to another user, who is not root.
+    #[error(
+        "the journal's directory {dir} belongs to user {owner}, who can read and replace what is in it, and this \
+             gateway runs as user {user}: chown -R {user} it, or have GATEWAY_JOURNAL_DIR name another"
+    )]
+    ForeignOwner {
+        /// The journal's directory.
+        dir: PathBuf,
+        /// Its owner.
+        owner: u32,
+        /// The user of this process.
+        user: u32,
+    },
     /// The system would not let us.
     #[error("cannot open the journal: {path}: {error}")]
     Io {
@@ -151,7 +165,7 @@ pub(super) fn kept(dir: &Path) -> io::Result<(u64, usize)> {
     for (kind, number) in files::list(dir)? {
         if kind == Kind::Damaged {
             // One that is just being removed by somebody no longer counts.
-            kept.0 += fs::metadata(files::damaged(dir, number)).map_or(0, |file| file.len());
+            kept.0 += fs::symlink_metadata(files::damaged(dir, number)).map_or(0, |file| files::taken(&file));
             kept.1 += 1;
         }
     }
@@ -188,7 +202,7 @@ impl Previous {
 impl Found {
     fn open(dir: &Path, number: u64) -> Result<Found, OpenError> {
         let path = files::segment(dir, number);
-        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(OpenError::at(&path))?;
+        let file = access::open(OpenOptions::new().read(true).write(true), &path).map_err(OpenError::at(&path))?;
         let (block, marker) = scan::identify(&file).map_err(OpenError::at(&path))?;
         let header = match block {
             HeaderBlock::Valid(header) => Some(header),
@@ -206,9 +220,11 @@ impl Found {
         recovered: &mut Recovered,
     ) -> Result<Option<Segment>, OpenError> {
         let Some(marker) = self.marker else { return self.without_marker(dir, promise, recovered) };
-        let length = self.file.metadata().map_err(OpenError::at(&self.path))?.len();
+        let found = self.file.metadata().map_err(OpenError::at(&self.path))?;
+        let length = found.len();
         let file = Arc::new(SegmentFile::of(self.file, &self.path));
-        let mut segment = Segment::new(self.number, marker, Arc::clone(&file), length, format::FIRST_RECORD);
+        let mut segment =
+            Segment::new(self.number, marker, Arc::clone(&file), files::taken(&found), format::FIRST_RECORD);
         let file = &file.cached;
         let mut damage = self.header.is_none().then_some((0, "its header is damaged"));
         match scan::read_index(file).filter(|(trailer, ..)| trailer.marker == marker) {
@@ -243,7 +259,7 @@ impl Found {
             segment.damaged = true;
             recovered.damages.push(Damage { file: self.path.clone(), entries_lost, what });
         }
-        if let Ok(bytes) = fs::read(files::marks(dir, self.number))
+        if let Ok(bytes) = access::read_small(&files::marks(dir, self.number), format::marks_length(segment.entries()))
             && let Some(states) = format::decode_marks(&bytes, segment.check)
         {
             segment.apply_marks(states);

@@ -6,7 +6,8 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use super::format::{
-    self, FIRST_RECORD, HeaderBlock, Marker, RECORD_HEADER, RecordHeader, SegmentHeader, TRAILER, Trailer,
+    self, FIRST_RECORD, HeaderBlock, LARGEST_SEGMENT, Marker, RECORD_HEADER, RecordHeader, SegmentHeader, TRAILER,
+    Trailer,
 };
 
 /// Read at once.
@@ -47,7 +48,8 @@ struct Window<'f> {
 
 impl<'f> Window<'f> {
     fn on(file: &'f File) -> io::Result<Self> {
-        Ok(Window { file, length: file.metadata()?.len(), start: 0, buffer: Vec::new(), unreadable: false })
+        let length = file.metadata()?.len().min(LARGEST_SEGMENT); // what follows was not written here
+        Ok(Window { file, length, start: 0, buffer: Vec::new(), unreadable: false })
     }
 
     /// At most `length` bytes from `at` on: fewer only at the end of the file. `length` is at most [`CHUNK`].
@@ -237,8 +239,12 @@ pub(super) fn read_index(file: &File) -> Option<(Trailer, Vec<u32>, Vec<u32>)> {
     Some((trailer, offsets, received))
 }
 
-/// Whether a file holds nothing but zeros. False for one that cannot be read.
+/// Whether a file holds nothing but zeros. False for one that cannot be read, or is longer than any segment: reading
+/// a terabyte of zeros would take hours.
 pub(super) fn is_blank(file: &File) -> io::Result<bool> {
+    if file.metadata()?.len() > LARGEST_SEGMENT {
+        return Ok(false);
+    }
     let mut window = Window::on(file)?;
     Ok(window.tail(0) == 0 && !window.unreadable)
 }

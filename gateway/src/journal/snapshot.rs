@@ -1,11 +1,12 @@
 //! Looks into a journal without opening it: for `gateway journal status` and `redrive`, also while a gateway has it.
 
-use std::fs::{self, File};
+use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use super::access;
 use super::direct::SegmentFile;
 use super::files::{self, Kind};
 use super::format::{self, FIRST_RECORD, HeaderBlock};
@@ -82,7 +83,7 @@ impl Snapshot {
 
     fn look_into(&mut self, dir: &Path, number: u64) -> io::Result<()> {
         let path = files::segment(dir, number);
-        let file = File::open(&path)?;
+        let file = access::open(OpenOptions::new().read(true), &path)?;
         let (block, marker) = scan::identify(&file)?;
         let Some(marker) = marker else {
             // Blank: made ready for later. A later version's file is as unreadable to us as a damaged one.
@@ -108,7 +109,8 @@ impl Snapshot {
                 segment.fill(survey.offsets, survey.received, &survey.holes);
             }
         }
-        let marks = fs::read(files::marks(dir, number)).unwrap_or_default();
+        let length = format::marks_length(segment.entries());
+        let marks = access::read_small(&files::marks(dir, number), length).unwrap_or_default();
         if let Some(states) = format::decode_marks(&marks, segment.check) {
             segment.show_marks(states);
         }
