@@ -45,6 +45,14 @@ impl RawClient {
         client
     }
 
+    /// What the server says to a client that has just connected: `PONG`, or why it is refused.
+    pub async fn login_answer(&mut self) -> String {
+        self.send(b"PING\r\n").await;
+        let mut line = String::new();
+        tokio::time::timeout(PATIENCE, self.socket.read_line(&mut line)).await.expect("an answer").unwrap();
+        line.trim_end().to_owned()
+    }
+
     /// Sends bytes of the protocol.
     pub async fn send(&mut self, bytes: &[u8]) {
         self.socket.get_mut().write_all(bytes).await.unwrap();

@@ -35,7 +35,7 @@ pub struct NatsOptions {
     pub monitor: bool,
     /// The largest message it takes; `None` for the 9 MB that the gateway's body limit needs.
     pub max_payload: Option<String>,
-    /// The login that every client needs; Without one, every client that reaches the port is let in.
+    /// The login that every client needs. Without one, every client that reaches the port is let in.
     pub login: Option<Login>,
     /// Further lines of its configuration's `jetstream` block, such as `sync_interval: always`.
     pub jetstream: String,

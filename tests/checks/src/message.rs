@@ -128,8 +128,8 @@ fn check_pulled(
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         // A client that never connects: a message only needs one to be acknowledged.
         let connect = async_nats::ConnectOptions::new().retry_on_initial_connect().connect("127.0.0.1:1");
-        let client = runtime.block_on(connect).unwrap();
-        (runtime, jetstream::new(client))
+        let context = runtime.block_on(async { jetstream::new(connect.await.unwrap()) });
+        (runtime, context)
     });
     let reply = String::from_utf8_lossy(split(input).1).into_owned();
     let message = async_nats::Message { reply: Some(reply.as_str().into()), ..message.clone() };

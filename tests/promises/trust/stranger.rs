@@ -3,6 +3,7 @@
 //! The brokers of these tests take anybody, so that each attack arrives. A broker with logins, which is what production
 //! has, refuses the stranger at the door: the last test.
 
+use local::Login;
 use world::{RawClient, World, eventually};
 
 use crate::{fixture, setup};
@@ -81,4 +82,20 @@ async fn the_check_nats_is_an_answer_of_nats() {
     world.workers[0].ready().await;
     let id = world.post(BODY).await.accepted();
     world.stored(&id).await;
+}
+
+#[tokio::test]
+async fn a_broker_with_logins_refuses_the_stranger_and_serves_the_door() {
+    let login = || Login { user: "door".into(), password: "apasswordofthetests".into() };
+    let world = setup().nats(|options| options.login = Some(login())).start().await;
+    let refused = RawClient::connect(world.nats.port()).await.login_answer().await;
+    assert!(refused.starts_with("-ERR 'Authorization Violation'"), "{refused}");
+    let wrong = r#"{"verbose":false,"headers":true,"user":"door","pass":"guessed"}"#;
+    let refused = RawClient::with_options(world.nats.port(), wrong).await.login_answer().await;
+    assert!(refused.starts_with("-ERR 'Authorization Violation'"), "{refused}");
+    let id = world.post(BODY).await.accepted();
+    world.stored(&id).await;
+    for program in [&world.gateway, &world.workers[0]] {
+        assert!(!program.log().contains("apasswordofthetests"), "{}", program.log());
+    }
 }
