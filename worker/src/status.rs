@@ -15,7 +15,7 @@ use time::OffsetDateTime;
 use crate::Config;
 use crate::commands::{self, Ending, count, flag, print, show_time};
 use crate::severity::Severity;
-use crate::store::{Store, StoreError, within};
+use crate::store::{Store, StoreError, query};
 
 /// Both are asked for at once; the ledger has no index on time (every insert would pay for it), so this reads the whole
 /// of it, on several cores where PostgreSQL sees fit. Its rows are short.
@@ -155,10 +155,10 @@ struct Database {
 
 async fn database(config: &Config) -> Result<Database, String> {
     let ask = async {
-        let client = Store::new(&config.database, 1).client().await?;
-        let row = within(client.query_one(COUNTS, &[])).await?;
+        let mut client = Store::new(&config.database, 1).client().await?;
+        let rows = query(&mut client, COUNTS, &[]).await?;
         let number = |column| {
-            let number: i64 = row.try_get(column).map_err(|err| StoreError::from_sql(&err))?;
+            let number: i64 = rows[0].try_get(column).map_err(|err| StoreError::from_sql(&err))?;
             Ok::<_, StoreError>(number.unsigned_abs())
         };
         let [critical, high, medium, low] = Severity::ALL;

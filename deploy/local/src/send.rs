@@ -110,12 +110,12 @@ const ROW: &str = "
 
 /// Waits for the rows of the delivery `id` and writes them for a person.
 async fn rows(database_url: &str, id: &str) -> anyhow::Result<String> {
-    let (client, connection) =
+    let (mut client, connection) =
         tokio_postgres::connect(database_url, NoTls).await.context("cannot look into the database")?;
     tokio::spawn(connection);
     let begin = Instant::now();
     let row = loop {
-        if let Some(row) = row(&client, id).await.context("cannot look into the database")? {
+        if let Some(row) = row(&mut client, id).await.context("cannot look into the database")? {
             break row;
         }
         if begin.elapsed() > ROWS {
@@ -138,8 +138,11 @@ async fn rows(database_url: &str, id: &str) -> anyhow::Result<String> {
     }
 }
 
-async fn row(client: &Client, id: &str) -> Result<Option<Row>, tokio_postgres::Error> {
-    match client.query_opt(ROW, &[&id]).await {
+async fn row(client: &mut Client, id: &str) -> Result<Option<Row>, tokio_postgres::Error> {
+    let transaction = client.transaction().await?;
+    // As in the worker: names without a schema mean PostgreSQL's own functions and operators.
+    transaction.batch_execute("SET LOCAL search_path = pg_catalog, pg_temp").await?;
+    match transaction.query_opt(ROW, &[&id]).await {
         // A worker that has never run has made no tables yet.
         Err(err) if matches!(err.code(), Some(&SqlState::UNDEFINED_TABLE | &SqlState::INVALID_SCHEMA_NAME)) => Ok(None),
         row => row,

@@ -8,7 +8,7 @@ use tokio_postgres::Row;
 
 use crate::Config;
 use crate::commands::{self, Ending, flag, patiently, print, show_time, time_option};
-use crate::store::{Retried, Store, StoreError, within};
+use crate::store::{Retried, Store, StoreError, query};
 
 /// Letters without their bodies. `$1` ids, `$2` reason, `$3` and `$4` times; each may be NULL for any.
 const LIST: &str = "\
@@ -99,9 +99,9 @@ impl Filter {
     }
 
     async fn letters(&self, store: &Store) -> Result<Vec<Letter>, StoreError> {
-        let client = store.client().await?;
+        let mut client = store.client().await?;
         let Filter { ids, reason, since, until } = self;
-        let rows = within(client.query(LIST, &[ids, reason, since, until])).await?;
+        let rows = query(&mut client, LIST, &[ids, reason, since, until]).await?;
         rows.iter().map(|row| Letter::of(row).map_err(|err| StoreError::from_sql(&err))).collect()
     }
 }
@@ -178,8 +178,9 @@ async fn list(store: &Store, filter: &Filter, json: bool) -> anyhow::Result<Endi
 async fn show(store: &Store, matches: &ArgMatches) -> anyhow::Result<Ending> {
     let id = matches.get_one::<String>("id").context("which letter?")?;
     if matches.get_flag("body") {
-        let client = store.client().await?;
-        let Some(row) = within(client.query_opt(BODY, &[id])).await? else { return none(id) };
+        let mut client = store.client().await?;
+        let rows = query(&mut client, BODY, &[id]).await?;
+        let Some(row) = rows.first() else { return none(id) };
         let body: &[u8] = row.try_get(0).map_err(|err| StoreError::from_sql(&err))?;
         use std::io::Write as _;
         let mut out = std::io::stdout().lock();
