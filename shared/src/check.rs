@@ -24,6 +24,9 @@ use crate::settings::InUse;
 pub enum State {
     /// As it should be.
     Ok,
+    /// The check has no right to try it, or no way to try it without an effect.
+    #[serde(rename = "not tried")]
+    NotTried,
     /// It works, and somebody should know.
     Warning,
     /// A promise would be broken, or nothing would work.
@@ -54,6 +57,11 @@ impl Finding {
     pub fn warning(what: impl Into<String>, detail: impl Into<String>, advice: impl Into<String>) -> Self {
         let advice = Some(advice.into());
         Finding { what: what.into(), state: State::Warning, detail: detail.into(), advice }
+    }
+
+    /// The check could not try it.
+    pub fn not_tried(what: impl Into<String>, detail: impl Into<String>, advice: impl Into<String>) -> Self {
+        Finding { state: State::NotTried, ..Finding::warning(what, detail, advice) }
     }
 
     /// It does not work.
@@ -110,12 +118,13 @@ impl fmt::Display for Report {
         for Finding { what: name, state, detail, advice } in &self.findings {
             let state = match state {
                 State::Ok => "ok",
+                State::NotTried => "not tried",
                 State::Warning => "warning",
                 State::Problem => "PROBLEM",
             };
-            writeln!(f, "  {state:7}  {name:what$}  {detail}")?;
+            writeln!(f, "  {state:9}  {name:what$}  {detail}")?;
             if let Some(advice) = advice {
-                writeln!(f, "  {:7}  {:what$}  -> {advice}", "", "")?;
+                writeln!(f, "  {:9}  {:what$}  -> {advice}", "", "")?;
             }
         }
         let (problems, warnings) = (self.count(State::Problem), self.count(State::Warning));
@@ -170,7 +179,7 @@ pub async fn ops_address(setting: &str, ops: SocketAddr) -> Finding {
         State::Problem if timeout(ASK_FOR, answers).await == Ok(Some(())) => {
             Finding::ok(taken.what, "taken, by a gateway or worker that runs: right if it has these settings")
         }
-        State::Problem | State::Warning | State::Ok => taken,
+        State::Problem | State::Warning | State::NotTried | State::Ok => taken,
     }
 }
 
@@ -194,7 +203,7 @@ mod tests {
         let report = Report::new("gateway", settings.clone(), findings.clone());
         assert!(report.is_well());
         let text = report.to_string();
-        assert!(text.contains("  ok       a          fine\n") && text.contains("-> look\n"), "{text}");
+        assert!(text.contains("  ok         a          fine\n") && text.contains("-> look\n"), "{text}");
         assert!(text.contains("NATS_URL  nats://n:4222  default"), "{text}");
         let report = Report::new("gateway", settings, [findings, vec![Finding::problem("b", "no", "do")]].concat());
         let json: serde_json::Value = serde_json::from_str(&report.to_json()).unwrap();

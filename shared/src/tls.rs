@@ -137,6 +137,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_host_is_this_machine_only_if_it_says_so() {
+        for here in
+            ["localhost", "LocalHost", "a.localhost", "127.0.0.1", "127.9.9.9", "::1", "[::1]", "::ffff:127.0.0.1"]
+        {
+            assert!(is_loopback(here), "{here}");
+        }
+        for elsewhere in ["", "db", "localhost.example", "192.0.2.1", "0.0.0.0", "::", "[2001:db8::1]"] {
+            assert!(!is_loopback(elsewhere), "{elsewhere}");
+        }
+    }
+
+    #[test]
     fn a_file_that_is_not_what_it_should_be_is_told_without_its_name_and_content() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("hunter2");
