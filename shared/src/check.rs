@@ -17,6 +17,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::settings::InUse;
+use crate::text::{printable, printable_json};
 
 /// How something was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -94,7 +95,8 @@ impl Report {
     /// For machines: an object with `program`, `well`, `settings` (`variable`, `value`, `from`) and `findings` (`what`,
     /// `state`, `detail`, `advice`).
     pub fn to_json(&self) -> String {
-        serde_json::to_string_pretty(self).expect("strings and booleans are JSON")
+        let json = serde_json::to_string_pretty(self).expect("strings and booleans are JSON");
+        printable_json(&json).into_owned()
     }
 
     fn count(&self, state: State) -> usize {
@@ -111,6 +113,7 @@ impl fmt::Display for Report {
         writeln!(f, "What the {} would use", self.program)?;
         for setting in &self.settings {
             let InUse { variable, value: shown, from } = setting;
+            let shown = printable(shown);
             writeln!(f, "  {variable:name$}  {shown:value$}  {from}")?;
         }
         let what = widest(&mut self.findings.iter().map(|finding| finding.what.chars().count()));
@@ -122,9 +125,10 @@ impl fmt::Display for Report {
                 State::Warning => "warning",
                 State::Problem => "PROBLEM",
             };
-            writeln!(f, "  {state:9}  {name:what$}  {detail}")?;
+            // A server chooses its name and the words of its errors.
+            writeln!(f, "  {state:9}  {:what$}  {}", printable(name), printable(detail))?;
             if let Some(advice) = advice {
-                writeln!(f, "  {:9}  {:what$}  -> {advice}", "", "")?;
+                writeln!(f, "  {:9}  {:what$}  -> {}", "", "", printable(advice))?;
             }
         }
         let (problems, warnings) = (self.count(State::Problem), self.count(State::Warning));

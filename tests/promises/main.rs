@@ -13,6 +13,7 @@ mod drills;
 mod existing_stream;
 mod fuzzed;
 mod hard_bodies;
+mod hidden_characters;
 mod history;
 mod identity;
 mod journal;

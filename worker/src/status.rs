@@ -10,10 +10,11 @@ use clap::{ArgMatches, Command};
 use indicatif::{HumanBytes, HumanDuration};
 use serde_json::{Value, json};
 use shared::stream::{CONSUMER, SUBJECT_PREFIX};
+use shared::text::printable;
 use time::OffsetDateTime;
 
 use crate::Config;
-use crate::commands::{self, Ending, count, flag, print, show_time};
+use crate::commands::{self, Ending, count, flag, print, print_json, show_time};
 use crate::severity::Severity;
 use crate::store::{Store, StoreError, query};
 
@@ -42,10 +43,11 @@ pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result
         let or_error = |part: Result<Value, String>| part.unwrap_or_else(|error| json!({ "error": error }));
         let nats = or_error(nats.as_ref().map(Nats::json).map_err(Clone::clone));
         let database = or_error(database.as_ref().map(Database::json).map_err(Clone::clone));
-        print(&format!("{:#}\n", json!({ "nats": nats, "postgresql": database })))?;
+        print_json(&json!({ "nats": nats, "postgresql": database }))?;
     } else {
-        let nats = nats.map_or_else(|error| format!("NATS        away: {error}\n"), |nats| nats.text());
-        let database = database.map_or_else(|error| format!("PostgreSQL  away: {error}\n"), |database| database.text());
+        let away = |name: &str, error: &str| format!("{name:10}  away: {}\n", printable(error));
+        let nats = nats.map_or_else(|error| away("NATS", &error), |nats| nats.text());
+        let database = database.map_or_else(|error| away("PostgreSQL", &error), |database| database.text());
         print(&(nats + &database))?;
     }
     anyhow::ensure!(!neither, "neither NATS nor PostgreSQL answers");

@@ -3,11 +3,12 @@
 use anyhow::Context as _;
 use clap::{Arg, ArgMatches, Command};
 use serde_json::{Value, json};
+use shared::text::printable;
 use time::OffsetDateTime;
 use tokio_postgres::Row;
 
 use crate::Config;
-use crate::commands::{self, Ending, flag, patiently, print, show_time, time_option};
+use crate::commands::{self, Ending, flag, patiently, print, print_json, show_time, time_option};
 use crate::store::{Retried, Store, StoreError, query};
 
 /// Letters without their bodies. `$1` ids, `$2` reason, `$3` and `$4` times; each may be NULL for any.
@@ -158,7 +159,7 @@ async fn list(store: &Store, filter: &Filter, json: bool) -> anyhow::Result<Endi
     let letters = patiently(|| filter.letters(store)).await?;
     if json {
         let list: Vec<Value> = letters.iter().map(Letter::json).collect();
-        print(&format!("{:#}\n", Value::Array(list)))?;
+        print_json(&Value::Array(list))?;
         return Ok(Ending::Well);
     }
     if letters.is_empty() {
@@ -168,7 +169,7 @@ async fn list(store: &Store, filter: &Filter, json: bool) -> anyhow::Result<Endi
     let mut table = format!("{:36}  {:20}  {:>8}  {:>9}  {}\n", "DELIVERY", "FAILED AT", "ATTEMPTS", "BYTES", "REASON");
     for letter in &letters {
         let Letter { delivery_id, attempts, bytes, reason, failed_at, .. } = letter;
-        let failed_at = show_time(*failed_at);
+        let (failed_at, reason) = (show_time(*failed_at), printable(reason));
         table += &format!("{delivery_id:36}  {failed_at:20}  {attempts:>8}  {bytes:>9}  {reason}\n");
     }
     print(&table)?;
@@ -192,18 +193,19 @@ async fn show(store: &Store, matches: &ArgMatches) -> anyhow::Result<Ending> {
     let letters = patiently(|| filter.letters(store)).await?;
     let Some(letter) = letters.first() else { return none(id) };
     if matches.get_flag("json") {
-        print(&format!("{:#}\n", letter.json()))?;
+        print_json(&letter.json())?;
         return Ok(Ending::Well);
     }
     let Letter { delivery_id, stream_sequence, subject, reason, attempts, failed_at, bytes, headers } = letter;
     let failed_at = show_time(*failed_at);
+    let (subject, reason) = (printable(subject), printable(reason));
     let mut text = format!(
         "delivery   {delivery_id}\nreason     {reason}\nfailed at  {failed_at}\nattempts   {attempts}\n\
          message    {stream_sequence} on {subject}\nbody       {bytes} bytes (--body prints them)\n\n"
     );
     for (name, values) in headers.as_object().into_iter().flatten() {
         for value in values.as_array().into_iter().flatten().filter_map(Value::as_str) {
-            text += &format!("{name}: {}\n", value.escape_debug()); // a sender's value must not steer a terminal
+            text += &format!("{}: {}\n", printable(name), printable(value));
         }
     }
     print(&text)?;
@@ -211,7 +213,7 @@ async fn show(store: &Store, matches: &ArgMatches) -> anyhow::Result<Ending> {
 }
 
 fn none(id: &str) -> anyhow::Result<Ending> {
-    eprintln!("there is no dead letter {id}");
+    eprintln!("there is no dead letter {}", printable(id));
     Ok(Ending::LookAtIt)
 }
 
@@ -234,7 +236,7 @@ async fn each(
         };
         let (good, what) = done.with_context(|| format!("letter {id}"))?;
         *(if good { &mut well } else { &mut ill }) += 1;
-        print(&format!("{id}  {what}\n"))?;
+        print(&format!("{}  {}\n", printable(id), printable(&what)))?;
     }
     print(&format!("{} letters: {well} done, {ill} not\n", ids.len()))?;
     Ok(if ill == 0 { Ending::Well } else { Ending::LookAtIt })
