@@ -15,6 +15,7 @@ use shared::operator;
 use shared::ops::Readiness;
 use shared::receipt::ReceiptTo;
 use shared::stream::{ensure_stream, until_ready};
+use shared::text::{printable, printable_json, printable_lines};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio_util::sync::CancellationToken;
@@ -74,9 +75,9 @@ pub async fn run(arguments: &ArgMatches, mut config: JournalConfig, shutdown: Ca
         "status" => {
             let snapshot = look(&config.journal.dir).await?;
             if arguments.get_flag("json") {
-                println!("{}", status_json(&snapshot))
+                println!("{}", printable_json(&status_json(&snapshot).to_string()))
             } else {
-                print!("{}", status(&snapshot))
+                print!("{}", printable_lines(&status(&snapshot)))
             }
             Ok(())
         }
@@ -99,7 +100,7 @@ async fn look(dir: &Path) -> anyhow::Result<Snapshot> {
 }
 
 fn status(snapshot: &Snapshot) -> String {
-    let mut text = format!("journal of gateway {}\n\n", snapshot.gateway_id().unwrap_or_default());
+    let mut text = format!("journal of gateway {}\n\n", printable(snapshot.gateway_id().unwrap_or_default()));
     text += &format!("{:<12} {:>10} {:>12}   oldest\n", "state", "entries", "bytes");
     text.extend(snapshot.shares().iter().map(|share| {
         let size = bytesize::ByteSize(share.tally.bytes).to_string();
@@ -109,6 +110,7 @@ fn status(snapshot: &Snapshot) -> String {
     text += "\nsegment                                  bytes  journalled  published  confirmed  set aside\n";
     text.extend(snapshot.segments().map(|segment| {
         let name = segment.file.file_name().unwrap_or_default().to_string_lossy();
+        let name = printable(&name);
         let damaged = if segment.damaged { "  damaged" } else { "" };
         let entries = segment.shares.map(|share| share.tally.entries);
         let [journalled, published, confirmed, aside] = entries;
@@ -116,10 +118,11 @@ fn status(snapshot: &Snapshot) -> String {
         format!("{name:<34} {size:>11} {journalled:>11} {published:>10} {confirmed:>10} {aside:>10}{damaged}\n")
     }));
     for file in snapshot.unreadable() {
-        text += &format!("{} cannot be read\n", file.display());
+        text += &format!("{} cannot be read\n", printable(&file.to_string_lossy()));
     }
     for (file, bytes) in snapshot.damaged() {
-        text += &format!("{} is damaged and kept for you to look at ({bytes} bytes)\n", file.display());
+        let file = file.to_string_lossy();
+        text += &format!("{} is damaged and kept for you to look at ({bytes} bytes)\n", printable(&file));
     }
     text
 }
@@ -177,7 +180,7 @@ async fn redrive(config: &JournalConfig, since: SystemTime, dry: bool) -> anyhow
             Ok(()) => published += 1,
             Err(error) => {
                 failed += 1;
-                eprintln!("the entry at {place} is not published: {error:#}");
+                eprintln!("the entry at {place} is not published: {}", printable(&format!("{error:#}")));
             }
         }
     }

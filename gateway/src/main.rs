@@ -6,6 +6,7 @@ use clap::{ArgMatches, Command};
 use gateway::settings::{Config, JournalConfig};
 use gateway::{check, commands, settings as own};
 use shared::settings::{self, BadSettings, EX_USAGE};
+use shared::text::printable_lines;
 use shared::{core_dumps, shutdown, telemetry};
 use tokio::runtime::Runtime;
 
@@ -31,7 +32,7 @@ fn main() -> ExitCode {
             }
         }
         Err(error) => {
-            eprintln!("gateway: {error:#}");
+            eprintln!("gateway: {}", printable_lines(&format!("{error:#}")));
             if error.is::<BadSettings>() { ExitCode::from(EX_USAGE) } else { ExitCode::FAILURE }
         }
     }

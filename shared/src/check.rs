@@ -17,6 +17,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::settings::InUse;
+use crate::text::{printable, printable_json};
 
 /// How something was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -24,6 +25,9 @@ use crate::settings::InUse;
 pub enum State {
     /// As it should be.
     Ok,
+    /// The check has no right to try it, or no way to try it without an effect.
+    #[serde(rename = "not tried")]
+    NotTried,
     /// It works, and somebody should know.
     Warning,
     /// A promise would be broken, or nothing would work.
@@ -56,6 +60,11 @@ impl Finding {
         Finding { what: what.into(), state: State::Warning, detail: detail.into(), advice }
     }
 
+    /// The check could not try it.
+    pub fn not_tried(what: impl Into<String>, detail: impl Into<String>, advice: impl Into<String>) -> Self {
+        Finding { state: State::NotTried, ..Finding::warning(what, detail, advice) }
+    }
+
     /// It does not work.
     pub fn problem(what: impl Into<String>, detail: impl Into<String>, advice: impl Into<String>) -> Self {
         Finding { state: State::Problem, ..Finding::warning(what, detail, advice) }
@@ -86,7 +95,8 @@ impl Report {
     /// For machines: an object with `program`, `well`, `settings` (`variable`, `value`, `from`) and `findings` (`what`,
     /// `state`, `detail`, `advice`).
     pub fn to_json(&self) -> String {
-        serde_json::to_string_pretty(self).expect("strings and booleans are JSON")
+        let json = serde_json::to_string_pretty(self).expect("strings and booleans are JSON");
+        printable_json(&json).into_owned()
     }
 
     fn count(&self, state: State) -> usize {
@@ -103,6 +113,7 @@ impl fmt::Display for Report {
         writeln!(f, "What the {} would use", self.program)?;
         for setting in &self.settings {
             let InUse { variable, value: shown, from } = setting;
+            let shown = printable(shown);
             writeln!(f, "  {variable:name$}  {shown:value$}  {from}")?;
         }
         let what = widest(&mut self.findings.iter().map(|finding| finding.what.chars().count()));
@@ -110,12 +121,14 @@ impl fmt::Display for Report {
         for Finding { what: name, state, detail, advice } in &self.findings {
             let state = match state {
                 State::Ok => "ok",
+                State::NotTried => "not tried",
                 State::Warning => "warning",
                 State::Problem => "PROBLEM",
             };
-            writeln!(f, "  {state:7}  {name:what$}  {detail}")?;
+            // A server chooses its name and the words of its errors.
+            writeln!(f, "  {state:9}  {:what$}  {}", printable(name), printable(detail))?;
             if let Some(advice) = advice {
-                writeln!(f, "  {:7}  {:what$}  -> {advice}", "", "")?;
+                writeln!(f, "  {:9}  {:what$}  -> {}", "", "", printable(advice))?;
             }
         }
         let (problems, warnings) = (self.count(State::Problem), self.count(State::Warning));
@@ -170,7 +183,7 @@ pub async fn ops_address(setting: &str, ops: SocketAddr) -> Finding {
         State::Problem if timeout(ASK_FOR, answers).await == Ok(Some(())) => {
             Finding::ok(taken.what, "taken, by a gateway or worker that runs: right if it has these settings")
         }
-        State::Problem | State::Warning | State::Ok => taken,
+        State::Problem | State::Warning | State::NotTried | State::Ok => taken,
     }
 }
 
@@ -194,7 +207,7 @@ mod tests {
         let report = Report::new("gateway", settings.clone(), findings.clone());
         assert!(report.is_well());
         let text = report.to_string();
-        assert!(text.contains("  ok       a          fine\n") && text.contains("-> look\n"), "{text}");
+        assert!(text.contains("  ok         a          fine\n") && text.contains("-> look\n"), "{text}");
         assert!(text.contains("NATS_URL  nats://n:4222  default"), "{text}");
         let report = Report::new("gateway", settings, [findings, vec![Finding::problem("b", "no", "do")]].concat());
         let json: serde_json::Value = serde_json::from_str(&report.to_json()).unwrap();

@@ -38,5 +38,6 @@ pub mod settings;
 pub mod shutdown;
 pub mod stream;
 pub mod telemetry;
+pub mod text;
 pub mod tls;
 pub mod trace;

@@ -148,10 +148,8 @@ impl Connection {
                 Ok(auth)
             }),
         };
-        // As the other NATS clients do: who names a CA or shows a certificate means an encrypted connection.
-        let encrypted = self.ca.is_some() || self.client.is_some() || self.servers.iter().any(ServerAddr::tls_required);
         let prefix = self.inbox_prefix.clone().unwrap_or_else(|| default_inbox_prefix(program));
-        let mut options = options.name(program).ping_interval(PING_INTERVAL).require_tls(encrypted);
+        let mut options = options.name(program).ping_interval(PING_INTERVAL).require_tls(self.must_encrypt());
         options = options.custom_inbox_prefix(prefix);
         if let Some(ca) = &self.ca {
             options = options.add_root_certificates(ca.clone());
@@ -206,6 +204,22 @@ impl Connection {
             }
         }
         Err(CannotConnect(failed.join("; ")))
+    }
+
+    /// `true`: a login or a client certificate is set.
+    pub(crate) fn has_login(&self) -> bool {
+        !matches!(self.login, Login::Nobody) || self.client.is_some()
+    }
+
+    /// The same servers, without login and client certificate.
+    pub(crate) fn without_login(&self) -> Connection {
+        Connection { login: Login::Nobody, client: None, ..self.clone() }
+    }
+
+    /// `true`: nothing is sent to a server that does not encrypt. As in other NATS clients a CA file, a client certificate
+    /// or a `tls://` URL means that.
+    pub(crate) fn must_encrypt(&self) -> bool {
+        self.ca.is_some() || self.client.is_some() || self.servers.iter().any(ServerAddr::tls_required)
     }
 
     /// `NATS_URL`, server by server, without what logs in.

@@ -2,6 +2,7 @@
 //!
 //! All of it is rustls with one crypto provider, ring, which async-nats needs anyway: one library to trust and to update.
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -43,6 +44,16 @@ pub fn roots(file: &Path) -> Result<RootCertStore, String> {
         roots.add(certificate).map_err(|_| "a file of CA certificates (one of them is damaged)")?;
     }
     Ok(roots)
+}
+
+/// `true`: what is sent to `host` stays on this machine. `host` is a name or an address (IPv6 with or without brackets).
+/// A name is not looked up: `localhost` and names below it stay here (RFC 6761), others do not.
+pub fn is_loopback(host: &str) -> bool {
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    match bare.parse::<IpAddr>() {
+        Ok(address) => address.to_canonical().is_loopback(),
+        Err(_) => host.rsplit('.').next().is_some_and(|last| last.eq_ignore_ascii_case("localhost")),
+    }
 }
 
 /// The CA certificates that this system trusts.
@@ -124,6 +135,18 @@ pub fn explain(error: &str, names: Names) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_host_is_this_machine_only_if_it_says_so() {
+        for here in
+            ["localhost", "LocalHost", "a.localhost", "127.0.0.1", "127.9.9.9", "::1", "[::1]", "::ffff:127.0.0.1"]
+        {
+            assert!(is_loopback(here), "{here}");
+        }
+        for elsewhere in ["", "db", "localhost.example", "192.0.2.1", "0.0.0.0", "::", "[2001:db8::1]"] {
+            assert!(!is_loopback(elsewhere), "{elsewhere}");
+        }
+    }
 
     #[test]
     fn a_file_that_is_not_what_it_should_be_is_told_without_its_name_and_content() {

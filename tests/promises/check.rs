@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 use async_nats::jetstream;
 use async_nats::jetstream::consumer::pull;
 use async_nats::jetstream::stream::{Config, DiscardPolicy};
+use futures_util::future::join_all;
 use local::{NatsOptions, NatsServer, Postgres, PostgresOptions, Scratch, ports};
 use serde_json::Value;
 use world::{Ran, eventually, programs};
@@ -308,6 +309,198 @@ async fn a_login_that_may_too_little_is_named_with_what_it_lacks() {
     servers.worker(&[("NATS_URL", &mute)]).await.fails_for(&["NATS permissions", "Publish", "receipts.check"]);
     servers.gateway(&[("NATS_URL", &deaf)]).await.fails_for(&["NATS permissions", "Subscription", "receipts.check"]);
     servers.worker(&[("NATS_URL", &deaf)]).await.well();
+}
+
+/// The subjects that the gateway publishes to, as a locked broker allows them.
+const GATEWAY_RIGHTS: [&str; 6] = [
+    "signals.sentry.*",
+    "$JS.API.STREAM.INFO.SIGNALS",
+    "$JS.API.STREAM.CREATE.SIGNALS",
+    "$JS.API.STREAM.MSG.GET.SIGNALS",
+    "$JS.API.CONSUMER.INFO.SIGNALS.worker",
+    "$JS.API.INFO", // the last of both lists: the programs work without it
+];
+/// The same for the worker.
+const WORKER_RIGHTS: [&str; 10] = [
+    "receipts.*",
+    "$JS.ACK.SIGNALS.worker.>",
+    "$JS.API.STREAM.INFO.SIGNALS",
+    "$JS.API.STREAM.PURGE.SIGNALS",
+    "$JS.API.CONSUMER.INFO.SIGNALS.worker",
+    "$JS.API.CONSUMER.CREATE.SIGNALS.worker",
+    "$JS.API.CONSUMER.MSG.NEXT.SIGNALS.worker",
+    "$JS.ACK.*.*.SIGNALS.worker.>",
+    "$JS.API.CONSUMER.RESET.SIGNALS.worker",
+    "$JS.API.INFO",
+];
+/// The first of them, by number, are tried by a check and told where they are missing.
+const MISSED: (usize, usize) = (5, 7);
+
+/// A login with these permissions, in the language of NATS's configuration.
+fn user(name: &str, publish: &[&str], subscribe: &[&str]) -> String {
+    format!(
+        "{{ user: {name}, password: {SECRET}, permissions: {{ publish: {{ allow: {publish:?} }}, \
+         subscribe: {{ allow: {subscribe:?} }} }} }}\n"
+    )
+}
+
+/// A broker with the logins `gateway`, `worker` and `operator` (all rights). `gateway-N` and `worker-N` lack the Nth
+/// right. `gateway-deaf` may not subscribe to receipts.
+async fn locked() -> Servers {
+    let without = |rights: &[&'static str], left_out: usize| {
+        let mut rights = rights.to_vec();
+        rights.remove(left_out);
+        rights
+    };
+    let inboxes = ["_INBOX.>", "_INBOX_gateway.>", "_INBOX_worker.>"];
+    let hears = [&inboxes[..], &["receipts.*"]].concat();
+    let mut users = format!("{{ user: operator, password: {SECRET} }}\n");
+    users += &user("gateway", &GATEWAY_RIGHTS, &hears);
+    users += &user("worker", &WORKER_RIGHTS, &inboxes);
+    users += &user("gateway-deaf", &GATEWAY_RIGHTS, &inboxes);
+    for left_out in 0..GATEWAY_RIGHTS.len() {
+        users += &user(&format!("gateway-{left_out}"), &without(&GATEWAY_RIGHTS, left_out), &hears);
+    }
+    for left_out in 0..WORKER_RIGHTS.len() {
+        users += &user(&format!("worker-{left_out}"), &without(&WORKER_RIGHTS, left_out), &inboxes);
+    }
+    let accounts = format!(
+        "accounts {{
+            DOOR {{ jetstream {{ max_file: 30GB, max_mem: 0, max_streams: 2, max_consumers: 32 }}, users: [\n{users}] }}
+            SYS {{ users = [ {{ user: sys, password: {SECRET} }} ] }}
+        }}
+        system_account: SYS"
+    );
+    Servers::start(|options| options.extra = accounts).await
+}
+
+impl Servers {
+    fn url_of(&self, user: &str) -> String {
+        format!("nats://{user}:{SECRET}@127.0.0.1:{}", self.nats.port())
+    }
+}
+
+#[tokio::test]
+async fn a_login_with_what_its_program_needs_is_no_problem() {
+    let servers = locked().await;
+    let (gateway, worker) = (servers.url_of("gateway"), servers.url_of("worker"));
+    // Neither program asks for the account's limits.
+    let unasked = (
+        servers.url_of(&format!("gateway-{}", GATEWAY_RIGHTS.len() - 1)),
+        servers.url_of(&format!("worker-{}", WORKER_RIGHTS.len() - 1)),
+    );
+    let all_well = async || {
+        for url in [&gateway, &unasked.0] {
+            let checked = servers.gateway(&[("NATS_URL", url)]).await;
+            assert!(!checked.well().found("warning").contains("without a login"), "{:#}", checked.json);
+        }
+        for url in [&worker, &unasked.1] {
+            let checked = servers.worker(&[("NATS_URL", url)]).await;
+            assert!(!checked.well().found("warning").contains("without a login"), "{:#}", checked.json);
+        }
+        for checked in
+            [servers.gateway(&[("NATS_URL", &unasked.0)]).await, servers.worker(&[("NATS_URL", &unasked.1)]).await]
+        {
+            assert!(checked.found("not tried").contains("$JS.API.INFO"), "{:#}", checked.json);
+        }
+    };
+    all_well().await;
+    servers.door().await;
+    all_well().await;
+}
+
+#[tokio::test]
+async fn a_right_that_a_login_lacks_is_named_and_trying_it_has_no_effect() {
+    let servers = locked().await;
+    // Before the programs have made stream and consumer, and after.
+    for there in [false, true] {
+        if there {
+            servers.door().await;
+        }
+        join_all((0..MISSED.0).map(async |left_out| {
+            let url = servers.url_of(&format!("gateway-{left_out}"));
+            let right = GATEWAY_RIGHTS[left_out].trim_end_matches('*');
+            servers.gateway(&[("NATS_URL", &url)]).await.fails_for(&["NATS permissions", right]);
+        }))
+        .await;
+        join_all((0..MISSED.1).map(async |left_out| {
+            let url = servers.url_of(&format!("worker-{left_out}"));
+            let right = WORKER_RIGHTS[left_out].trim_end_matches(['*', '>']);
+            servers.worker(&[("NATS_URL", &url)]).await.fails_for(&["NATS permissions", right]);
+        }))
+        .await;
+        let deaf = servers.gateway(&[("NATS_URL", &servers.url_of("gateway-deaf"))]).await;
+        deaf.fails_for(&["NATS permissions", "Subscription", "receipts."]);
+    }
+    let options = async_nats::ConnectOptions::with_user_and_password("operator".into(), SECRET.into());
+    let stream =
+        jetstream::new(options.connect(servers.nats.url()).await.unwrap()).get_stream("SIGNALS").await.unwrap();
+    let state = &stream.cached_info().state;
+    assert_eq!(
+        (state.messages, state.first_sequence, state.last_sequence),
+        (3, 1, 3),
+        "nothing purged, nothing stored"
+    );
+    let consumer = stream.consumer_info("worker").await.unwrap();
+    let moved = (consumer.delivered.stream_sequence, consumer.ack_floor.stream_sequence, consumer.num_pending);
+    assert_eq!((moved, consumer.num_ack_pending), ((0, 0, 3), 0), "nothing delivered, nothing acknowledged");
+    assert_eq!(consumer.num_waiting, 0, "and no request waits for the next message");
+}
+
+impl Servers {
+    /// The stream with three messages and the consumer, as the programs make them.
+    async fn door(&self) {
+        let options = async_nats::ConnectOptions::with_user_and_password("operator".into(), SECRET.into());
+        let jetstream = jetstream::new(options.connect(self.nats.url()).await.unwrap());
+        let config = Config {
+            name: "SIGNALS".into(),
+            subjects: vec!["signals.sentry.*".into()],
+            discard: DiscardPolicy::New,
+            max_bytes: 10 << 30,
+            ..Config::default()
+        };
+        let stream = jetstream.create_stream(config).await.unwrap();
+        let pull =
+            pull::Config { durable_name: Some("worker".into()), max_ack_pending: 16_384, ..pull::Config::default() };
+        stream.create_consumer(pull).await.unwrap();
+        for body in ["1", "2", "3"] {
+            jetstream.publish("signals.sentry.issue", body.into()).await.unwrap().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_broker_that_takes_anybody_or_speaks_in_clear_is_warned_of() {
+    const OPEN: &str = "NATS takes clients without a login";
+    const CLEAR: &str = "the connection to NATS is not encrypted";
+    let anybody = Servers::start(|_| ()).await;
+    for checked in [anybody.gateway(&[]).await, anybody.worker(&[]).await] {
+        let warnings = checked.well().found("warning");
+        assert!(warnings.contains(OPEN) && !warnings.contains(CLEAR), "loopback needs no encryption: {warnings}");
+    }
+    // The check has a login. The broker takes clients without one as well.
+    let port = ports::free().unwrap();
+    let users = format!(
+        "listen: \"0.0.0.0:{port}\"
+        accounts {{ A {{ jetstream: enabled, users: [ {{ user: all, password: {SECRET} }}, {{ user: guest, password: x }} ] }} }}
+        no_auth_user: guest"
+    );
+    let mut servers = Servers::start(|options| (options.port, options.extra) = (Some(port), users.clone())).await;
+    let url = format!("nats://all:{SECRET}@127.0.0.1:{port}");
+    for checked in [servers.gateway(&[("NATS_URL", &url)]).await, servers.worker(&[("NATS_URL", &url)]).await] {
+        assert!(checked.well().found("warning").contains(OPEN), "{:#}", checked.json);
+    }
+    servers.nats.stop().await.unwrap();
+    servers.nats.options.extra = users.replace("no_auth_user: guest", "");
+    servers.nats.start_again().await.unwrap();
+    let Some(address) = world::own_address() else {
+        return crate::drills::skipped("a_broker_that_speaks_in_clear", "this machine has no address but loopback");
+    };
+    let url = format!("nats://all:{SECRET}@{address}:{port}");
+    for checked in [servers.gateway(&[("NATS_URL", &url)]).await, servers.worker(&[("NATS_URL", &url)]).await] {
+        let warnings = checked.well().found("warning");
+        assert!(warnings.contains(CLEAR) && !warnings.contains(OPEN), "{warnings}");
+    }
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use checks::http::Door;
 use checks::message::Seen;
 use shared::delivery::Delivery;
+use shared::hostile::StoredMessage;
 use worker::pull::unreadable_letter;
 use worker::read::read_message;
 use worker::store::{Batch, Origin};
@@ -126,8 +127,8 @@ async fn postgresql_takes_what_the_fuzzers_found() {
         dead += stored.dead.len() as i64;
     }
     let mut messages = Batch::default();
-    for (_, input) in corpus("message") {
-        let stored = checks::message::parts(&input);
+    for ((_, input), sequence) in corpus("message").iter().zip(1..) {
+        let stored = StoredMessage { sequence, ..checks::message::parts(input) };
         match (unreadable_letter(&stored), stored.to_message()) {
             (Some(letter), _) => messages.dead_letters.push(letter),
             (None, Ok(message)) => match read_message(&message, stored.sequence, stored.stored_at, 1) {

@@ -14,6 +14,7 @@ mod duplicate_bodies;
 mod existing_stream;
 mod fuzzed;
 mod hard_bodies;
+mod hidden_characters;
 mod history;
 mod identity;
 mod journal;

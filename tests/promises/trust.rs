@@ -7,7 +7,9 @@
 //! | `reader` | reads the stream, and may publish receipts |
 //! | `local_user` | another user of the gateway's machine |
 //! | `operator` | the operator, who slips |
+//! | `database_role` | another role of the worker's database |
 
+mod database_role;
 mod local_user;
 mod operator;
 mod publisher;

@@ -346,6 +346,15 @@ pub struct Stored {
     pub issue: serde_json::Value,
 }
 
+/// An address of this machine that is not loopback; none where it has no network.
+pub fn own_address() -> Option<std::net::IpAddr> {
+    // A UDP socket that is connected has a source address. It sends nothing by that.
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
+    socket.connect("192.0.2.1:9").ok()?;
+    let address = socket.local_addr().ok()?.ip();
+    (!address.is_loopback() && !address.is_unspecified()).then_some(address)
+}
+
 /// Asks until there is an answer, and gives it.
 ///
 /// # Panics

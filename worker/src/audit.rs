@@ -21,10 +21,11 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use serde_json::{Value, json};
 use shared::link::Link;
 use shared::stream::CONSUMER;
+use shared::text::printable;
 use time::OffsetDateTime;
 
 use crate::Config;
-use crate::commands::{self, Ending, Progress, count, flag, patiently, print, show_time, time_option};
+use crate::commands::{self, Ending, Progress, count, flag, patiently, print, print_json, show_time, time_option};
 use crate::reading::{Entry, From, Reading, Span, Until};
 use crate::replay::fingerprint;
 use crate::store::{Fate, Known, LOOK_UP, Store};
@@ -73,11 +74,12 @@ pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result
     done?;
     let pace = progress.pace();
     drop(progress);
-    let report = match matches.get_flag("json") {
-        true => format!("{:#}\n", audit.json()),
-        false => format!("read {} messages of stream {name} in {pace}\n{}", count(audit.messages), audit.text()),
-    };
-    print(&report)?;
+    match matches.get_flag("json") {
+        true => print_json(&audit.json())?,
+        false => {
+            print(&format!("read {} messages of stream {name} in {pace}\n{}", count(audit.messages), audit.text()))?;
+        }
+    }
     Ok(if audit.missing.count == 0 { Ending::Well } else { Ending::LookAtIt })
 }
 
@@ -191,7 +193,7 @@ impl Audit {
                 text += &format!("\n{name} (sequence, delivery, received at):\n");
             }
             for (sequence, id, received_at) in &noted.first {
-                text += &format!("{sequence:>12}  {id}  {}\n", show_time(*received_at));
+                text += &format!("{sequence:>12}  {}  {}\n", printable(id), show_time(*received_at));
             }
             let more = noted.count.saturating_sub(noted.first.len() as u64);
             if more > 0 {

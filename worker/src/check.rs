@@ -14,7 +14,7 @@ use crate::Config;
 use crate::commands::{Ending, print};
 use crate::migrate::{self, MigrateError};
 use crate::settings::SETTINGS;
-use crate::store::{Store, StoreError, within};
+use crate::store::{Store, StoreError, query};
 
 /// How long one try may take.
 const TRY_WITHIN: Duration = Duration::from_secs(6);
@@ -63,7 +63,7 @@ async fn database(config: &Config) -> Vec<Finding> {
         Ok(Err(error)) => return vec![away(&what, &error)],
         Err(_) => return vec![hangs(&what)],
     };
-    let mut findings = match timeout(TRY_WITHIN, server(&what, &client, config)).await {
+    let mut findings = match timeout(TRY_WITHIN, server(&what, &mut client, config)).await {
         Ok(Ok(findings)) => findings,
         Ok(Err(error)) => return vec![away(&what, &error)],
         Err(_) => return vec![hangs(&what)],
@@ -104,8 +104,9 @@ fn away(what: &str, error: &StoreError) -> Finding {
 }
 
 /// The server itself.
-async fn server(what: &str, client: &Object, config: &Config) -> Result<Vec<Finding>, StoreError> {
-    let row = within(client.query_one(SERVER, &[])).await?;
+async fn server(what: &str, client: &mut Object, config: &Config) -> Result<Vec<Finding>, StoreError> {
+    let rows = query(client, SERVER, &[]).await?;
+    let row = &rows[0]; // without FROM there is exactly one
     let (version, number, role): (String, i32, String) = (row.get(0), row.get(1), row.get(2));
     let (encoding, commit, fsync): (String, String, String) = (row.get(3), row.get(4), row.get(5));
     let (most, used): (i64, i64) = (row.get(6), row.get(7));

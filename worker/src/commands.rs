@@ -19,10 +19,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use backon::{ExponentialBuilder, Retryable as _};
 use clap::{Arg, ArgAction, ArgMatches, Command};
+use serde_json::Value;
 use shared::link::Link;
 use shared::ops::Readiness;
 use shared::settings::duration;
 use shared::shutdown;
+use shared::text::{printable_json, printable_lines};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -79,7 +81,7 @@ pub async fn execute(arguments: &ArgMatches, config: &Config) -> Option<ExitCode
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             // Nothing is left to be told when even stderr is gone.
-            let _ = writeln!(std::io::stderr(), "worker {name}: {error:#}");
+            let _ = writeln!(std::io::stderr(), "worker {name}: {}", printable_lines(&format!("{error:#}")));
             ExitCode::from(2)
         }
     })
@@ -252,14 +254,23 @@ impl Drop for Progress {
     }
 }
 
-/// Writes to stdout.
+/// Writes lines to stdout. Hidden characters become escapes. A value that others wrote is escaped before it is put into
+/// its line ([`shared::text::printable`]): its line feeds would begin lines here.
 ///
 /// # Errors
 /// Where nobody reads it.
 pub(crate) fn print(text: &str) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes())?;
+    out.write_all(printable_lines(text).as_bytes())?;
     out.flush()
+}
+
+/// Writes a value to stdout as JSON. Hidden characters become escapes of JSON's.
+///
+/// # Errors
+/// Where nobody reads it.
+pub(crate) fn print_json(value: &Value) -> std::io::Result<()> {
+    print(&printable_json(&format!("{value:#}\n")))
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use tokio::time::sleep;
 
 use crate::metrics::Metrics;
 use crate::pull::Database;
-use crate::store::{Store, StoreError, within};
+use crate::store::{SEARCH_PATH, Store, StoreError, within};
 
 /// How often the stream's size is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -46,6 +46,7 @@ pub async fn keep_room(stream: &Stream, store: &Store, database: &Database) {
 async fn make_room_alone(stream: &Stream, store: &Store, metrics: &Metrics) -> Result<(), StoreError> {
     let mut client = store.client().await?;
     let tx = within(client.transaction()).await?;
+    within(tx.batch_execute(SEARCH_PATH)).await?;
     let mine = within(tx.query_one("SELECT pg_try_advisory_xact_lock($1)", &[&LOCK])).await?;
     if mine.try_get(0).map_err(|err| StoreError::from_sql(&err))? {
         make_room(stream, metrics).await;

@@ -9,8 +9,8 @@
 //!   low. The Sentry issue is `issue_id`, else `group_id`.
 //! - else, or without any `data`: a report that says nothing, so all its defaults.
 //!
-//! Null is as good as missing everywhere. Sentry's documentation shows the shapes
-//! (docs.sentry.io/organization/integrations/integration-platform/webhooks).
+//! Null is as good as missing everywhere, and so is a title without a character that can be seen. Sentry's documentation
+//! shows the shapes (docs.sentry.io/organization/integrations/integration-platform/webhooks).
 
 mod fields;
 mod notice;
@@ -26,11 +26,14 @@ use fields::{Data, Delivery, Field, Wanted, javascript_number};
 pub struct Meaning {
     /// `signals.severity`, and by [`Severity::priority`] `issues.priority`.
     pub severity: Severity,
-    /// `signals.type`: the delivery's `action`, or `event`. At most 500 characters and an ellipsis.
+    /// `signals.type`: the delivery's `action`, or `event`. At most 500 characters and an ellipsis, as they came: programs
+    /// compare it. A program that prints it escapes it.
     pub kind: String,
-    /// `issues.title`, whole. Of what Sentry says in it, at most 500 characters and an ellipsis.
+    /// `issues.title`, whole: one line without hidden characters ([`shared::text::one_line`]). Of what Sentry says in it,
+    /// at most 500 characters and an ellipsis.
     pub title: String,
-    /// `signals.source_id`: the Sentry issue it is about, if any. At most 500 characters and an ellipsis.
+    /// `signals.source_id`: the Sentry issue it is about, if any. At most 500 characters and an ellipsis, as they came:
+    /// two ids that differ stay two.
     pub source_id: Option<String>,
 }
 
@@ -103,7 +106,7 @@ fn error_severity(data: &Data<'_>) -> Severity {
 }
 
 fn error_title(data: &Data<'_>) -> String {
-    let title = first_text([data.issue.title, data.error.title, data.event.title]);
+    let title = first_line([data.issue.title, data.error.title, data.event.title]);
     let title = title.as_deref().unwrap_or(UNKNOWN);
     format!("{title} ({} events)", javascript_number(count(data)))
 }
@@ -119,7 +122,7 @@ fn count(data: &Data<'_>) -> f64 {
 }
 
 fn metric_alert_title(data: &Data<'_>) -> String {
-    first_text([data.description_title, data.metric_alert.title]).unwrap_or_else(|| UNKNOWN.into())
+    first_line([data.description_title, data.metric_alert.title]).unwrap_or_else(|| UNKNOWN.into())
 }
 
 fn notice_issue(data: &Data<'_>) -> Option<String> {
@@ -132,6 +135,11 @@ const UNKNOWN: &str = "Unknown error";
 /// The first of these that is a string, or a number in JavaScript's spelling.
 fn first_text<const N: usize>(fields: [Field<'_>; N]) -> Option<String> {
     fields.into_iter().find_map(Field::text_or_number)
+}
+
+/// The same for a title: the first that has a character to show.
+fn first_line<const N: usize>(fields: [Field<'_>; N]) -> Option<String> {
+    fields.into_iter().find_map(Field::line_or_number)
 }
 
 #[cfg(test)]

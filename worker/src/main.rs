@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::{ArgMatches, Command};
 use shared::settings::{self, EX_USAGE};
+use shared::text::printable_lines;
 use shared::{core_dumps, operator, shutdown, telemetry};
 use worker::{Config, commands};
 
@@ -46,7 +47,7 @@ async fn execute(arguments: &ArgMatches, config: Config) -> ExitCode {
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("worker: {error:#}");
+            eprintln!("worker: {}", printable_lines(&format!("{error:#}")));
             ExitCode::FAILURE
         }
     }

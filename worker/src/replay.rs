@@ -19,6 +19,7 @@ use clap::ArgMatches;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use sha2::{Digest as _, Sha256};
 use shared::operator;
+use shared::text::printable;
 use tokio::time::Instant;
 
 use crate::Config;
@@ -151,7 +152,8 @@ impl Replay<'_> {
             self.totals.add(&outcome);
             if self.options.verbose {
                 let reason = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
-                lines += &format!("{sequence}  {id}  {}{reason}\n", outcome.words(self.options.dry_run));
+                let words = format!("{}{reason}", outcome.words(self.options.dry_run));
+                lines += &format!("{sequence}  {}  {}\n", printable(&id), printable(&words));
             }
         }
         if !lines.is_empty() {

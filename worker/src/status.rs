@@ -11,12 +11,13 @@ use indicatif::{HumanBytes, HumanDuration};
 use serde_json::{Value, json};
 use shared::hostile::StoredMessage;
 use shared::stream::{CONSUMER, SUBJECT_PREFIX};
+use shared::text::printable;
 use time::OffsetDateTime;
 
 use crate::Config;
-use crate::commands::{self, Ending, count, flag, print, show_time};
+use crate::commands::{self, Ending, count, flag, print, print_json, show_time};
 use crate::severity::Severity;
-use crate::store::{Store, StoreError, within};
+use crate::store::{Store, StoreError, query};
 
 /// Both are asked for at once; the ledger has no index on time (every insert would pay for it), so this reads the whole
 /// of it, on several cores where PostgreSQL sees fit. Its rows are short.
@@ -43,10 +44,11 @@ pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result
         let or_error = |part: Result<Value, String>| part.unwrap_or_else(|error| json!({ "error": error }));
         let nats = or_error(nats.as_ref().map(Nats::json).map_err(Clone::clone));
         let database = or_error(database.as_ref().map(Database::json).map_err(Clone::clone));
-        print(&format!("{:#}\n", json!({ "nats": nats, "postgresql": database })))?;
+        print_json(&json!({ "nats": nats, "postgresql": database }))?;
     } else {
-        let nats = nats.map_or_else(|error| format!("NATS        away: {error}\n"), |nats| nats.text());
-        let database = database.map_or_else(|error| format!("PostgreSQL  away: {error}\n"), |database| database.text());
+        let away = |name: &str, error: &str| format!("{name:10}  away: {}\n", printable(error));
+        let nats = nats.map_or_else(|error| away("NATS", &error), |nats| nats.text());
+        let database = database.map_or_else(|error| away("PostgreSQL", &error), |database| database.text());
         print(&(nats + &database))?;
     }
     anyhow::ensure!(!neither, "neither NATS nor PostgreSQL answers");
@@ -156,10 +158,10 @@ struct Database {
 
 async fn database(config: &Config) -> Result<Database, String> {
     let ask = async {
-        let client = Store::new(&config.database, 1).client().await?;
-        let row = within(client.query_one(COUNTS, &[])).await?;
+        let mut client = Store::new(&config.database, 1).client().await?;
+        let rows = query(&mut client, COUNTS, &[]).await?;
         let number = |column| {
-            let number: i64 = row.try_get(column).map_err(|err| StoreError::from_sql(&err))?;
+            let number: i64 = rows[0].try_get(column).map_err(|err| StoreError::from_sql(&err))?;
             Ok::<_, StoreError>(number.unsigned_abs())
         };
         let [critical, high, medium, low] = Severity::ALL;

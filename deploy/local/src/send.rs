@@ -8,6 +8,7 @@ use bytes::Bytes;
 use hyper::{Response, StatusCode, Uri};
 use local::sentry::{Delivery, Sign};
 use local::stack_env::{NAME, StackEnv};
+use shared::text::printable;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio_postgres::error::SqlState;
@@ -91,8 +92,8 @@ fn target(options: &Options) -> anyhow::Result<(Target, Option<String>)> {
 /// Status and text of an answer, in one line.
 fn describe(answer: &Response<Bytes>) -> String {
     let text = String::from_utf8_lossy(answer.body());
-    let text: String = text.chars().filter(|c| !c.is_control()).take(300).collect();
-    format!("{} {text}", answer.status())
+    let text: String = text.chars().take(300).collect();
+    format!("{} {}", answer.status(), printable(text.trim_end()))
 }
 
 /// The signal and the issue of a delivery, or the reason why there are none.
@@ -110,12 +111,12 @@ const ROW: &str = "
 
 /// Waits for the rows of the delivery `id` and writes them for a person.
 async fn rows(database_url: &str, id: &str) -> anyhow::Result<String> {
-    let (client, connection) =
+    let (mut client, connection) =
         tokio_postgres::connect(database_url, NoTls).await.context("cannot look into the database")?;
     tokio::spawn(connection);
     let begin = Instant::now();
     let row = loop {
-        if let Some(row) = row(&client, id).await.context("cannot look into the database")? {
+        if let Some(row) = row(&mut client, id).await.context("cannot look into the database")? {
             break row;
         }
         if begin.elapsed() > ROWS {
@@ -130,7 +131,8 @@ async fn rows(database_url: &str, id: &str) -> anyhow::Result<String> {
     match state.as_str() {
         "dead" => {
             let reason: Option<String> = row.try_get("reason")?;
-            bail!("delivery {id} cannot become a signal and is kept as a dead letter: {}", reason.unwrap_or_default())
+            let reason = reason.unwrap_or_default();
+            bail!("delivery {id} cannot become a signal and is kept as a dead letter: {}", printable(&reason))
         }
         "stored" if row.try_get::<_, Option<String>>("issue_id")?.is_some() => Ok(block(&row, id)?),
         "stored" => bail!("delivery {id} was stored, but its signal or issue has since been deleted"),
@@ -138,8 +140,11 @@ async fn rows(database_url: &str, id: &str) -> anyhow::Result<String> {
     }
 }
 
-async fn row(client: &Client, id: &str) -> Result<Option<Row>, tokio_postgres::Error> {
-    match client.query_opt(ROW, &[&id]).await {
+async fn row(client: &mut Client, id: &str) -> Result<Option<Row>, tokio_postgres::Error> {
+    let transaction = client.transaction().await?;
+    // As in the worker: names without a schema mean PostgreSQL's own functions and operators.
+    transaction.batch_execute("SET LOCAL search_path = pg_catalog, pg_temp").await?;
+    match transaction.query_opt(ROW, &[&id]).await {
         // A worker that has never run has made no tables yet.
         Err(err) if matches!(err.code(), Some(&SqlState::UNDEFINED_TABLE | &SqlState::INVALID_SCHEMA_NAME)) => Ok(None),
         row => row,
@@ -150,7 +155,7 @@ fn block(row: &Row, id: &str) -> anyhow::Result<String> {
     let text = |name: &str| -> anyhow::Result<String> {
         let value: Option<String> = row.try_get(name)?;
         // Somebody else's words, on a terminal.
-        Ok(value.unwrap_or_else(|| "none".into()).chars().filter(|c| !c.is_control()).collect())
+        Ok(printable(&value.unwrap_or_else(|| "none".into())).into_owned())
     };
     let created_at: OffsetDateTime = row.try_get("created_at")?;
     let (number, priority): (i32, i32) = (row.try_get("number")?, row.try_get("priority")?);
@@ -181,4 +186,15 @@ fn block(row: &Row, id: &str) -> anyhow::Result<String> {
         title = text("title")?,
         status = text("status")?,
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_cannot_steer_the_terminal() {
+        let answer = Response::builder().status(502).body(Bytes::from("<h1>\u{202e}\u{1b}[2J\u{9b}0m\n\nno")).unwrap();
+        assert_eq!(describe(&answer), r"502 Bad Gateway <h1>\u{202e}\u{1b}[2J\u{9b}0m\n\nno");
+    }
 }

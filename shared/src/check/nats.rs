@@ -2,12 +2,14 @@
 //!
 //! What a client cannot know is said: how much disk the servers have left, and whether a stream would find its servers.
 
+mod rights;
+
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_nats::header::NATS_EXPECTED_STREAM;
 use async_nats::jetstream::account::Account;
-use async_nats::jetstream::context::{AccountErrorKind, ConsumerInfoErrorKind};
+use async_nats::jetstream::context::{AccountError, AccountErrorKind, ConsumerInfoErrorKind};
 use async_nats::jetstream::{self, ErrorCode, consumer, stream};
 use async_nats::{Client, Event, HeaderMap, Request, RequestErrorKind, ServerAddr, ServerError, ServerInfo};
 use tokio::time::timeout;
@@ -19,6 +21,8 @@ use crate::stream::{
     CONSUMER, Difference, NatsSettings, SUBJECT_PREFIX, compare_consumers, compare_streams, consumer_config,
     is_missing, lies_beyond,
 };
+use crate::tls::is_loopback;
+use rights::{ACCOUNT_INFO, Rights, consumer_info, is_about, reset, stream_info};
 
 /// How long one try may take: a server that needs longer is as good as away.
 const TRY_WITHIN: Duration = Duration::from_secs(4);
@@ -48,6 +52,18 @@ struct Link {
     denied: Arc<Mutex<Vec<String>>>,
 }
 
+impl Link {
+    /// The refusals that the server has sent so far, sorted. A refusal is no answer to a request: it comes as an event.
+    async fn denied(&self) -> Vec<String> {
+        let _ = timeout(TRY_WITHIN, self.client.flush()).await;
+        tokio::time::sleep(DENIAL_WITHIN).await;
+        let mut denied = self.denied.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        denied.sort();
+        denied.dedup();
+        denied
+    }
+}
+
 /// Connects once to this one server, as the program would; else what is wrong, and what to do.
 async fn connect_once(nats: &NatsSettings, server: &ServerAddr) -> Result<Link, (String, String)> {
     let denied = Arc::<Mutex<Vec<String>>>::default();
@@ -72,17 +88,24 @@ pub async fn look(nats: &NatsSettings, side: Side<'_>) -> Vec<Finding> {
     let mut first = None;
     let tries = futures_util::future::join_all(nats.connection().servers().iter().map(async |server| {
         let begin = Instant::now();
-        (server, connect_once(nats, server).await, begin.elapsed())
+        let connected = connect_once(nats, server).await;
+        let took = begin.elapsed();
+        let open = connected.is_ok() && takes_strangers(nats, server).await;
+        (server, connected, took, open)
     }));
     let tries = tries.await;
     // One of several may be away: the programs go to the next.
-    let all_away = tries.iter().all(|(_, connected, _)| connected.is_err());
-    for (server, connected, took) in tries {
+    let all_away = tries.iter().all(|(_, connected, ..)| connected.is_err());
+    for (server, connected, took, open) in tries {
         let what = format!("NATS {}", shown(server));
         match connected {
             Ok(link) => {
-                findings.push(tell_server(&what, &link.client.server_info(), took));
-                findings.extend(payload(&what, &link.client.server_info(), side));
+                let info = link.client.server_info();
+                findings.push(tell_server(&what, &info, took));
+                findings.extend(payload(&what, &info, side));
+                findings.extend(open.then(|| open_to_all(&what)));
+                let encrypted = nats.connection().must_encrypt() || info.tls_required;
+                findings.extend((!encrypted && !is_loopback(server.host())).then(|| in_clear(&what)));
                 first.get_or_insert(link);
             }
             Err((error, advice)) if all_away => findings.push(Finding::problem(what, error, advice)),
@@ -94,6 +117,33 @@ pub async fn look(nats: &NatsSettings, side: Side<'_>) -> Vec<Finding> {
     // A client that is dropped reports the connection as lost; this one leaves.
     let _ = timeout(TRY_WITHIN, link.client.drain()).await;
     findings
+}
+
+/// Tries a connection without a login. `true`: the server takes it. A server that refuses it writes a line into its log.
+async fn takes_strangers(nats: &NatsSettings, server: &ServerAddr) -> bool {
+    if !nats.connection().has_login() {
+        return true; // the connection that the check has is one without a login
+    }
+    let stranger = nats.connection().without_login();
+    match stranger.try_one("check", server, TRY_WITHIN, |_| ()).await {
+        Ok(client) => {
+            let _ = timeout(TRY_WITHIN, client.drain()).await;
+            true
+        }
+        Err(_) => false,
+    }
+}
+
+fn open_to_all(what: &str) -> Finding {
+    let advice = "give it users with permissions (`authorization` or `accounts` in the servers' configuration): as it is, \
+                  every program that reaches it may read deliveries, publish forged ones and purge the stream";
+    Finding::warning(format!("{what}, login"), "NATS takes clients without a login", advice)
+}
+
+fn in_clear(what: &str) -> Finding {
+    let advice = "set up `tls` in the servers' configuration, and tls:// in NATS_URL: as it is, deliveries and a password can \
+                  be read on their way";
+    Finding::warning(format!("{what}, encryption"), "the connection to NATS is not encrypted", advice)
 }
 
 /// `nats://host:port`, whatever else stands in the URL.
@@ -141,53 +191,90 @@ async fn jetstream(nats: &NatsSettings, side: Side<'_>, link: &Link) -> Vec<Find
     let mut context = jetstream::new(link.client.clone());
     context.set_timeout(TRY_WITHIN);
     let mut findings = Vec::new();
-    let account = match context.query_account().await {
-        Ok(account) => account,
-        Err(error) => {
-            let off = match error.kind() {
-                AccountErrorKind::JetStreamUnavailable => true,
-                AccountErrorKind::JetStream(error) => {
-                    [ErrorCode::JETSTREAM_NOT_ENABLED, ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT]
-                        .contains(&error.error_code())
+    let rights = Rights::of(nats, side);
+    rights.try_all(&link.client).await;
+    let denied = link.denied().await;
+    let may = |subject: &str| !denied.iter().any(|refusal| is_about(refusal, subject));
+    let mut account = None;
+    if may(ACCOUNT_INFO) {
+        match context.query_account().await {
+            Ok(found) => account = Some(found),
+            Err(error) => {
+                findings.push(no_jetstream(&error));
+                if !is_off(&error) {
+                    findings.extend(denials(link, &rights).await);
                 }
-                AccountErrorKind::TimedOut | AccountErrorKind::Other => false,
-            };
-            if off {
-                let advice =
-                    "turn it on: `jetstream { store_dir: ... }` in the server's configuration, and for this account";
-                return vec![Finding::problem("JetStream", "it is off", advice)];
+                return findings;
             }
-            let advice = "in a cluster it answers once most of its servers are there; this login needs `$JS.API.>`";
-            findings.push(Finding::problem("JetStream", format!("it does not answer: {error}"), advice));
-            findings.extend(denials(link).await);
-            return findings;
         }
-    };
-    let (what, found) = (format!("stream {}", nats.stream), context.get_stream(&nats.stream).await);
-    match found {
-        Ok(stream) => {
-            findings.extend(tell_stream(&what, stream.cached_info(), &nats.stream_config()));
-            findings.push(tell_consumer(stream.consumer_info(CONSUMER).await, stream.cached_info(), side));
-            findings.extend(may_publish(&link.client, side).await);
-        }
-        Err(error) if is_missing(&error) => {
-            findings.extend(would_make(&what, nats, side, link, &account));
-            may_publish(&link.client, side).await; // that nobody hears it yet is no finding; a refusal is, below
-        }
-        Err(error) => {
-            findings.push(Finding::problem(&what, format!("cannot be looked at: {error}"), "see the other findings"));
-        }
+    } else {
+        let detail = format!("this login may not ask for the account's limits ({ACCOUNT_INFO})");
+        let advice = "the programs never ask; with this right a check compares the limits with NATS_MAX_BYTES";
+        findings.push(Finding::not_tried("NATS account", detail, advice));
     }
-    let denied = denials(link).await;
+    let what = format!("stream {}", nats.stream);
+    // Tried even where the login may not look at the stream: `denials` tells a refusal.
+    let subject = may_publish(&link.client, side).await;
+    if may(&stream_info(nats)) {
+        match context.get_stream(&nats.stream).await {
+            Ok(stream) => {
+                findings.extend(tell_stream(&what, stream.cached_info(), &nats.stream_config()));
+                findings.push(if may(&consumer_info(nats)) {
+                    tell_consumer(stream.consumer_info(CONSUMER).await, stream.cached_info(), side)
+                } else {
+                    not_looked_at(format!("consumer {CONSUMER}"))
+                });
+                findings.extend(subject);
+            }
+            Err(error) if is_missing(&error) => {
+                findings.extend(would_make(&what, nats, side, link, account.as_ref()));
+            }
+            Err(error) => {
+                findings.push(Finding::problem(
+                    &what,
+                    format!("cannot be looked at: {error}"),
+                    "see the other findings",
+                ));
+            }
+        }
+    } else {
+        findings.push(not_looked_at(&what));
+    }
+    let denied = denials(link, &rights).await;
     if denied.is_empty() {
-        let unknown = match side {
-            Side::Gateway { .. } => "",
-            Side::Worker => "; whether it may pull and acknowledge is known only when it does",
-        };
-        findings.push(Finding::ok("NATS permissions", format!("the server refused nothing that was tried{unknown}")));
+        findings.push(Finding::ok("NATS permissions", "the server refused nothing that was tried"));
     }
     findings.extend(denied);
+    if matches!(side, Side::Worker) {
+        let detail = format!("the right to publish to {}", reset(nats));
+        let advice = "a worker needs it after the servers' files went back in time; a try could move the consumer";
+        findings.push(Finding::not_tried("NATS permissions", detail, advice));
+    }
     findings
+}
+
+fn not_looked_at(what: impl Into<String>) -> Finding {
+    Finding::not_tried(what, "this login may not look at it", "see NATS permissions")
+}
+
+fn is_off(error: &AccountError) -> bool {
+    match error.kind() {
+        AccountErrorKind::JetStreamUnavailable => true,
+        AccountErrorKind::JetStream(error) => {
+            [ErrorCode::JETSTREAM_NOT_ENABLED, ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT]
+                .contains(&error.error_code())
+        }
+        AccountErrorKind::TimedOut | AccountErrorKind::Other => false,
+    }
+}
+
+fn no_jetstream(error: &AccountError) -> Finding {
+    if is_off(error) {
+        let advice = "turn it on: `jetstream { store_dir: ... }` in the server's configuration, and for this account";
+        return Finding::problem("JetStream", "it is off", advice);
+    }
+    let advice = "in a cluster it answers once most of its servers are there";
+    Finding::problem("JetStream", format!("it does not answer: {error}"), advice)
 }
 
 /// A stream that is there.
@@ -269,7 +356,7 @@ fn tell_consumer(
 }
 
 /// A stream that is missing: could it be made as it is wanted?
-fn would_make(what: &str, nats: &NatsSettings, side: Side<'_>, link: &Link, account: &Account) -> Vec<Finding> {
+fn would_make(what: &str, nats: &NatsSettings, side: Side<'_>, link: &Link, account: Option<&Account>) -> Vec<Finding> {
     let wanted = nats.stream_config();
     let days = wanted.max_age.as_secs_f64() / 86_400.0;
     let bytes = u64::try_from(wanted.max_bytes).unwrap_or(0);
@@ -289,6 +376,7 @@ fn would_make(what: &str, nats: &NatsSettings, side: Side<'_>, link: &Link, acco
         let advice = "start the others, or set NATS_REPLICAS to what there is; servers may also hide behind one name";
         findings.push(Finding::warning(format!("{what}, replicas"), detail, advice));
     }
+    let Some(account) = account else { return findings };
     // Where limits are by tier, as for replicated streams in the cloud, the tier's hold and the account's are none.
     let tier = account.tiers.get(&format!("R{}", wanted.num_replicas));
     let (limits, storage, streams) = tier
@@ -318,7 +406,7 @@ fn would_make(what: &str, nats: &NatsSettings, side: Side<'_>, link: &Link, acco
 }
 
 /// Whether the subjects can be used, without a message for anybody. The stream is asked to store one only if it has a name
-/// that no stream can have: it says no, and so shows that it would have heard us. Receipts go to nobody here.
+/// that no stream can have: it says no, and so shows that it would have heard us. [`Rights`] tries a worker's subjects.
 async fn may_publish(client: &Client, side: Side<'_>) -> Option<Finding> {
     match side {
         Side::Gateway { id, .. } => {
@@ -341,26 +429,14 @@ async fn may_publish(client: &Client, side: Side<'_>) -> Option<Finding> {
                 }
             }
         }
-        Side::Worker => {
-            let _ = client.publish(receipt::subject("check"), "".into()).await; // refused: see `denials`
-            None
-        }
+        Side::Worker => None,
     }
 }
 
-/// What the server said we may not do. It says so beside the connection's course.
-async fn denials(link: &Link) -> Vec<Finding> {
-    let _ = timeout(TRY_WITHIN, link.client.flush()).await;
-    tokio::time::sleep(DENIAL_WITHIN).await;
-    let mut denied = link.denied.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    denied.sort();
-    denied.dedup();
-    let tell = |text: String| {
-        let advice = "give this login the right: gateways publish `signals.sentry.*` and hear `receipts.*`, workers pull and \
-                      publish `receipts.*`, both use `$JS.API.>`, `$JS.ACK.>` and `_INBOX.>`";
-        Finding::problem("NATS permissions", text, advice)
-    };
-    denied.into_iter().map(tell).collect()
+/// A problem for each refusal of a right that the program needs. It does not need the look at the account.
+async fn denials(link: &Link, rights: &Rights) -> Vec<Finding> {
+    let denied = link.denied().await.into_iter().filter(|refusal| !is_about(refusal, ACCOUNT_INFO));
+    denied.map(|refusal| Finding::problem("NATS permissions", refusal, rights.advice())).collect()
 }
 
 #[cfg(test)]

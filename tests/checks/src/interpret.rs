@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use gateway::canonical::canonical;
+use shared::text::is_hidden;
 use worker::interpret::interpret;
 use worker::payload::payload;
 
@@ -13,8 +14,8 @@ use crate::javascript::{self, Value};
 const LONGEST: usize = 4_000;
 
 /// Of any body: the gateway's canonical form, the meaning and the payload agree on what is JSON. The meaning's texts are
-/// short, and texts for PostgreSQL; it is the meaning of the canonical form, too. The payload is the same value as the
-/// body, but for what jsonb cannot hold, and needs no second change.
+/// short texts for PostgreSQL, the title one line. It is the meaning of the canonical form, too. The payload is the same
+/// value as the body, but for what jsonb cannot hold, and needs no second change.
 pub fn check(body: &[u8]) {
     let form = canonical(body);
     let (meaning, text) = match (&form, interpret(body), payload(body)) {
@@ -28,6 +29,7 @@ pub fn check(body: &[u8]) {
         assert!(!text.contains('\0'), "no text for PostgreSQL: {text:?}");
         assert!(text.chars().count() <= LONGEST, "{} characters", text.chars().count());
     }
+    assert!(!meaning.title.contains(is_hidden), "not one line of what can be seen: {:?}", meaning.title);
     assert!(matches!(payload(text.as_bytes()), Ok(Cow::Borrowed(again)) if again == text), "changed twice");
     let Ok(value) = javascript::parse(body) else { return }; // too deep
     let stored = javascript::parse(text.as_bytes()).expect("the payload is JSON");

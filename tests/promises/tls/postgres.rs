@@ -1,7 +1,11 @@
 //! PostgreSQL: each sslmode takes what it should and refuses the rest, and says why.
 
+use std::net::IpAddr;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
 use worker::store::{DatabaseUrl, Store};
 
 use super::certificates::{Authority, Pair};
@@ -207,4 +211,96 @@ async fn a_server_that_does_no_tls_is_for_those_who_allow_it() {
         connects(&url(mode)).await.unwrap();
     }
     says(connects(&url("require")).await, &["does no TLS", "sslmode"]);
+}
+
+/// A server on `address` that declines TLS (`N`) or breaks it off (`S`), and asks for the password: in clear (3) or hashed
+/// with MD5 (5). Gives its port, and what it was sent after it had asked, login by login.
+async fn asks_for_the_password(address: IpAddr, tls: u8, how: u8) -> (u16, Arc<Mutex<Vec<Vec<u8>>>>) {
+    let listener = TcpListener::bind((address, 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let heard = Arc::<Mutex<Vec<Vec<u8>>>>::default();
+    let told = heard.clone();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            if let Ok(answer) = ask(client, tls, how).await {
+                told.lock().unwrap().push(answer);
+            }
+        }
+    });
+    (port, heard)
+}
+
+/// Serves one client and gives its answer. <https://www.postgresql.org/docs/current/protocol-message-formats.html>
+async fn ask(mut client: TcpStream, tls: u8, how: u8) -> std::io::Result<Vec<u8>> {
+    const SSL_REQUEST: u32 = 80_877_103;
+    loop {
+        let length = client.read_u32().await?;
+        let mut message = vec![0; length as usize - 4];
+        client.read_exact(&mut message).await?;
+        if message[..4] != SSL_REQUEST.to_be_bytes() {
+            break; // that was the start-up message
+        }
+        client.write_all(&[tls]).await?;
+        if tls == b'S' {
+            return Err(std::io::ErrorKind::ConnectionAborted.into());
+        }
+    }
+    let salt: &[u8] = if how == 5 { b"salt" } else { b"" };
+    client.write_all(b"R").await?;
+    client.write_u32(8 + salt.len() as u32).await?;
+    client.write_u32(how.into()).await?;
+    client.write_all(salt).await?;
+    let mut answer = vec![0; 256];
+    let length = client.read(&mut answer).await?;
+    answer.truncate(length);
+    Ok(answer)
+}
+
+#[tokio::test]
+async fn a_password_goes_to_another_machine_encrypted_or_not_at_all() {
+    let Some(address) = world::own_address() else {
+        return crate::drills::skipped("a_password_goes_encrypted", "this machine has no address but loopback");
+    };
+    for (tls, how) in [(b'N', 3), (b'N', 5), (b'S', 3)] {
+        let (port, heard) = asks_for_the_password(address, tls, how).await;
+        let url = |parameters: &str| format!("postgres://door:{PASSWORD}@{address}:{port}/door?{parameters}");
+        for parameters in ["", "sslmode=prefer", "sslmode=allow", "sslmode=require"] {
+            let refused = connects(&url(parameters)).await;
+            assert_eq!(*heard.lock().unwrap(), Vec::<Vec<u8>>::new(), "the password, with {parameters:?}");
+            says(refused, &["TLS", "sslmode"]);
+        }
+        if tls == b'N' {
+            says(connects(&url("sslmode=prefer")).await, &["password", "sslmode=disable"]);
+        }
+        // The operator allows it. The server ends the connection after it has the password.
+        assert!(connects(&url("sslmode=disable")).await.is_err());
+        let sent = heard.lock().unwrap().remove(0);
+        assert_eq!((sent[0], sent.windows(PASSWORD.len()).any(|part| part == PASSWORD.as_bytes())), (b'p', how == 3));
+        // A login without a password has no password to lose.
+        let without = url("sslmode=allow").replace(&format!(":{PASSWORD}"), "");
+        says(connects(&without).await, &["password missing"]);
+    }
+    // On this machine nothing changes.
+    let (port, heard) = asks_for_the_password("127.0.0.1".parse().unwrap(), b'N', 3).await;
+    for host in ["127.0.0.1", "localhost"] {
+        assert!(connects(&format!("postgres://door:{PASSWORD}@{host}:{port}/door?sslmode=prefer")).await.is_err());
+        assert_eq!(heard.lock().unwrap().remove(0)[0], b'p', "{host}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_on_another_address_is_reached_as_its_sslmode_says() {
+    let Some((postgres, _)) = TlsPostgres::shared("a_server_on_another_address").await else { return };
+    let Some(address) = world::own_address() else {
+        return crate::drills::skipped("a_server_on_another_address", "this machine has no address but loopback");
+    };
+    let address = address.to_string();
+    let as_role =
+        async |role: &str, mode: &str| connects(&postgres.url(role, &address, &format!("sslmode={mode}"))).await;
+    for mode in ["require", "prefer", "allow"] {
+        as_role("encrypted", mode).await.unwrap();
+        assert!(as_role("plain", mode).await.is_err(), "{mode}");
+    }
+    connects(&postgres.url("encrypted", &address, "")).await.unwrap();
+    as_role("plain", "disable").await.unwrap();
 }

@@ -20,8 +20,8 @@ pub(super) const PASSWORD: &str = "the-password-of-the-tests";
 const HBA: &str = "\
     local     all plain                  scram-sha-256\n\
     host      all loop      127.0.0.1/32 trust\n\
-    hostssl   all encrypted 127.0.0.1/32 scram-sha-256\n\
-    hostnossl all plain     127.0.0.1/32 scram-sha-256\n\
+    hostssl   all encrypted samehost     scram-sha-256\n\
+    hostnossl all plain     samehost     scram-sha-256\n\
     host      all anyhow    127.0.0.1/32 scram-sha-256\n\
     hostssl   all certified 127.0.0.1/32 scram-sha-256 clientcert=verify-full\n";
 
@@ -70,12 +70,15 @@ impl TlsPostgres {
         let file = |name: &str| home.join(name).display().to_string();
         std::fs::write(home.join("hba.conf"), HBA).unwrap();
         clients.file(&home, "clients.crt");
+        let own = world::own_address().map(|address| format!(",{address}")).unwrap_or_default();
+        let listen = format!("127.0.0.1{own}");
         let settings = [
             ("ssl", "on".to_owned()),
             ("ssl_cert_file", file("server.crt")),
             ("ssl_key_file", file("server.key")),
             ("ssl_ca_file", file("clients.crt")),
             ("hba_file", file("hba.conf")),
+            ("listen_addresses", listen),
         ];
         server.server.options.settings = settings.map(|(name, value)| (name.to_owned(), value)).into();
         server.show(shown).await;

@@ -4,12 +4,13 @@ use anyhow::Context as _;
 use clap::{Arg, ArgMatches, Command};
 use serde_json::{Value, json};
 use shared::operator;
+use shared::text::printable;
 use time::OffsetDateTime;
 use tokio_postgres::Row;
 
 use crate::Config;
-use crate::commands::{self, Ending, flag, patiently, print, show_time, time_option};
-use crate::store::{Retried, Store, StoreError, within};
+use crate::commands::{self, Ending, flag, patiently, print, print_json, show_time, time_option};
+use crate::store::{Retried, Store, StoreError, query};
 
 /// Letters without their bodies. `$1` ids, `$2` reason, `$3` and `$4` times; each may be NULL for any.
 const LIST: &str = "\
@@ -113,9 +114,9 @@ impl Filter {
     }
 
     async fn letters(&self, store: &Store) -> Result<Vec<Letter>, StoreError> {
-        let client = store.client().await?;
+        let mut client = store.client().await?;
         let Filter { ids, reason, since, until } = self;
-        let rows = within(client.query(LIST, &[ids, reason, since, until])).await?;
+        let rows = query(&mut client, LIST, &[ids, reason, since, until]).await?;
         rows.iter().map(|row| Letter::of(row).map_err(|err| StoreError::from_sql(&err))).collect()
     }
 }
@@ -172,7 +173,7 @@ async fn list(store: &Store, filter: &Filter, json: bool) -> anyhow::Result<Endi
     let letters = patiently(|| filter.letters(store)).await?;
     if json {
         let list: Vec<Value> = letters.iter().map(Letter::json).collect();
-        print(&format!("{:#}\n", Value::Array(list)))?;
+        print_json(&Value::Array(list))?;
         return Ok(Ending::Well);
     }
     if letters.is_empty() {
@@ -182,7 +183,7 @@ async fn list(store: &Store, filter: &Filter, json: bool) -> anyhow::Result<Endi
     let mut table = format!("{:36}  {:20}  {:>8}  {:>9}  {}\n", "DELIVERY", "FAILED AT", "ATTEMPTS", "BYTES", "REASON");
     for letter in &letters {
         let Letter { delivery_id, attempts, bytes, reason, failed_at, .. } = letter;
-        let failed_at = show_time(*failed_at);
+        let (failed_at, reason) = (show_time(*failed_at), printable(reason));
         table += &format!("{delivery_id:36}  {failed_at:20}  {attempts:>8}  {bytes:>9}  {reason}\n");
     }
     print(&table)?;
@@ -192,8 +193,9 @@ async fn list(store: &Store, filter: &Filter, json: bool) -> anyhow::Result<Endi
 async fn show(store: &Store, matches: &ArgMatches) -> anyhow::Result<Ending> {
     let id = matches.get_one::<String>("id").context("which letter?")?;
     if matches.get_flag("body") {
-        let client = store.client().await?;
-        let Some(row) = within(client.query_opt(BODY, &[id])).await? else { return none(id) };
+        let mut client = store.client().await?;
+        let rows = query(&mut client, BODY, &[id]).await?;
+        let Some(row) = rows.first() else { return none(id) };
         let body: &[u8] = row.try_get(0).map_err(|err| StoreError::from_sql(&err))?;
         use std::io::Write as _;
         let mut out = std::io::stdout().lock();
@@ -205,18 +207,19 @@ async fn show(store: &Store, matches: &ArgMatches) -> anyhow::Result<Ending> {
     let letters = patiently(|| filter.letters(store)).await?;
     let Some(letter) = letters.first() else { return none(id) };
     if matches.get_flag("json") {
-        print(&format!("{:#}\n", letter.json()))?;
+        print_json(&letter.json())?;
         return Ok(Ending::Well);
     }
     let Letter { delivery_id, stream_sequence, subject, reason, attempts, failed_at, bytes, headers } = letter;
     let failed_at = show_time(*failed_at);
+    let (subject, reason) = (printable(subject), printable(reason));
     let mut text = format!(
         "delivery   {delivery_id}\nreason     {reason}\nfailed at  {failed_at}\nattempts   {attempts}\n\
          message    {stream_sequence} on {subject}\nbody       {bytes} bytes (--body prints them)\n\n"
     );
     for (name, values) in headers.as_object().into_iter().flatten() {
         for value in values.as_array().into_iter().flatten().filter_map(Value::as_str) {
-            text += &format!("{name}: {}\n", value.escape_debug()); // a sender's value must not steer a terminal
+            text += &format!("{}: {}\n", printable(name), printable(value));
         }
     }
     print(&text)?;
@@ -224,7 +227,7 @@ async fn show(store: &Store, matches: &ArgMatches) -> anyhow::Result<Ending> {
 }
 
 fn none(id: &str) -> anyhow::Result<Ending> {
-    eprintln!("there is no dead letter {id}");
+    eprintln!("there is no dead letter {}", printable(id));
     Ok(Ending::LookAtIt)
 }
 
@@ -249,7 +252,7 @@ async fn each(
             };
             let (good, what) = done.with_context(|| format!("letter {id}"))?;
             *(if good { &mut well } else { &mut ill }) += 1;
-            print(&format!("{id}  {what}\n"))?;
+            print(&format!("{}  {}\n", printable(id), printable(&what)))?;
         }
         anyhow::Ok(Ending::Well)
     };

@@ -10,6 +10,7 @@
 use std::borrow::Cow;
 
 use shared::json::{NotJson, Reader, Str, Token, Unit};
+use shared::text::one_line;
 
 /// How many characters (Unicode scalar values) of a text are kept.
 const LONGEST_TEXT: usize = 500;
@@ -40,6 +41,26 @@ impl Field<'_> {
         match self {
             Field::Number(literal) => literal.parse().ok().map(javascript_number),
             Field::Text(_) | Field::Other | Field::Absent => self.text(),
+        }
+    }
+
+    /// A string as part of a title: [`one_line`] of it, cut to what is kept. None where that is empty. A string that was
+    /// empty as it came stays an empty title.
+    pub(super) fn line(self) -> Option<String> {
+        match self {
+            Field::Text(text) => {
+                let line = cut(one_line(text.units().map(storable)));
+                (text.raw.is_empty() || !line.is_empty()).then_some(line)
+            }
+            Field::Number(_) | Field::Other | Field::Absent => None,
+        }
+    }
+
+    /// The same, or JavaScript's string of a number.
+    pub(super) fn line_or_number(self) -> Option<String> {
+        match self {
+            Field::Number(_) => self.text_or_number(),
+            Field::Text(_) | Field::Other | Field::Absent => self.line(),
         }
     }
 

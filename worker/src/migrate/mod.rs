@@ -24,9 +24,9 @@ const LOCK: i64 = 0x6c6f_6f70_7365_6e74;
 /// Waiting for somebody who holds the lock ends with an error and not with `statement_timeout`, which a person may
 /// have set for the role and which would name the wrong thing.
 const SETTINGS: &str = "\
+    SET LOCAL search_path = pg_catalog, pg_temp;
     SET LOCAL statement_timeout = 0;
-    SET LOCAL lock_timeout = '30s';
-    SET LOCAL search_path = pg_catalog";
+    SET LOCAL lock_timeout = '30s'";
 
 /// What was found and what was done, one line an object.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

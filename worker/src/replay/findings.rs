@@ -156,7 +156,7 @@ fn compare(entry: &Entry, severity: &str, title: &str) -> Outcome {
         how.push(format!("severity {severity} -> {}", meaning.severity));
     }
     if meaning.title != title {
-        how.push(format!("title {title:?} -> {:?}", meaning.title));
+        how.push(format!("title \"{title}\" -> \"{}\"", meaning.title));
     }
     if how.is_empty() { Outcome::There } else { Outcome::Differs(how.join(", ")) }
 }

@@ -56,10 +56,14 @@ enum Way {
 
 impl Mode {
     /// The first way, and the one that is left when TLS fails (`prefer`), or when the server takes nobody that way
-    /// (`prefer`, `allow`).
-    fn ways(self) -> (Way, Option<Way>) {
+    /// (`prefer`, `allow`). `exposed`: a password leaves this machine.
+    ///
+    /// The server chooses the form in which the password is sent. A machine on the way can play a server that does no TLS
+    /// and wants it in clear. So a password goes to another machine encrypted, unless the operator wrote `disable`.
+    fn ways(self, exposed: bool) -> (Way, Option<Way>) {
         match self {
             Mode::Disable => (Way::Plain, None),
+            Mode::Allow | Mode::Prefer if exposed => (Way::Encrypted, None),
             Mode::Allow => (Way::Plain, Some(Way::Encrypted)),
             Mode::Prefer => (Way::IfOffered, Some(Way::Plain)),
             Mode::Require | Mode::VerifyCa | Mode::VerifyFull => (Way::Encrypted, None),
@@ -69,7 +73,8 @@ impl Mode {
 
 impl Connector {
     async fn server(&self, server: &Server, config: &Config) -> Connected {
-        let (first, second) = if server.is_local() { (Way::Plain, None) } else { self.0.security.mode.ways() };
+        let exposed = config.get_password().is_some() && server.is_remote();
+        let (first, second) = if server.is_local() { (Way::Plain, None) } else { self.0.security.mode.ways(exposed) };
         let failed = match (self.try_one(first, server, config).await, second) {
             (Err(error), Some(_)) if tls_failure(&error).is_some() || takes_nobody(&error) => error,
             (tried, _) => return tried,
@@ -152,8 +157,8 @@ fn describe(error: &Error) -> String {
     }
     let text = sqlstate::describe(error);
     if text.ends_with("server does not support TLS") {
-        return "the server does no TLS, and sslmode wants it: turn on ssl in its postgresql.conf, or choose a lesser \
-                sslmode"
+        return "the server does no TLS, and sslmode or a password for another machine needs it: turn on ssl in its \
+                postgresql.conf, or allow an unencrypted password with sslmode=disable"
             .into();
     }
     let advice = if takes_nobody(error) && text.contains("client certificate") {

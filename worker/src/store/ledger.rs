@@ -51,11 +51,13 @@ impl Store {
     /// [`StoreError::Outage`]
     pub async fn look_up(&self, ids: &[String]) -> Result<HashMap<String, Known>, StoreError> {
         let mut client = self.client().await?;
-        let statement = within(client.prepare_cached(QUERY)).await?;
         let tx = begin(&mut client).await?;
-        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 1] = [&ids];
+        let look_up = async {
+            let statement = within(tx.prepare_cached(QUERY)).await?;
+            within(tx.query(&statement, &[&ids])).await
+        };
         // Sent together: PostgreSQL runs them in this order.
-        let ((), rows) = try_join!(within(tx.batch_execute(SETTINGS)), within(tx.query(&statement, &parameters)))?;
+        let ((), rows) = try_join!(within(tx.batch_execute(SETTINGS)), look_up)?;
         within(tx.commit()).await?;
         rows.iter().map(|row| known(row).map_err(|err| StoreError::from_sql(&err))).collect()
     }

@@ -34,7 +34,8 @@ use deadpool_postgres::{Object, Pool, Transaction};
 use futures_util::try_join;
 use time::OffsetDateTime;
 use tokio::time::timeout;
-use tokio_postgres::IsolationLevel;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{IsolationLevel, Row};
 
 use crate::dead_letters::{self, DeadLetter};
 use crate::migrate::{self, MigrateError, Report};
@@ -89,13 +90,23 @@ const SIGNALS: &str = "\
 /// Not in the ordinary way, where it costs a seventh of the server's time for 2 KB rows.
 const UNLESS_THERE: &str = " ON CONFLICT (id) DO NOTHING";
 
-/// Set for one transaction, so that it also holds behind a connection pooler that hands sessions around.
+/// The first statement of every transaction. It is set for the transaction alone, because a connection pooler hands the
+/// session to other clients.
+///
+/// Names without a schema then mean PostgreSQL's own functions and operators. Without it, another role could put a
+/// function into `public` that fits the arguments better, and the worker would call it with its own rights. Our tables
+/// and types are named with their schemas. `pg_temp` stands last: PostgreSQL searches it first where it is left out.
+/// (<https://www.postgresql.org/docs/current/ddl-schemas.html#DDL-SCHEMAS-PATTERNS>)
+pub(crate) const SEARCH_PATH: &str = "SET LOCAL search_path = pg_catalog, pg_temp";
+
+/// Set for one transaction. The first line is [`SEARCH_PATH`].
 ///
 /// The time limits keep a transaction that lost its worker from holding its claims against the others. The planner is
 /// told to look issues up by their key: a plan made while the table was empty would read the whole of it, and
 /// PostgreSQL keeps a prepared plan until the next ANALYZE, by when there may be a million rows. A minute a statement:
 /// a slow server may take 20 s for a body of 8 MiB, and one of control characters is twice that as JSON.
 const SETTINGS: &str = "\
+    SET LOCAL search_path = pg_catalog, pg_temp;
     SET LOCAL statement_timeout = '60s';
     SET LOCAL idle_in_transaction_session_timeout = '30s';
     SET LOCAL enable_seqscan = off;
@@ -363,12 +374,16 @@ impl<'a> Distinct<'a> {
 
 /// The ordinary way: three statements, four round trips.
 async fn store_whole(client: &mut Object, batch: &Distinct<'_>) -> Result<Stored, StoreError> {
-    let statements = Statements::prepare(client, "").await?;
     let tx = begin(client).await?;
     let claims = batch.records.iter().map(|record| Claim::stored(record));
     let claims = claims.chain(batch.dead_letters.iter().map(|letter| Claim::dead(letter)));
+    let claim = async {
+        let statements = Statements::prepare(&tx, "").await?;
+        let fresh = statements.claim(&tx, claims.collect()).await?;
+        Ok((statements, fresh))
+    };
     // Sent together: PostgreSQL runs them in this order.
-    let ((), fresh) = try_join!(within(tx.batch_execute(SETTINGS)), statements.claim(&tx, claims.collect()))?;
+    let ((), (statements, fresh)) = try_join!(within(tx.batch_execute(SETTINGS)), claim)?;
     let (records, known): (Vec<_>, Vec<_>) = batch.records.iter().partition(|it| fresh.contains(&it.delivery_id));
     let (letters, known_letters): (Vec<_>, Vec<_>) =
         batch.dead_letters.iter().partition(|it| fresh.contains(&it.delivery_id));
@@ -390,10 +405,10 @@ async fn store_row_by_row(client: &mut Object, batch: &Distinct<'_>) -> Result<S
     // A refusal is the row's fault only while the tables are what this program writes to. A column that somebody
     // added, an enum label that is gone: that is everybody's trouble, and a reason to wait.
     migrate::check(client).await.map_err(|err| StoreError::Outage(Outage::new(Class::Schema, err.to_string())))?;
-    let statements = Statements::prepare(client, UNLESS_THERE).await?;
     let mut tx = begin(client).await?;
-    // What would be refused at COMMIT has to be refused while its savepoint is open.
     within(tx.batch_execute(SETTINGS)).await?;
+    let statements = Statements::prepare(&tx, UNLESS_THERE).await?;
+    // What would be refused at COMMIT has to be refused while its savepoint is open.
     within(tx.batch_execute("SET CONSTRAINTS ALL IMMEDIATE")).await?;
     let mut stored = Stored::default();
     let mut refused = Vec::new();
@@ -440,6 +455,19 @@ impl Dead {
 /// error where waiting for each other is enough.
 async fn begin(client: &mut Object) -> Result<Transaction<'_>, StoreError> {
     within(client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start()).await
+}
+
+/// Runs one statement that reads, in a transaction of its own with [`SEARCH_PATH`].
+pub(crate) async fn query(
+    client: &mut Object,
+    sql: &str,
+    parameters: &[&(dyn ToSql + Sync)],
+) -> Result<Vec<Row>, StoreError> {
+    let tx = begin(client).await?;
+    within(tx.batch_execute(SEARCH_PATH)).await?;
+    let rows = within(tx.query(sql, parameters)).await?;
+    within(tx.commit()).await?;
+    Ok(rows)
 }
 
 /// One exchange with the server, bounded on our side as well: a server that is frozen, not gone, answers nothing and

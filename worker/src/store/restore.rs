@@ -69,10 +69,10 @@ impl Store {
 
     async fn restore_together(&self, records: &[&Record]) -> Result<Vec<String>, StoreError> {
         let mut client = self.client().await?;
-        let statements = Statements::prepare(&client, "").await?;
-        let signals = within(client.prepare_cached(SIGNALS)).await?;
         let tx = begin(&mut client).await?;
         within(tx.batch_execute(SETTINGS)).await?;
+        let statements = Statements::prepare(&tx, "").await?;
+        let signals = within(tx.prepare_cached(SIGNALS)).await?;
         let ids = |id: fn(&Record) -> &str| records.iter().map(|record| id(record)).collect::<Vec<&str>>();
         let locked = texts(&tx, LOCK, &ids(|record| &record.delivery_id)).await?;
         let issues_there = texts(&tx, ISSUES_THERE, &ids(|record| &record.issue_id)).await?;

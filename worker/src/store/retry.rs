@@ -52,12 +52,12 @@ impl Store {
     pub async fn retry(&self, delivery_id: &str) -> Result<Retried, StoreError> {
         let mut client = self.client().await?;
         let if_dead = LEDGER.replace("DO NOTHING", IF_DEAD);
-        let statements = Statements {
-            ledger: within(client.prepare_cached(&if_dead)).await?,
-            ..Statements::prepare(&client, UNLESS_THERE).await?
-        };
         let mut tx = begin(&mut client).await?;
         within(tx.batch_execute(SETTINGS)).await?;
+        let statements = Statements {
+            ledger: within(tx.prepare_cached(&if_dead)).await?,
+            ..Statements::prepare(&tx, UNLESS_THERE).await?
+        };
         // What would be refused at COMMIT has to be refused while its savepoint is open.
         within(tx.batch_execute("SET CONSTRAINTS ALL IMMEDIATE")).await?;
         let Some(letter) = take(&tx, delivery_id).await? else { return Ok(Retried::NotThere) };

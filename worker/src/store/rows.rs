@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::error::Error;
 
 use bytes::{BufMut, BytesMut};
-use deadpool_postgres::{Object, Transaction};
+use deadpool_postgres::Transaction;
 use futures_util::try_join;
 use time::OffsetDateTime;
 use tokio_postgres::Statement;
@@ -64,12 +64,13 @@ pub(super) struct Statements {
 }
 
 impl Statements {
+    /// Prepares them in a transaction that has its [`super::SEARCH_PATH`]: PostgreSQL looks their names up now.
     /// `on_conflict` is appended to the statements that write Loop's tables.
-    pub(super) async fn prepare(client: &Object, on_conflict: &str) -> Result<Statements, StoreError> {
+    pub(super) async fn prepare(tx: &Transaction<'_>, on_conflict: &str) -> Result<Statements, StoreError> {
         Ok(Statements {
-            ledger: within(client.prepare_cached(LEDGER)).await?,
-            issues: within(client.prepare_cached(&format!("{ISSUES}{on_conflict}"))).await?,
-            signals: within(client.prepare_cached(&format!("{SIGNALS}{on_conflict}"))).await?,
+            ledger: within(tx.prepare_cached(LEDGER)).await?,
+            issues: within(tx.prepare_cached(&format!("{ISSUES}{on_conflict}"))).await?,
+            signals: within(tx.prepare_cached(&format!("{SIGNALS}{on_conflict}"))).await?,
         })
     }
 

@@ -10,7 +10,12 @@
 //! | verify-full | always | whom a CA of `sslrootcert` has certified for the host in the URL |
 //!
 //! As in libpq, a root certificate is checked against whenever there is one: under `prefer` a server that fails the
-//! check is talked to without encryption. `sslrootcert=system` means the system's CAs, and verify-full and nothing less.
+//! check is talked to without encryption.
+//!
+//! Not as in libpq: where there is a password for another machine, `allow` and `prefer` always encrypt. A server that
+//! does no TLS could ask for it in clear.
+//!
+//! `sslrootcert=system` means the system's CAs, and verify-full and nothing less.
 //!
 //! Not as in libpq: nothing is looked for in `~/.postgresql` (a service has no home), and a certificate of X.509
 //! version 1 is refused (rustls cannot read it).

@@ -11,6 +11,7 @@ use std::str::FromStr;
 
 use percent_encoding::percent_decode_str;
 use shared::settings::Setting;
+use shared::tls;
 use tokio_postgres::Config;
 use tokio_postgres::config::Host;
 
@@ -184,6 +185,16 @@ impl Server {
     /// (<https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNECT-SSLMODE>).
     pub(super) fn is_local(&self) -> bool {
         !matches!(self.host, Host::Tcp(_))
+    }
+
+    /// `true`: what is sent to it leaves this machine. A name is not looked up (see [`tls::is_loopback`]).
+    pub(super) fn is_remote(&self) -> bool {
+        match (&self.hostaddr, &self.host) {
+            (Some(address), Host::Tcp(_)) => !address.to_canonical().is_loopback(),
+            (None, Host::Tcp(name)) => !tls::is_loopback(name),
+            #[cfg(unix)]
+            (_, Host::Unix(_)) => false,
+        }
     }
 
     /// Whether an address in `hostaddr` is all that there is.
@@ -388,6 +399,17 @@ mod tests {
         assert!(refused.contains("sslcrl") && !refused.contains("hunter2"), "{refused}");
         let direct = "host=h sslmode=require sslnegotiation=direct".parse::<DatabaseUrl>().unwrap_err().to_string();
         assert!(direct.contains("sslnegotiation"), "{direct}");
+    }
+
+    #[test]
+    fn what_leaves_this_machine_is_told_from_what_does_not() {
+        let remote = |url: &str| url.parse::<DatabaseUrl>().unwrap().servers()[0].is_remote();
+        for here in ["host=/run/pg", "host=localhost", "host=127.0.0.1", "host=::1", "host=db hostaddr=127.0.0.2"] {
+            assert!(!remote(here), "{here}");
+        }
+        for elsewhere in ["host=db", "host=192.0.2.1", "host=localhost.example", "host=localhost hostaddr=192.0.2.1"] {
+            assert!(remote(elsewhere), "{elsewhere}");
+        }
     }
 
     #[test]
