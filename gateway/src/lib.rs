@@ -12,6 +12,7 @@ pub mod check;
 pub mod commands;
 pub mod confirm;
 pub mod descriptors;
+pub mod head;
 pub mod journal;
 pub mod metrics;
 pub mod pace;

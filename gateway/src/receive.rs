@@ -6,14 +6,15 @@ use std::time::Instant;
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::{Body as _, Incoming};
-use hyper::header::{CONNECTION, CONTENT_TYPE, EXPECT, HOST, HeaderValue, TRANSFER_ENCODING};
+use hyper::header::{CONNECTION, CONTENT_TYPE, EXPECT, HeaderValue, TRANSFER_ENCODING};
 use hyper::http::request::Parts;
-use hyper::{Method, Request, Response, StatusCode, Version};
+use hyper::{Method, Request, Response, StatusCode};
 use shared::delivery::{Delivery, DeliveryId, HOOK_RESOURCE, HOOK_TIMESTAMP, REQUEST_ID};
 use shared::trace::{TraceContext, TraceId};
 use tracing::field::{DisplayValue, display};
 
 use crate::body::Bodies;
+use crate::head;
 use crate::journal::{AppendError, Entry, Journal};
 use crate::metrics::Metrics;
 use crate::pace::InRequest;
@@ -151,13 +152,9 @@ fn wants_discarding(head: &Parts, body: &Incoming, reject: &Reject) -> bool {
     !body.is_end_stream() && !head.headers.contains_key(EXPECT) && !matches!(reject, Reject::SlowBody)
 }
 
-/// Path first, then method; before both, whether there is one host and no more (RFC 9112 section 3.2): with two, somebody in
-/// between may have gone by the other.
+/// Path first, then method; before both, what a head must be (see [`crate::head`]).
 fn route(head: &Parts) -> Result<(), Reject> {
-    let hosts = head.headers.get_all(HOST).iter().count();
-    if hosts > 1 || (hosts == 0 && head.version == Version::HTTP_11) {
-        return Err(Reject::BrokenHeaders);
-    }
+    head::check(head)?;
     match (head.uri.path(), &head.method) {
         (PATH, &Method::POST) => Ok(()),
         (PATH, _) => Err(Reject::MethodNotAllowed),

@@ -235,6 +235,21 @@ fn shapes() -> Vec<(String, Vec<u8>, Vec<u16>)> {
     for length in ["+5", "-1", "5,6", "0x5", "5 5", "99999999999999999999", "", "\u{b}5"] {
         add(&format!("length {length:?}"), framed(&format!("Content-Length: {length}\r\n"), &chunked), &[400]);
     }
+    // Codings that are understood: `chunked`, once and alone (RFC 9112 section 6.1).
+    for (codings, status) in [
+        ("gzip, chunked", 501),
+        ("identity, chunked", 501),
+        ("gzip;q=\"a,chunked\", chunked", 501),
+        ("gzip\r\nTransfer-Encoding: chunked", 501),
+        ("chunked, chunked", 400),
+        ("chunked\r\nTransfer-Encoding: chunked", 400),
+        ("chunked, gzip, Chunked", 400),
+        (", CHUNKED ,", 400), // hyper wants `chunked` to be last
+        (",\t, CHUNKED", 401),
+    ] {
+        let headers = format!("Transfer-Encoding: {codings}\r\n");
+        add(&format!("codings {codings:?}"), framed(&headers, &chunked), &[status]);
+    }
     add("two lengths", framed("Content-Length: 5\r\nContent-Length: 6\r\n", &chunked), &[400]);
     add("one length twice", genuine(POST, &format!("Content-Length: {}\r\n", BODY.len())), &[202]);
     let chunks = |body: &[u8]| framed("Transfer-Encoding: chunked\r\n", body);
@@ -264,6 +279,18 @@ fn shapes() -> Vec<(String, Vec<u8>, Vec<u16>)> {
     }
     add("folded at once", genuine(&format!("{POST}\r\n X-A: b"), ""), &[400]);
     add("no host", BODY_WITHOUT_HOST.to_vec(), &[400]);
+    let hosted = |host: &str| {
+        let request = String::from_utf8(genuine(POST, "")).unwrap();
+        request.replacen("Host: x\r\n", &format!("Host: {host}\r\n"), 1).into_bytes()
+    };
+    for host in
+        ["a b/c@d", "a b", "a/b", "a@b", "a?", "a:b", "a:1:2", "::1", "[::1", "[::g]", "[::1]x", "[v1.]", "a%2", "ä"]
+    {
+        add(&format!("host {host:?}"), hosted(host), &[400]);
+    }
+    for host in ["", ":", "a_b.example:443", "127.0.0.1:8080", "[::1]:80", "[v1.a:b]", "a%C3%A4!$&'()*+,;=~"] {
+        add(&format!("host {host:?}"), hosted(host), &[202]);
+    }
     add("signed twice", genuine(POST, &format!("Sentry-Hook-Signature: {WRONG}\r\n")), &[401]);
     add("100 KB of one header", genuine(POST, &format!("X-A: {}\r\n", "b".repeat(100_000))), &[431]);
     add("1,000 headers", genuine(POST, &"X-A: b\r\n".repeat(1_000)), &[431]);
