@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use hyper::header::HeaderValue;
 use tokio::io::AsyncReadExt as _;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
@@ -135,4 +136,42 @@ async fn a_low_limit_of_open_files_is_raised_to_what_the_connections_need() {
     for connection in &mut connections {
         connection.send(&Post::signed(BODY)).await.unwrap().accepted();
     }
+}
+
+/// Opens that many connections to a port, which stay open and silent until they are dropped.
+async fn silent(port: u16, count: usize) -> Vec<TcpStream> {
+    let mut silent = Vec::new();
+    for _ in 0..count {
+        silent.push(TcpStream::connect(("127.0.0.1", port)).await.unwrap());
+    }
+    silent
+}
+
+#[tokio::test]
+async fn idle_connections_to_the_ops_listener_hold_up_no_delivery_and_no_operator() {
+    const LOW: &[&str] = &["/bin/sh", "-c", "ulimit -n 1300 && exec \"$0\""];
+    let world = setup().workers(0).gateway("GATEWAY_MAX_CONNECTIONS", "100").gateway_under(LOW).start().await;
+    let idle = silent(world.gateway.ops_port, 2_000).await;
+    let delivered = async {
+        for _ in 0..20 {
+            Post::signed(BODY).send(world.port()).await.accepted();
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), delivered).await.expect("deliveries are taken meanwhile");
+    for path in ["/readyz", "/healthz", "/metrics"] {
+        let answer = world.gateway.ops(path).await;
+        assert_eq!((answer.status, &answer.headers["connection"]), (200, &HeaderValue::from_static("close")), "{path}");
+    }
+    // The gateway itself ends what idles, be it among the first or the last.
+    for socket in idle {
+        assert!(ends(socket).await);
+    }
+    let answer = Post::get("/readyz").send(world.gateway.ops_port).await;
+    assert_eq!(answer.status, 200);
+}
+
+/// Whether the other side ends the connection, be it by a reset.
+async fn ends(mut socket: TcpStream) -> bool {
+    let mut left = Vec::new();
+    tokio::time::timeout(Duration::from_secs(30), socket.read_to_end(&mut left)).await.is_ok()
 }
