@@ -1,7 +1,8 @@
 //! The gateway: takes Sentry's webhooks, verifies them, makes them durable, and answers.
 //!
 //! Read [`receive`] first: it is the way of one delivery up to its 202. [`signature`] and [`canonical`] say what a genuine
-//! delivery is, [`journal`] what a 202 rests on, [`reject`] what everybody else is told, [`server`] keeps the connections, [`body`]
+//! delivery is, [`journal`] what a 202 rests on, [`reject`] what everybody else is told, [`server`] keeps the connections,
+//! [`connection_limit`] says which makes room for another, [`body`]
 //! and [`pace`] what they may cost, [`said`] that every word of theirs is ours, [`secrets`] the client secrets, which may change.
 //! Behind the answer, [`publish`] takes entries from the journal to JetStream, and [`confirm`] looks after each until a
 //! worker has stored it. [`commands`] and [`check`] are for operators.
@@ -11,6 +12,7 @@ pub mod canonical;
 pub mod check;
 pub mod commands;
 pub mod confirm;
+pub mod connection_limit;
 pub mod descriptors;
 pub mod head;
 pub mod journal;
@@ -58,7 +60,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let public = bind(config.listen, "GATEWAY_LISTEN")?;
     let ops = bind(config.ops_listen, "GATEWAY_OPS_LISTEN")?;
     // NATS away costs nothing but time: deliveries are taken, and wait on disk.
-    let readiness = Readiness::tolerating(&["nats", "stream", "secrets"]);
+    let readiness = Readiness::tolerating(&["nats", "stream", "secrets", "connections"]);
     let journal = open_journal(&config.journal).await?;
     let watched = journal.clone();
     readiness.probe("journal", move || match watched.trouble() {
@@ -69,6 +71,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let metrics = Metrics::new(&mut registry, &journal);
     let gateway = Arc::new(Gateway::new(&config, journal.clone(), metrics.clone()));
     metrics::watch(&mut registry, gateway.clone());
+    let connections = gateway.connections().clone();
+    readiness.probe("connections", move || connections.state());
     shared::metrics::of_process(&mut registry, "gateway", env!("CARGO_PKG_VERSION"), &readiness);
     tracing::info!(public = %public.local_addr()?, ops = %ops.local_addr()?, "listening");
     // Ops and publishing outlive the public listener.

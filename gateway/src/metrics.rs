@@ -120,6 +120,7 @@ pub struct Metrics {
     connections: Gauge,
     accepted_connections: Counter,
     accept_errors: Counter,
+    evictions: Counter,
 }
 
 impl Metrics {
@@ -177,6 +178,8 @@ impl Metrics {
             counter(registry, "gateway_connections_accepted", "Connections that the public listener took");
         let help = "Connections that could not be taken (out of file descriptors, say)";
         let accept_errors = counter(registry, "gateway_accept_errors", help);
+        let help = "Connections without a 202 that were closed for new ones at GATEWAY_MAX_CONNECTIONS";
+        let evictions = counter(registry, "gateway_connections_evicted", help);
 
         registry.register_collector(Box::new(OfJournal(Arc::new(journal.clone()))));
         Metrics {
@@ -195,6 +198,7 @@ impl Metrics {
             connections,
             accepted_connections,
             accept_errors,
+            evictions,
         }
     }
 
@@ -250,6 +254,11 @@ impl Metrics {
     pub fn connected(&self) -> Counted {
         self.accepted_connections.inc();
         Counted::new(&self.connections)
+    }
+
+    /// Counts the connections that were closed for new ones.
+    pub fn evictions(&self) -> Counter {
+        self.evictions.clone()
     }
 
     /// A connection could not be taken.

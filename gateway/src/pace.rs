@@ -15,6 +15,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, sleep_until};
 
+use crate::connection_limit::Ticket;
 use crate::said::Said;
 
 /// Where a connection is, and until when it may be there.
@@ -37,6 +38,7 @@ pub struct Pace {
     requests: AtomicU64,
     header_timeout: Duration,
     idle_timeout: Duration,
+    ticket: Ticket,
 }
 
 /// While this lives, a request is handled: its answer is not ready, or the rest of its body is still being read. The next
@@ -50,9 +52,9 @@ pub struct InRequest {
 impl Pace {
     /// A connection that was just made. Who has sent nothing yet has no claim to the idle time-out: the headers of a first
     /// request have to come at once.
-    pub fn new(header_timeout: Duration, idle_timeout: Duration) -> Arc<Self> {
+    pub fn new(header_timeout: Duration, idle_timeout: Duration, ticket: Ticket) -> Arc<Self> {
         let phase = Mutex::new(Phase::Fresh { until: Instant::now() + header_timeout });
-        Arc::new(Pace { phase, requests: AtomicU64::new(0), header_timeout, idle_timeout })
+        Arc::new(Pace { phase, requests: AtomicU64::new(0), header_timeout, idle_timeout, ticket })
     }
 
     /// Headers are whole, and the request is handled from here on.
@@ -91,6 +93,11 @@ impl Pace {
         matches!(*self.phase(), Phase::Request(_))
     }
 
+    /// Its place in the queue of those that make room.
+    pub fn ticket(&self) -> &Ticket {
+        &self.ticket
+    }
+
     fn bytes_came(&self) {
         let mut phase = self.phase();
         if let Phase::Fresh { .. } | Phase::Waiting { .. } = *phase {
@@ -104,11 +111,19 @@ impl Pace {
     }
 }
 
+impl InRequest {
+    /// The place of its connection in the queue of those that make room.
+    pub fn ticket(&self) -> &Ticket {
+        &self.pace.ticket
+    }
+}
+
 impl Drop for InRequest {
     fn drop(&mut self) {
         let mut phase = self.pace.phase();
         if matches!(*phase, Phase::Request(number) if number == self.number) {
             *phase = Phase::Waiting { until: Instant::now() + self.pace.idle_timeout };
+            self.pace.ticket.enter(); // under the lock, so that no later request is under way
         }
     }
 }
@@ -171,13 +186,17 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Paced<S> {
 
 #[cfg(test)]
 mod tests {
+    use prometheus_client::metrics::counter::Counter;
+
     use super::*;
+    use crate::connection_limit::ConnectionLimit;
 
     /// What is left of a refused body may still be read when the next request is whole already.
     #[test]
     fn the_end_of_one_request_is_not_that_of_the_next() {
         let second = Duration::from_secs(1);
-        let pace = Pace::new(second, second);
+        let limit = Arc::new(ConnectionLimit::new(1, Counter::default()));
+        let pace = Pace::new(second, second, limit.ticket());
         let (first, next) = (pace.request(), pace.request());
         drop(first);
         pace.bytes_came(); // of the next one's body

@@ -14,6 +14,7 @@ use shared::trace::{TraceContext, TraceId};
 use tracing::field::{DisplayValue, display};
 
 use crate::body::Bodies;
+use crate::connection_limit::ConnectionLimit;
 use crate::head;
 use crate::journal::{AppendError, Entry, Journal};
 use crate::metrics::Metrics;
@@ -31,6 +32,7 @@ pub struct Gateway {
     verifier: Verifier,
     journal: Journal,
     metrics: Metrics,
+    connections: Arc<ConnectionLimit>,
 }
 
 /// A delivery that is safe: the answer is 202.
@@ -45,6 +47,7 @@ impl Gateway {
             verifier: Verifier::new(config.secrets.current(), config.form, config.limits.canonical)
                 .timed(metrics.verify_times()),
             journal,
+            connections: Arc::new(ConnectionLimit::new(config.limits.connections, metrics.evictions())),
             metrics,
         }
     }
@@ -54,8 +57,13 @@ impl Gateway {
         let (head, mut body) = request.into_parts();
         let trace = TraceContext::of_request(&head.headers);
         let trace_id = trace.trace_id();
-        let result = self.receive(&head, &mut body, trace).await;
+        let result = self.receive(&head, &mut body, trace, &lasts).await;
         self.metrics.answered(result.as_ref().err());
+        let ticket = lasts.ticket();
+        if result.is_ok() {
+            ticket.accepted();
+        }
+        let had_202 = ticket.had_202();
         let mut response = match result {
             Ok(accepted) => accepted.to_response(),
             Err(reject) => {
@@ -69,12 +77,21 @@ impl Gateway {
                 reject.to_response()
             }
         };
+        if !had_202 && ends_connection(response.status()) {
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            *response.version_mut() = head.version; // to HTTP/1.0, hyper would say `keep-alive` as well
+        }
         if head.headers.contains_key(TRANSFER_ENCODING) {
             // A Content-Length beside it would be a smuggler's (RFC 9112 section 6.3): somebody in between may have gone by
             // that. hyper drops it unseen, so no such connection is used again.
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         response
+    }
+
+    /// The limit of connections.
+    pub fn connections(&self) -> &Arc<ConnectionLimit> {
+        &self.connections
     }
 
     /// How many bytes of bodies are in flight now (see [`Bodies::bytes_in_flight`]).
@@ -100,10 +117,19 @@ impl Gateway {
 
     /// The way of one delivery through this process. Nothing that was not verified goes on, and nothing is accepted
     /// before it is on disk.
-    async fn receive(&self, head: &Parts, body: &mut Incoming, trace: TraceContext) -> Result<Accepted, Reject> {
+    async fn receive(
+        &self,
+        head: &Parts,
+        body: &mut Incoming,
+        trace: TraceContext,
+        lasts: &InRequest,
+    ) -> Result<Accepted, Reject> {
         route(head)?;
         let signature = Signature::of(&head.headers)?;
         let (body, _budget) = self.bodies.read(body).await?;
+        if !lasts.ticket().leave() {
+            return Err(Reject::TooManyConnections);
+        }
         let body = self.verifier.verify(body, &signature).await?;
         let header = |name| Some(head.headers.get(name)?.as_bytes());
         let (request_id, resource, timestamp) = (header(REQUEST_ID), header(HOOK_RESOURCE), header(HOOK_TIMESTAMP));
@@ -150,6 +176,13 @@ fn tell(reject: &Reject, trace: Option<DisplayValue<TraceId>>) {
 /// where it was too slow already.
 fn wants_discarding(head: &Parts, body: &Incoming, reject: &Reject) -> bool {
     !body.is_end_stream() && !head.headers.contains_key(EXPECT) && !matches!(reject, Reject::SlowBody)
+}
+
+/// Tells if a refusal ends a connection that never had a 202: a genuine sender does not get it, and a stranger's kept
+/// connection only takes the place of another.
+fn ends_connection(status: StatusCode) -> bool {
+    use StatusCode as Is;
+    matches!(status, Is::BAD_REQUEST | Is::UNAUTHORIZED | Is::NOT_FOUND | Is::METHOD_NOT_ALLOWED)
 }
 
 /// Path first, then method; before both, what a head must be (see [`crate::head`]).

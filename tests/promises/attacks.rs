@@ -170,6 +170,20 @@ async fn large_bodies_with_wrong_signatures_cost_bounded_memory() {
     assert!(peak_memory(&world) < bound, "{} of {} MiB", peak_memory(&world) / MIB, bound / MIB);
 }
 
+#[tokio::test]
+async fn as_many_kept_connections_as_the_limit_shut_out_no_delivery() {
+    let limit = size(200, 2_000);
+    let world = setup().workers(0).gateway("GATEWAY_MAX_CONNECTIONS", &limit.to_string());
+    let world = world.gateway("RUST_LOG", "info").start().await;
+    let genuine = Genuine::start(&world, 200);
+    let ends = Attack::start(&world, "idle", &[limit, size(5, 30)]).ended().await;
+    println!("kept connections met these ends: {ends:?}");
+    genuine.all_taken(&format!("{limit} kept connections, as many as may be"), &world).await;
+    assert!(ends.values().sum::<usize>() >= limit, "the attackers were there: {ends:?}");
+    let bound = limit as u64 * A_CONNECTION + GATEWAY_ITSELF;
+    assert!(peak_memory(&world) < bound, "{} of {} MiB", peak_memory(&world) / MIB, bound / MIB);
+}
+
 /// Sends bytes, reads until the gateway closes the connection, and gives the statuses of all answers. Each must be whole:
 /// a status line, headers, as much of a body as these announce; and each error says what is wrong, as JSON.
 async fn exchange(port: u16, request: &[u8], bodies: bool) -> Vec<u16> {
@@ -412,7 +426,8 @@ async fn an_error_is_json_also_where_no_request_could_be_read() {
         let good = genuine("POST /api/signals/sentry HTTP/1.1", "");
         let head_only = b"HEAD /nowhere HTTP/1.1\r\nHost: x\r\n\r\n".to_vec();
         let waiting = genuine("POST /api/signals/sentry HTTP/1.1", "Expect: 100-continue\r\n");
-        for before in [vec![], vec![&good], vec![&good; 40], vec![&head_only], vec![&waiting, &head_only, &good]] {
+        for before in [vec![], vec![&good], vec![&good; 40], vec![&good, &head_only], vec![&waiting, &head_only, &good]]
+        {
             for pieces in [usize::MAX, 700] {
                 let mut request = before.iter().flat_map(|one| one.iter().copied()).collect::<Vec<u8>>();
                 request.extend_from_slice(&broken);

@@ -6,7 +6,7 @@ use hyper::header::HeaderValue;
 use tokio::io::AsyncReadExt as _;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
-use world::{Connection, Post, SECRET, eventually, sign};
+use world::{Answer, Connection, Post, SECRET, eventually, sign};
 
 use crate::attacks::{GATEWAY_ITSELF, MIB, peak_memory};
 use crate::contract::{closes, head, raw};
@@ -136,6 +136,66 @@ async fn a_low_limit_of_open_files_is_raised_to_what_the_connections_need() {
     for connection in &mut connections {
         connection.send(&Post::signed(BODY)).await.unwrap().accepted();
     }
+}
+
+#[tokio::test]
+async fn connections_without_a_delivery_make_room_at_the_limit() {
+    const LIMIT: usize = 24;
+    let mut settings = setup().workers(0).gateway("GATEWAY_MAX_CONNECTIONS", &LIMIT.to_string());
+    for timeout in ["GATEWAY_HEADER_TIMEOUT", "GATEWAY_BODY_TIMEOUT", "GATEWAY_IDLE_TIMEOUT"] {
+        settings = settings.gateway(timeout, "10min"); // time-outs make no room here
+    }
+    let world = settings.start().await;
+    // A proxy's connections: kept, idle, and the oldest of all.
+    let mut kept = Vec::new();
+    for _ in 0..4 {
+        let mut connection = Connection::open(world.port()).await.unwrap();
+        connection.send(&Post::signed(BODY)).await.unwrap().accepted();
+        kept.push(connection);
+    }
+    let signed = head(&"0".repeat(64), "Content-Length: 5\r\n");
+    let kinds = [
+        ("silent", b"".to_vec()),
+        ("answered 404", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_vec()),
+        ("answered 401", b"POST /api/signals/sentry HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".to_vec()),
+        ("in their headers", signed[..60].to_vec()),
+        ("in their bodies", [signed, b"{".to_vec()].concat()),
+    ];
+    for (kind, begun) in kinds {
+        world.gateway.until_metric("gateway_connections_open", kept.len() as f64).await; // without those of before
+        let mut held = silent(world.port(), LIMIT).await;
+        for socket in &mut held {
+            socket.write_all(&begun).await.unwrap();
+        }
+        if kind.starts_with("answered") {
+            for socket in &mut held {
+                assert!(socket.read(&mut [0; 12]).await.unwrap() > 0);
+            }
+        } else {
+            world.gateway.until_metric("gateway_connections_open", LIMIT as f64).await;
+        }
+        let mut answers = Vec::new();
+        for _ in 0..20 {
+            answers.push(Post::signed(BODY).try_send(world.port()).await.map_or(0, |answer| answer.status));
+        }
+        assert_eq!(answers, [202; 20], "while {LIMIT} connections are {kind}");
+    }
+    for connection in &mut kept {
+        connection.send(&Post::signed(BODY)).await.unwrap().accepted();
+    }
+    // It is told: a check that takes no load balancer away, a counter, one line of the log.
+    let answer = world.gateway.ops("/readyz").await;
+    let check = |answer: &Answer| {
+        let checks = answer.json().as_array().unwrap().clone();
+        checks.into_iter().find(|check| check["name"] == "connections").expect("there is that check")
+    };
+    assert_eq!((answer.status, &check(&answer)["degraded"]), (200, &true.into()), "{answer:?}");
+    assert!(world.metric("gateway_connections_evicted_total").await >= 3.0);
+    let log = world.gateway.log();
+    let told = log.lines().filter(|line| line.contains(" WARN ") && line.contains("GATEWAY_MAX_CONNECTIONS"));
+    assert_eq!(told.count(), 1, "{log}");
+    let well = async || (check(&world.gateway.ops("/readyz").await)["ok"] == true).then_some(());
+    eventually("the check to be well again", well).await;
 }
 
 /// Opens that many connections to a port, which stay open and silent until they are dropped.
