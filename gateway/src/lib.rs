@@ -27,6 +27,7 @@ pub mod server;
 pub mod settings;
 pub mod signature;
 pub mod summary;
+pub mod traffic;
 
 use std::sync::Arc;
 use std::time::Duration;

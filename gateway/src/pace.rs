@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::connection_limit::Ticket;
 use crate::said::Said;
+use crate::traffic::Traffic;
 
 /// Where a connection is, and until when it may be there.
 #[derive(Debug, Clone, Copy)]
@@ -39,6 +40,7 @@ pub struct Pace {
     header_timeout: Duration,
     idle_timeout: Duration,
     ticket: Ticket,
+    traffic: Traffic,
 }
 
 /// While this lives, a request is handled: its answer is not ready, or the rest of its body is still being read. The next
@@ -47,6 +49,7 @@ pub struct Pace {
 pub struct InRequest {
     pace: Arc<Pace>,
     number: u64,
+    is_chunked: bool,
 }
 
 impl Pace {
@@ -54,14 +57,24 @@ impl Pace {
     /// request have to come at once.
     pub fn new(header_timeout: Duration, idle_timeout: Duration, ticket: Ticket) -> Arc<Self> {
         let phase = Mutex::new(Phase::Fresh { until: Instant::now() + header_timeout });
-        Arc::new(Pace { phase, requests: AtomicU64::new(0), header_timeout, idle_timeout, ticket })
+        Arc::new(Pace {
+            phase,
+            requests: AtomicU64::new(0),
+            header_timeout,
+            idle_timeout,
+            ticket,
+            traffic: Traffic::new(),
+        })
     }
 
     /// Headers are whole, and the request is handled from here on.
-    pub fn request(self: &Arc<Self>) -> InRequest {
+    pub fn request(self: &Arc<Self>, is_chunked: bool) -> InRequest {
+        if is_chunked {
+            self.traffic.begin_chunked();
+        }
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
         *self.phase() = Phase::Request(number);
-        InRequest { pace: self.clone(), number }
+        InRequest { pace: self.clone(), number, is_chunked }
     }
 
     /// Returns when the connection is somewhere for longer than it may be.
@@ -98,6 +111,11 @@ impl Pace {
         &self.ticket
     }
 
+    /// What has come in on it.
+    pub fn traffic(&self) -> &Traffic {
+        &self.traffic
+    }
+
     fn bytes_came(&self) {
         let mut phase = self.phase();
         if let Phase::Fresh { .. } | Phase::Waiting { .. } = *phase {
@@ -112,6 +130,16 @@ impl Pace {
 }
 
 impl InRequest {
+    /// Tells if its body is chunked.
+    pub fn is_chunked(&self) -> bool {
+        self.is_chunked
+    }
+
+    /// The pace of its connection.
+    pub fn pace(&self) -> &Arc<Pace> {
+        &self.pace
+    }
+
     /// The place of its connection in the queue of those that make room.
     pub fn ticket(&self) -> &Ticket {
         &self.pace.ticket
@@ -141,9 +169,12 @@ pub struct Paced<S> {
 
 impl<S: AsyncRead + Unpin> AsyncRead for Paced<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.pace.traffic.check()?;
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.socket).poll_read(cx, buffer))?;
-        if buffer.filled().len() > before {
+        let bytes = buffer.filled().len() - before;
+        if bytes > 0 {
+            self.pace.traffic.read(bytes);
             self.pace.bytes_came();
         }
         Poll::Ready(Ok(()))
@@ -197,7 +228,7 @@ mod tests {
         let second = Duration::from_secs(1);
         let limit = Arc::new(ConnectionLimit::new(1, Counter::default()));
         let pace = Pace::new(second, second, limit.ticket());
-        let (first, next) = (pace.request(), pace.request());
+        let (first, next) = (pace.request(false), pace.request(false));
         drop(first);
         pace.bytes_came(); // of the next one's body
         assert!(matches!(*pace.phase(), Phase::Request(_)), "{pace:?}");

@@ -13,7 +13,7 @@ use shared::delivery::{Delivery, DeliveryId, HOOK_RESOURCE, HOOK_TIMESTAMP, REQU
 use shared::trace::{TraceContext, TraceId};
 use tracing::field::{DisplayValue, display};
 
-use crate::body::Bodies;
+use crate::body::{Bodies, RequestBody};
 use crate::connection_limit::ConnectionLimit;
 use crate::head;
 use crate::journal::{AppendError, Entry, Journal};
@@ -54,7 +54,8 @@ impl Gateway {
 
     /// Answers one request. It lasts, for the connection's pace, until nothing of it is left to read.
     pub async fn handle(self: Arc<Self>, request: Request<Incoming>, lasts: InRequest) -> Response<Full<Bytes>> {
-        let (head, mut body) = request.into_parts();
+        let (head, body) = request.into_parts();
+        let mut body = RequestBody::new(body, &lasts);
         let trace = TraceContext::of_request(&head.headers);
         let trace_id = trace.trace_id();
         let result = self.receive(&head, &mut body, trace, &lasts).await;
@@ -120,7 +121,7 @@ impl Gateway {
     async fn receive(
         &self,
         head: &Parts,
-        body: &mut Incoming,
+        body: &mut RequestBody,
         trace: TraceContext,
         lasts: &InRequest,
     ) -> Result<Accepted, Reject> {
@@ -174,7 +175,7 @@ fn tell(reject: &Reject, trace: Option<DisplayValue<TraceId>>) {
 
 /// Whether the rest of a refused body is worth reading: not where the sender waits for our leave to send it at all, nor
 /// where it was too slow already.
-fn wants_discarding(head: &Parts, body: &Incoming, reject: &Reject) -> bool {
+fn wants_discarding(head: &Parts, body: &RequestBody, reject: &Reject) -> bool {
     !body.is_end_stream() && !head.headers.contains_key(EXPECT) && !matches!(reject, Reject::SlowBody)
 }
 

@@ -35,7 +35,7 @@ pub enum Reject {
     SlowHeaders,
     /// The body took too long.
     SlowBody,
-    /// The body ended early or was framed wrongly.
+    /// The body ended early, was framed wrongly, or came in chunks that are too small.
     BrokenBody,
     /// Too many connections.
     TooManyConnections,
@@ -202,7 +202,9 @@ impl fmt::Display for Reject {
             }
             Reject::SlowHeaders => f.write_str("the headers took too long to arrive"),
             Reject::SlowBody => f.write_str("the body took too long to arrive"),
-            Reject::BrokenBody => f.write_str("the body ended early or was framed wrongly"),
+            Reject::BrokenBody => {
+                f.write_str("the body ended early, was framed wrongly, or came in chunks that are too small")
+            }
             Reject::TooManyConnections => f.write_str("too many connections at the moment"),
             Reject::TooManyBytes => f.write_str("too many deliveries in flight at the moment"),
             Reject::VerifyBusy => f.write_str("too many signatures wait to be checked at the moment"),

@@ -5,7 +5,9 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper::header::{CONNECTION, HeaderValue};
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::header::{CONNECTION, HeaderValue, TRANSFER_ENCODING};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -122,9 +124,10 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
 ) {
     let said = Arc::<Said>::default();
     // Boxed, because only a connection that may be moved gives its socket back after a time-out.
-    let service = service_fn(|request| {
+    let service = service_fn(|request: Request<Incoming>| {
         let (due, leaving) = (said.due(), ending.leaving.clone());
-        let answer = gateway.clone().handle(request, pace.request());
+        let in_request = pace.request(request.headers().contains_key(TRANSFER_ENCODING));
+        let answer = gateway.clone().handle(request, in_request);
         Box::pin(async move {
             let mut answer = answer.await;
             if leaving.is_cancelled() {

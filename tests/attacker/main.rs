@@ -5,6 +5,7 @@
 //! - `attacker slow PORT CONNECTIONS SECONDS`: headers and bodies that come byte by byte, on that many connections.
 //! - `attacker wrong PORT REQUESTS BYTES`: bodies of that size with a signature that is nobody's, 32 at a time.
 //! - `attacker idle PORT CONNECTIONS SECONDS`: that many connections that are kept: silent, with a 404, half a head, half a body.
+//! - `attacker chunks PORT REQUESTS BYTES SIZE`: as `wrong`, in chunks of that size, 4 at a time.
 #![expect(clippy::unwrap_used, reason = "an attacker that panics fails the test that sent it")]
 
 use std::collections::BTreeMap;
@@ -54,6 +55,14 @@ async fn main() {
             ];
             let begun = begun.map(Bytes::from);
             (0..number(2)).map(|n| tokio::spawn(keep(port, begun[n % 4].clone(), until))).collect()
+        }
+        "chunks" => {
+            let size = number(4);
+            let chunk = format!("{size:x}\r\n{}\r\n", "x".repeat(size));
+            let body = chunk.repeat(number(3) / size);
+            let request = Bytes::from(format!("{}{body}0\r\n\r\n", head("Transfer-Encoding: chunked\r\n\r\n")));
+            let left = Arc::new(AtomicUsize::new(number(2)));
+            (0..4).map(|_| tokio::spawn(send_wrong(port, request.clone(), left.clone()))).collect()
         }
         unknown => panic!("no such attack: {unknown}"),
     };

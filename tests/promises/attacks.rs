@@ -184,6 +184,29 @@ async fn as_many_kept_connections_as_the_limit_shut_out_no_delivery() {
     assert!(peak_memory(&world) < bound, "{} of {} MiB", peak_memory(&world) / MIB, bound / MIB);
 }
 
+#[tokio::test]
+async fn bodies_in_tiny_chunks_cost_no_more_than_their_first_64_kib() {
+    let world = setup().workers(0).gateway("RUST_LOG", "info").gateway("GATEWAY_BODY_TIMEOUT", "10min").start().await;
+    let (requests, body) = (size(8, 1_000), MIB as usize);
+    let genuine = Genuine::start(&world, 200);
+    let (begin, before) = (Instant::now(), cpu_time(&world));
+    let ends = Attack::start(&world, "chunks", &[requests, body, 1]).ended().await;
+    let (took, cpu) = (begin.elapsed(), cpu_time(&world) - before);
+    println!(
+        "{requests} bodies of 1 MiB in chunks of 1 byte, answers {ends:?} in {took:?}; the gateway's CPU: {cpu:?}"
+    );
+    genuine.all_taken("bodies in chunks of 1 byte", &world).await;
+    assert_eq!(ends, BTreeMap::from([("400".to_owned(), requests)]));
+}
+
+/// The CPU time that the gateway has had.
+fn cpu_time(world: &World) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", world.gateway.process().pid())).unwrap();
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    let ticks: u64 = fields.split(' ').skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum();
+    Duration::from_millis(ticks * 10) // 100 a second, on Linux
+}
+
 /// Sends bytes, reads until the gateway closes the connection, and gives the statuses of all answers. Each must be whole:
 /// a status line, headers, as much of a body as these announce; and each error says what is wrong, as JSON.
 async fn exchange(port: u16, request: &[u8], bodies: bool) -> Vec<u16> {

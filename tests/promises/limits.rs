@@ -235,3 +235,51 @@ async fn ends(mut socket: TcpStream) -> bool {
     let mut left = Vec::new();
     tokio::time::timeout(Duration::from_secs(30), socket.read_to_end(&mut left)).await.is_ok()
 }
+
+/// A body in chunks of that size.
+fn in_chunks(body: &[u8], size: usize) -> Vec<u8> {
+    let mut chunked = Vec::new();
+    for chunk in body.chunks(size) {
+        chunked.extend_from_slice(format!("{:x}\r\n", chunk.len()).as_bytes());
+        chunked.extend_from_slice(chunk);
+        chunked.extend_from_slice(b"\r\n");
+    }
+    chunked.extend_from_slice(b"0\r\n\r\n");
+    chunked
+}
+
+#[tokio::test]
+async fn a_large_body_in_tiny_chunks_is_400_and_one_in_tiny_segments_is_taken() {
+    let world = setup().workers(0).start().await;
+    let body = format!("\"{}\"", "x".repeat(150_000));
+    let (small, large) = (&body.as_bytes()[..60_000], body.as_bytes());
+    let chunked =
+        |body: &[u8], rest: Vec<u8>| [head(&sign(SECRET, body), "Transfer-Encoding: chunked\r\n"), rest].concat();
+    let padded = [vec![b'0'; 2_000_000], b"6\r\n\"hello\r\n0\r\n\r\n".to_vec()].concat();
+    let spaced = [b"6".to_vec(), vec![b' '; 2_000_000], b"\r\n\"hello\r\n0\r\n\r\n".to_vec()].concat();
+    let table = [
+        ("1 byte a chunk", chunked(large, in_chunks(large, 1)), "400"),
+        ("32 bytes a chunk", chunked(large, in_chunks(large, 32)), "400"),
+        ("64 bytes a chunk", chunked(large, in_chunks(large, 64)), "202"),
+        ("1 byte a chunk, of a small body", chunked(small, in_chunks(small, 1)), "202"),
+        ("2 MB of zeros before a size", chunked(b"\"hello", padded), "400"),
+        ("2 MB of spaces after a size", chunked(b"\"hello", spaced), "400"),
+    ];
+    for (name, request, status) in table {
+        let (_socket, answer) = raw(world.port(), &request).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{name}: {answer}");
+    }
+    // Segments of a few bytes: of a body with a length, of one large chunk.
+    let length = format!("Content-Length: {}\r\n", large.len());
+    let whole = [head(&sign(SECRET, large), &length), large.to_vec()].concat();
+    for request in [whole, chunked(large, in_chunks(large, large.len()))] {
+        let mut socket = TcpStream::connect(("127.0.0.1", world.port())).await.unwrap();
+        socket.set_nodelay(true).unwrap();
+        for segment in request.chunks(40) {
+            socket.write_all(segment).await.unwrap();
+        }
+        let mut answered = [0; 12];
+        socket.read_exact(&mut answered).await.unwrap();
+        assert_eq!(&answered, b"HTTP/1.1 202");
+    }
+}
