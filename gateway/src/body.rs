@@ -1,16 +1,18 @@
 //! Reading bodies: how large, how slow, and how much memory all of them together may take.
 
+mod request;
 mod room;
 
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
-use hyper::body::{Body as _, Incoming};
+use hyper::body::Body as _;
 use tokio::sync::Semaphore;
 use tokio::time::{Duration, Instant, timeout, timeout_at};
 
 use crate::reject::Reject;
 use crate::settings::Limits;
 
+pub use request::RequestBody;
 pub use room::Memory;
 use room::{Room, SMALL};
 
@@ -53,7 +55,7 @@ impl Bodies {
     ///
     /// # Errors
     /// The limit that was met; or that the body is broken.
-    pub async fn read(&self, body: &mut Incoming) -> Result<(Bytes, Memory<'_>), Reject> {
+    pub async fn read(&self, body: &mut RequestBody) -> Result<(Bytes, Memory<'_>), Reject> {
         let announced = body.size_hint().exact();
         // As much as this many bytes may come; a chunked body does not say.
         let most = announced.map_or(Some(self.limit), |announced| usize::try_from(announced).ok());
@@ -68,7 +70,7 @@ impl Bodies {
             };
             let Some(frame) = frame else { return Ok((buffer.into(), share.whole())) };
             // Trailers are no part of the body.
-            let Ok(data) = frame.map_err(|_| Reject::BrokenBody)?.into_data() else { continue };
+            let Ok(data) = frame?.into_data() else { continue };
             if announced == Some(data.len() as u64) {
                 share.grow(data.len(), data.len()).await?;
                 return Ok((data, share.whole())); // all of it in one piece: no copy
@@ -88,7 +90,7 @@ impl Bodies {
     }
 
     /// Reads and throws away what is left of a body that was answered early, for a bounded time and size.
-    pub async fn discard(&self, mut body: Incoming) {
+    pub async fn discard(&self, mut body: RequestBody) {
         let mut left = self.limit.saturating_mul(DISCARD_BODIES);
         let small = body.size_hint().exact().is_some_and(|length| length <= SMALL as u64);
         let discarding = async {

@@ -1,14 +1,15 @@
 //! File descriptors: each connection needs one, and a process may have so many.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use shared::ops;
 
-/// What a gateway has open beside its public connections: listeners, the journal's files (each twice, and some 160 of them
-/// with the usual limit), NATS, ops, those turned away.
+/// What a gateway has open beside its connections: listeners, the journal's files (each twice, and some 160 of them
+/// with the usual limit), NATS, those turned away.
 const OTHERS: u64 = 1024;
 
 /// How many a gateway with that many public connections may need.
 pub fn needed(connections: usize) -> u64 {
-    connections as u64 + OTHERS
+    (connections + ops::MAX_CONNECTIONS) as u64 + OTHERS
 }
 
 /// How many this process may have now, and may allow itself. `None` where the system does not tell.

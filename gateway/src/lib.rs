@@ -1,7 +1,8 @@
 //! The gateway: takes Sentry's webhooks, verifies them, makes them durable, and answers.
 //!
 //! Read [`receive`] first: it is the way of one delivery up to its 202. [`signature`] and [`canonical`] say what a genuine
-//! delivery is, [`journal`] what a 202 rests on, [`reject`] what everybody else is told, [`server`] keeps the connections, [`body`]
+//! delivery is, [`journal`] what a 202 rests on, [`reject`] what everybody else is told, [`server`] keeps the connections,
+//! [`connection_limit`] says which makes room for another, [`body`]
 //! and [`pace`] what they may cost, [`said`] that every word of theirs is ours, [`secrets`] the client secrets, which may change.
 //! [`duplicate_bodies`] recognises a body that comes again. [`source`] finds the address that a request came from, [`top_sources`] counts by it.
 //! Behind the answer, [`publish`] takes entries from the journal to JetStream, and [`confirm`] looks after each until a
@@ -12,8 +13,10 @@ pub mod canonical;
 pub mod check;
 pub mod commands;
 pub mod confirm;
+pub mod connection_limit;
 pub mod descriptors;
 pub mod duplicate_bodies;
+pub mod head;
 pub mod journal;
 pub mod metrics;
 pub mod pace;
@@ -29,6 +32,7 @@ pub mod signature;
 pub mod source;
 pub mod summary;
 pub mod top_sources;
+pub mod traffic;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,7 +66,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let public = bind(config.listen, "GATEWAY_LISTEN")?;
     let ops = bind(config.ops_listen, "GATEWAY_OPS_LISTEN")?;
     // NATS away costs nothing but time: deliveries are taken, and wait on disk.
-    let readiness = Readiness::tolerating(&["nats", "stream", "secrets"]);
+    let readiness = Readiness::tolerating(&["nats", "stream", "secrets", "connections"]);
     let Some(opened) = shutdown.run_until_cancelled(open_journal(&config.journal)).await else {
         tracing::info!("stopped before the journal was open");
         return Ok(());
@@ -82,6 +86,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let metrics = Metrics::new(&mut registry, &journal);
     let gateway = Arc::new(Gateway::new(&config, journal.clone(), metrics.clone()));
     metrics::watch(&mut registry, gateway.clone());
+    let connections = gateway.connections().clone();
+    readiness.probe("connections", move || connections.state());
     shared::metrics::of_process(&mut registry, "gateway", env!("CARGO_PKG_VERSION"), &readiness);
     tracing::info!(public = %public.local_addr()?, ops = %ops.local_addr()?, "listening");
     // Ops and publishing outlive the public listener.

@@ -156,6 +156,7 @@ pub struct Metrics {
     accepted_connections: Counter,
     accept_errors: Counter,
     secret_file_rejected: Counter,
+    evictions: Counter,
 }
 
 impl Metrics {
@@ -223,6 +224,8 @@ impl Metrics {
             counter(registry, "gateway_connections_accepted", "Connections that the public listener took");
         let help = "Connections that could not be taken (out of file descriptors, say)";
         let accept_errors = counter(registry, "gateway_accept_errors", help);
+        let help = "Connections without a 202 that were closed for new ones at GATEWAY_MAX_CONNECTIONS";
+        let evictions = counter(registry, "gateway_connections_evicted", help);
 
         let help =
             "Changes of the file of SENTRY_CLIENT_SECRET_FILE that left the secrets as they were: it could not be used";
@@ -249,6 +252,7 @@ impl Metrics {
             accepted_connections,
             accept_errors,
             secret_file_rejected,
+            evictions,
         }
     }
 
@@ -324,6 +328,11 @@ impl Metrics {
     /// Counts the changes of the secrets' file that could not be used.
     pub fn secret_file_rejected(&self) -> &Counter {
         &self.secret_file_rejected
+    }
+
+    /// Counts the connections that were closed for new ones.
+    pub fn evictions(&self) -> Counter {
+        self.evictions.clone()
     }
 
     /// A connection could not be taken.

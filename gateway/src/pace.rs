@@ -15,7 +15,9 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, sleep_until};
 
+use crate::connection_limit::Ticket;
 use crate::said::Said;
+use crate::traffic::Traffic;
 
 /// Where a connection is, and until when it may be there.
 #[derive(Debug, Clone, Copy)]
@@ -37,6 +39,8 @@ pub struct Pace {
     requests: AtomicU64,
     header_timeout: Duration,
     idle_timeout: Duration,
+    ticket: Ticket,
+    traffic: Traffic,
 }
 
 /// While this lives, a request is handled: its answer is not ready, or the rest of its body is still being read. The next
@@ -45,21 +49,32 @@ pub struct Pace {
 pub struct InRequest {
     pace: Arc<Pace>,
     number: u64,
+    is_chunked: bool,
 }
 
 impl Pace {
     /// A connection that was just made. Who has sent nothing yet has no claim to the idle time-out: the headers of a first
     /// request have to come at once.
-    pub fn new(header_timeout: Duration, idle_timeout: Duration) -> Arc<Self> {
+    pub fn new(header_timeout: Duration, idle_timeout: Duration, ticket: Ticket) -> Arc<Self> {
         let phase = Mutex::new(Phase::Fresh { until: Instant::now() + header_timeout });
-        Arc::new(Pace { phase, requests: AtomicU64::new(0), header_timeout, idle_timeout })
+        Arc::new(Pace {
+            phase,
+            requests: AtomicU64::new(0),
+            header_timeout,
+            idle_timeout,
+            ticket,
+            traffic: Traffic::new(),
+        })
     }
 
     /// Headers are whole, and the request is handled from here on.
-    pub fn request(self: &Arc<Self>) -> InRequest {
+    pub fn request(self: &Arc<Self>, is_chunked: bool) -> InRequest {
+        if is_chunked {
+            self.traffic.begin_chunked();
+        }
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
         *self.phase() = Phase::Request(number);
-        InRequest { pace: self.clone(), number }
+        InRequest { pace: self.clone(), number, is_chunked }
     }
 
     /// Returns when the connection is somewhere for longer than it may be.
@@ -91,6 +106,16 @@ impl Pace {
         matches!(*self.phase(), Phase::Request(_))
     }
 
+    /// Its place in the queue of those that make room.
+    pub fn ticket(&self) -> &Ticket {
+        &self.ticket
+    }
+
+    /// What has come in on it.
+    pub fn traffic(&self) -> &Traffic {
+        &self.traffic
+    }
+
     fn bytes_came(&self) {
         let mut phase = self.phase();
         if let Phase::Fresh { .. } | Phase::Waiting { .. } = *phase {
@@ -104,11 +129,29 @@ impl Pace {
     }
 }
 
+impl InRequest {
+    /// Tells if its body is chunked.
+    pub fn is_chunked(&self) -> bool {
+        self.is_chunked
+    }
+
+    /// The pace of its connection.
+    pub fn pace(&self) -> &Arc<Pace> {
+        &self.pace
+    }
+
+    /// The place of its connection in the queue of those that make room.
+    pub fn ticket(&self) -> &Ticket {
+        &self.pace.ticket
+    }
+}
+
 impl Drop for InRequest {
     fn drop(&mut self) {
         let mut phase = self.pace.phase();
         if matches!(*phase, Phase::Request(number) if number == self.number) {
             *phase = Phase::Waiting { until: Instant::now() + self.pace.idle_timeout };
+            self.pace.ticket.enter(); // under the lock, so that no later request is under way
         }
     }
 }
@@ -126,9 +169,12 @@ pub struct Paced<S> {
 
 impl<S: AsyncRead + Unpin> AsyncRead for Paced<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.pace.traffic.check()?;
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.socket).poll_read(cx, buffer))?;
-        if buffer.filled().len() > before {
+        let bytes = buffer.filled().len() - before;
+        if bytes > 0 {
+            self.pace.traffic.read(bytes);
             self.pace.bytes_came();
         }
         Poll::Ready(Ok(()))
@@ -171,14 +217,18 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Paced<S> {
 
 #[cfg(test)]
 mod tests {
+    use prometheus_client::metrics::counter::Counter;
+
     use super::*;
+    use crate::connection_limit::ConnectionLimit;
 
     /// What is left of a refused body may still be read when the next request is whole already.
     #[test]
     fn the_end_of_one_request_is_not_that_of_the_next() {
         let second = Duration::from_secs(1);
-        let pace = Pace::new(second, second);
-        let (first, next) = (pace.request(), pace.request());
+        let limit = Arc::new(ConnectionLimit::new(1, Counter::default()));
+        let pace = Pace::new(second, second, limit.ticket());
+        let (first, next) = (pace.request(false), pace.request(false));
         drop(first);
         pace.bytes_came(); // of the next one's body
         assert!(matches!(*pace.phase(), Phase::Request(_)), "{pace:?}");

@@ -7,15 +7,17 @@ use std::time::Instant;
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::{Body as _, Incoming};
-use hyper::header::{CONNECTION, CONTENT_TYPE, EXPECT, HOST, HeaderValue, TRANSFER_ENCODING};
+use hyper::header::{CONNECTION, CONTENT_TYPE, EXPECT, HeaderValue, TRANSFER_ENCODING};
 use hyper::http::request::Parts;
-use hyper::{Method, Request, Response, StatusCode, Version};
+use hyper::{Method, Request, Response, StatusCode};
 use shared::delivery::{Delivery, DeliveryId, HOOK_RESOURCE, HOOK_TIMESTAMP, REQUEST_ID};
 use shared::trace::{TraceContext, TraceId};
 use tracing::field::{DisplayValue, display};
 
-use crate::body::Bodies;
+use crate::body::{Bodies, RequestBody};
+use crate::connection_limit::ConnectionLimit;
 use crate::duplicate_bodies::SeenBodies;
+use crate::head;
 use crate::journal::{AppendError, Entry, Journal};
 use crate::metrics::Metrics;
 use crate::pace::InRequest;
@@ -37,6 +39,7 @@ pub struct Gateway {
     seen_bodies: SeenBodies,
     trusted_proxies: TrustedProxies,
     sources: Sources,
+    connections: Arc<ConnectionLimit>,
 }
 
 /// A delivery that is safe: the answer is 202.
@@ -51,6 +54,7 @@ impl Gateway {
             verifier: Verifier::new(config.secrets.current(), config.form, config.limits.canonical)
                 .timed(metrics.verify_times()),
             journal,
+            connections: Arc::new(ConnectionLimit::new(config.limits.connections, metrics.evictions())),
             metrics,
             seen_bodies: SeenBodies::new(config.duplicate_bodies),
             trusted_proxies: config.trusted_proxies.clone(),
@@ -66,12 +70,18 @@ impl Gateway {
         peer: IpAddr,
         lasts: InRequest,
     ) -> Response<Full<Bytes>> {
-        let (head, mut body) = request.into_parts();
+        let (head, body) = request.into_parts();
+        let mut body = RequestBody::new(body, &lasts);
         let trace = TraceContext::of_request(&head.headers);
         let trace_id = trace.trace_id();
         let source = self.trusted_proxies.source(peer, &head.headers);
-        let result = self.receive(&head, &mut body, trace, source).await;
+        let result = self.receive(&head, &mut body, trace, source, &lasts).await;
         self.metrics.answered(result.as_ref().err());
+        let ticket = lasts.ticket();
+        if result.is_ok() {
+            ticket.accepted();
+        }
+        let had_202 = ticket.had_202();
         let mut response = match result {
             Ok(accepted) => accepted.to_response(),
             Err(reject) => {
@@ -88,12 +98,21 @@ impl Gateway {
                 reject.to_response()
             }
         };
+        if !had_202 && ends_connection(response.status()) {
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            *response.version_mut() = head.version; // to HTTP/1.0, hyper would say `keep-alive` as well
+        }
         if head.headers.contains_key(TRANSFER_ENCODING) {
             // A Content-Length beside it would be a smuggler's (RFC 9112 section 6.3): somebody in between may have gone by
             // that. hyper drops it unseen, so no such connection is used again.
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         response
+    }
+
+    /// The limit of connections.
+    pub fn connections(&self) -> &Arc<ConnectionLimit> {
+        &self.connections
     }
 
     /// How many bytes of bodies are in flight now (see [`Bodies::bytes_in_flight`]).
@@ -127,13 +146,17 @@ impl Gateway {
     async fn receive(
         &self,
         head: &Parts,
-        body: &mut Incoming,
+        body: &mut RequestBody,
         trace: TraceContext,
         source: IpAddr,
+        lasts: &InRequest,
     ) -> Result<Accepted, Reject> {
         route(head)?;
         let signature = Signature::of(&head.headers)?;
         let (body, _budget) = self.bodies.read(body).await?;
+        if !lasts.ticket().leave() {
+            return Err(Reject::TooManyConnections);
+        }
         let body = self.verifier.verify(body, &signature).await?;
         self.metrics.signed(body.form());
         let digest = body.digest();
@@ -194,17 +217,20 @@ fn tell(reject: &Reject, trace: Option<DisplayValue<TraceId>>, source: IpAddr) {
 
 /// Whether the rest of a refused body is worth reading: not where the sender waits for our leave to send it at all, nor
 /// where it was too slow already.
-fn wants_discarding(head: &Parts, body: &Incoming, reject: &Reject) -> bool {
+fn wants_discarding(head: &Parts, body: &RequestBody, reject: &Reject) -> bool {
     !body.is_end_stream() && !head.headers.contains_key(EXPECT) && !matches!(reject, Reject::SlowBody)
 }
 
-/// Path first, then method; before both, whether there is one host and no more (RFC 9112 section 3.2): with two, somebody in
-/// between may have gone by the other.
+/// Tells if a refusal ends a connection that never had a 202: a genuine sender does not get it, and a stranger's kept
+/// connection only takes the place of another.
+fn ends_connection(status: StatusCode) -> bool {
+    use StatusCode as Is;
+    matches!(status, Is::BAD_REQUEST | Is::UNAUTHORIZED | Is::NOT_FOUND | Is::METHOD_NOT_ALLOWED)
+}
+
+/// Path first, then method; before both, what a head must be (see [`crate::head`]).
 fn route(head: &Parts) -> Result<(), Reject> {
-    let hosts = head.headers.get_all(HOST).iter().count();
-    if hosts > 1 || (hosts == 0 && head.version == Version::HTTP_11) {
-        return Err(Reject::BrokenHeaders);
-    }
+    head::check(head)?;
     match (head.uri.path(), &head.method) {
         (PATH, &Method::POST) => Ok(()),
         (PATH, _) => Err(Reject::MethodNotAllowed),

@@ -35,7 +35,7 @@ pub enum Reject {
     SlowHeaders,
     /// The body took too long.
     SlowBody,
-    /// The body ended early or was framed wrongly.
+    /// The body ended early, was framed wrongly, or came in chunks that are too small.
     BrokenBody,
     /// Too many connections.
     TooManyConnections,
@@ -45,11 +45,13 @@ pub enum Reject {
     VerifyBusy,
     /// It could not be made durable.
     NotJournalled(AppendError),
+    /// A transfer coding other than `chunked`.
+    UnknownCoding,
 }
 
 impl Reject {
     /// One of each, whatever it holds: the closed set of reasons that metrics have.
-    pub const ALL: [Reject; 15] = [
+    pub const ALL: [Reject; 16] = [
         Reject::NotFound,
         Reject::MethodNotAllowed,
         Reject::SignatureMissing,
@@ -65,6 +67,7 @@ impl Reject {
         Reject::TooManyBytes,
         Reject::VerifyBusy,
         Reject::NotJournalled(AppendError::ShutDown),
+        Reject::UnknownCoding,
     ];
 
     /// Its place in [`Reject::ALL`].
@@ -85,6 +88,7 @@ impl Reject {
             Reject::TooManyBytes => 12,
             Reject::VerifyBusy => 13,
             Reject::NotJournalled(_) => 14,
+            Reject::UnknownCoding => 15,
         }
     }
 
@@ -101,12 +105,13 @@ impl Reject {
             Reject::TooManyConnections | Reject::TooManyBytes | Reject::VerifyBusy | Reject::NotJournalled(_) => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
+            Reject::UnknownCoding => StatusCode::NOT_IMPLEMENTED,
         }
     }
 
     /// Whether it is we who fail: a delivery may be lost to its sender, and somebody here should know.
     pub fn is_ours(&self) -> bool {
-        self.status().is_server_error()
+        self.status() == StatusCode::SERVICE_UNAVAILABLE // the sender can do nothing about it; 501 is the sender's doing
     }
 
     /// Its name in metrics.
@@ -127,6 +132,7 @@ impl Reject {
             Reject::TooManyBytes => "too_many_bytes",
             Reject::VerifyBusy => "verify_busy",
             Reject::NotJournalled(_) => "not_journalled",
+            Reject::UnknownCoding => "coding_unknown",
         }
     }
 
@@ -188,17 +194,22 @@ impl fmt::Display for Reject {
                 f.write_str("the signature does not match: is the client secret here the one of this integration?")
             }
             Reject::TooLarge(limit) => write!(f, "the body is larger than the {limit} bytes that are taken here"),
-            Reject::BrokenHeaders => f.write_str("the request line or a header is malformed, or there is not one Host"),
+            Reject::BrokenHeaders => {
+                f.write_str("the request line or a header is malformed, or there is not one valid Host")
+            }
             Reject::LargeHeaders => {
                 f.write_str("the request line and the headers are larger, or more, than is taken here")
             }
             Reject::SlowHeaders => f.write_str("the headers took too long to arrive"),
             Reject::SlowBody => f.write_str("the body took too long to arrive"),
-            Reject::BrokenBody => f.write_str("the body ended early or was framed wrongly"),
+            Reject::BrokenBody => {
+                f.write_str("the body ended early, was framed wrongly, or came in chunks that are too small")
+            }
             Reject::TooManyConnections => f.write_str("too many connections at the moment"),
             Reject::TooManyBytes => f.write_str("too many deliveries in flight at the moment"),
             Reject::VerifyBusy => f.write_str("too many signatures wait to be checked at the moment"),
             Reject::NotJournalled(_) => f.write_str("the delivery could not be stored at the moment"),
+            Reject::UnknownCoding => f.write_str("no transfer coding but chunked is understood here"),
         }
     }
 }

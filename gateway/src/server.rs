@@ -6,7 +6,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper::header::{CONNECTION, HeaderValue};
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::header::{CONNECTION, HeaderValue, TRANSFER_ENCODING};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -43,15 +45,16 @@ pub struct Ending {
 /// Serves `listener` until it is `closing`; then no connection is taken any more, each ends after the request it is in, and
 /// this returns when all have. What had connected by then is answered.
 pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, limits: &Limits, ending: Ending) {
-    let connections = Arc::new(Semaphore::new(limits.connections));
+    let connections = gateway.connections().clone();
     let turned_away = Arc::new(Semaphore::new(MAX_TURNED_AWAY));
     let tasks = TaskTracker::new();
     let take = |socket: TcpStream, peer: IpAddr| {
-        if let Ok(slot) = connections.clone().try_acquire_owned() {
+        if let Some(admitted) = connections.admit() {
             // Answers are one small write each; waiting to fill a packet would only delay them. A failure costs just that.
             let _ = socket.set_nodelay(true);
             let (gateway, limits, ending) = (gateway.clone(), limits.clone(), ending.clone());
             tasks.spawn(async move {
+                let slot = admitted.await;
                 serve(socket, peer, gateway, &limits, ending).await;
                 drop(slot);
             });
@@ -85,7 +88,8 @@ pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, limits: &Limits, 
     tasks.wait().await;
 }
 
-/// Serves one connection, request by request, until it has ended. On any stream of bytes, so that fuzzing needs no network.
+/// Serves one connection, request by request, until it has ended, or has to make room for another (see
+/// [`crate::connection_limit`]). On any stream of bytes, so that fuzzing needs no network.
 pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     socket: S,
     peer: IpAddr,
@@ -94,11 +98,39 @@ pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     ending: Ending,
 ) {
     let _counted = gateway.metrics().connected();
-    let (pace, said) = (Pace::new(limits.header_timeout, limits.idle_timeout), Arc::<Said>::default());
+    let pace = Pace::new(limits.header_timeout, limits.idle_timeout, gateway.connections().ticket());
+    let _guard = TicketGuard(&pace);
+    tokio::select! {
+        biased; // a request that has come whole meanwhile is answered, if only with 503
+        () = converse(socket, peer, gateway, limits, ending, pace.clone()) => {}
+        // Closed at once: its sender has waited for the rest of a request, not for an answer.
+        () = pace.ticket().evicted() => {}
+    }
+}
+
+/// Takes a connection out of the queue with its end, however that comes.
+struct TicketGuard<'a>(&'a Pace);
+
+impl Drop for TicketGuard<'_> {
+    fn drop(&mut self) {
+        self.0.ticket().end();
+    }
+}
+
+async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
+    socket: S,
+    peer: IpAddr,
+    gateway: Arc<Gateway>,
+    limits: &Limits,
+    ending: Ending,
+    pace: Arc<Pace>,
+) {
+    let said = Arc::<Said>::default();
     // Boxed, because only a connection that may be moved gives its socket back after a time-out.
-    let service = service_fn(|request| {
+    let service = service_fn(|request: Request<Incoming>| {
         let (due, leaving) = (said.due(), ending.leaving.clone());
-        let answer = gateway.clone().handle(request, peer, pace.request());
+        let in_request = pace.request(request.headers().contains_key(TRANSFER_ENCODING));
+        let answer = gateway.clone().handle(request, peer, in_request);
         Box::pin(async move {
             let mut answer = answer.await;
             if leaving.is_cancelled() {

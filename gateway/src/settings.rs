@@ -68,8 +68,11 @@ const GATEWAY_IDLE_TIMEOUT: Setting = Setting::new(
     "75s",
     "How long a connection may wait for its next request; longer than the proxy in front keeps its own, or deliveries are lost",
 );
-const GATEWAY_MAX_CONNECTIONS: Setting =
-    Setting::new("GATEWAY_MAX_CONNECTIONS", "10000", "Connections at once; more are answered 503");
+const GATEWAY_MAX_CONNECTIONS: Setting = Setting::new(
+    "GATEWAY_MAX_CONNECTIONS",
+    "10000",
+    "Connections at once; beyond, a new one takes the place of one without a 202, else is answered 503",
+);
 const GATEWAY_MAX_BYTES_IN_FLIGHT: Setting = Setting::new(
     "GATEWAY_MAX_BYTES_IN_FLIGHT",
     "256MiB",

@@ -1,6 +1,11 @@
-//! The ops listener: `/healthz` (the process runs, and no restart would help it), `/readyz` (it can do its work, check by check), `/metrics`.
+//! The ops listener: `/healthz` (the process runs, and no restart would help it), `/readyz` (it can do its
+//! work, check by check), `/metrics`.
+//!
+//! It has [`MAX_CONNECTIONS`], each for one request and for [`CONNECTION_TIMEOUT`]. Beyond them the oldest is closed for a
+//! new one. Why: whatever fills this listener must take no file descriptor from the program's own work, and must not keep
+//! out the operator who looks for the cause.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -8,7 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::Incoming;
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
@@ -16,7 +21,15 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus_client::registry::Registry;
 use serde::Serialize;
 use tokio::net::TcpListener;
+use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
+
+/// Connections that are open at once.
+pub const MAX_CONNECTIONS: usize = 64;
+/// Time for a request's headers.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time for a whole connection: a client that does not read its answer holds no connection for longer.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a process needs to do its work, and whether it has it. Clones share one state.
 #[derive(Clone, Default)]
@@ -112,6 +125,7 @@ impl Readiness {
 /// Answers on `listener` until `shutdown`.
 pub async fn serve(listener: TcpListener, readiness: Readiness, metrics: Registry, shutdown: CancellationToken) {
     let metrics = Arc::new(metrics);
+    let mut open: VecDeque<AbortHandle> = VecDeque::with_capacity(MAX_CONNECTIONS);
     loop {
         let connection = tokio::select! {
             connection = listener.accept() => connection,
@@ -128,16 +142,26 @@ pub async fn serve(listener: TcpListener, readiness: Readiness, metrics: Registr
         };
         let (readiness, metrics) = (readiness.clone(), metrics.clone());
         let answer = move |request| std::future::ready(Ok::<_, Infallible>(answer(&request, &readiness, &metrics)));
-        let connection =
-            http1::Builder::new().timer(TokioTimer::new()).serve_connection(TokioIo::new(socket), service_fn(answer));
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_TIMEOUT)
+            .keep_alive(false)
+            .serve_connection(TokioIo::new(socket), service_fn(answer));
+        open.retain(|connection| !connection.is_finished());
+        if open.len() >= MAX_CONNECTIONS
+            && let Some(oldest) = open.pop_front()
+        {
+            oldest.abort();
+        }
         let shutdown = shutdown.clone();
-        tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             tokio::select! {
                 // A caller that breaks off harms nobody but itself.
-                _ = connection => {}
+                _ = tokio::time::timeout(CONNECTION_TIMEOUT, connection) => {}
                 () = shutdown.cancelled() => {}
             }
         });
+        open.push_back(task.abort_handle());
     }
 }
 
@@ -174,6 +198,7 @@ fn answer(request: &Request<Incoming>, readiness: &Readiness, metrics: &Registry
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     if status == StatusCode::METHOD_NOT_ALLOWED {
         response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
     }

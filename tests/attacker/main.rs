@@ -4,6 +4,8 @@
 //!
 //! - `attacker slow PORT CONNECTIONS SECONDS`: headers and bodies that come byte by byte, on that many connections.
 //! - `attacker wrong PORT REQUESTS BYTES`: bodies of that size with a signature that is nobody's, 32 at a time.
+//! - `attacker idle PORT CONNECTIONS SECONDS`: that many connections that are kept: silent, with a 404, half a head, half a body.
+//! - `attacker chunks PORT REQUESTS BYTES SIZE`: as `wrong`, in chunks of that size, 4 at a time.
 #![expect(clippy::unwrap_used, reason = "an attacker that panics fails the test that sent it")]
 
 use std::collections::BTreeMap;
@@ -43,6 +45,25 @@ async fn main() {
             let left = Arc::new(AtomicUsize::new(number(2)));
             (0..32).map(|_| tokio::spawn(send_wrong(port, request.clone(), left.clone()))).collect()
         }
+        "idle" => {
+            let until = Instant::now() + Duration::from_secs(number(3) as u64);
+            let begun = [
+                "".into(),
+                "GET / HTTP/1.1\r\nHost: x\r\n\r\n".into(),
+                head("X-Half"),
+                head("Content-Length: 9\r\n\r\n{"),
+            ];
+            let begun = begun.map(Bytes::from);
+            (0..number(2)).map(|n| tokio::spawn(keep(port, begun[n % 4].clone(), until))).collect()
+        }
+        "chunks" => {
+            let size = number(4);
+            let chunk = format!("{size:x}\r\n{}\r\n", "x".repeat(size));
+            let body = chunk.repeat(number(3) / size);
+            let request = Bytes::from(format!("{}{body}0\r\n\r\n", head("Transfer-Encoding: chunked\r\n\r\n")));
+            let left = Arc::new(AtomicUsize::new(number(2)));
+            (0..4).map(|_| tokio::spawn(send_wrong(port, request.clone(), left.clone()))).collect()
+        }
         unknown => panic!("no such attack: {unknown}"),
     };
     let mut ends = Ends::new();
@@ -73,6 +94,30 @@ async fn dribble(port: u16, start: Bytes, until: Instant) -> Ends {
         let end = match timeout_at(until, turned_out).await {
             Ok(Ok(answer)) => status(&answer),
             Ok(Err(_)) => "broken".into(),
+            Err(_) => "held".into(),
+        };
+        *ends.entry(end).or_default() += 1;
+        tokio::time::sleep_until(until.min(Instant::now() + Duration::from_secs(1))).await;
+    }
+    ends
+}
+
+/// Keeps a connection on which no more than this comes, until the gateway ends it; then again, after a while.
+async fn keep(port: u16, begun: Bytes, until: Instant) -> Ends {
+    let mut ends = Ends::new();
+    while Instant::now() < until {
+        let kept = async {
+            let mut socket = TcpStream::connect(("127.0.0.1", port)).await?;
+            socket.write_all(&begun).await?;
+            let (mut answer, mut read) = (Vec::new(), [0; 1024]);
+            // An end that is a reset is as good as any other.
+            while let Ok(length @ 1..) = socket.read(&mut read).await {
+                answer.extend_from_slice(&read[..length]);
+            }
+            Ok::<_, std::io::Error>(status(&answer))
+        };
+        let end = match timeout_at(until, kept).await {
+            Ok(end) => end.unwrap_or_else(|_| "broken".into()),
             Err(_) => "held".into(),
         };
         *ends.entry(end).or_default() += 1;

@@ -170,6 +170,43 @@ async fn large_bodies_with_wrong_signatures_cost_bounded_memory() {
     assert!(peak_memory(&world) < bound, "{} of {} MiB", peak_memory(&world) / MIB, bound / MIB);
 }
 
+#[tokio::test]
+async fn as_many_kept_connections_as_the_limit_shut_out_no_delivery() {
+    let limit = size(200, 2_000);
+    let world = setup().workers(0).gateway("GATEWAY_MAX_CONNECTIONS", &limit.to_string());
+    let world = world.gateway("RUST_LOG", "info").start().await;
+    let genuine = Genuine::start(&world, 200);
+    let ends = Attack::start(&world, "idle", &[limit, size(5, 30)]).ended().await;
+    println!("kept connections met these ends: {ends:?}");
+    genuine.all_taken(&format!("{limit} kept connections, as many as may be"), &world).await;
+    assert!(ends.values().sum::<usize>() >= limit, "the attackers were there: {ends:?}");
+    let bound = limit as u64 * A_CONNECTION + GATEWAY_ITSELF;
+    assert!(peak_memory(&world) < bound, "{} of {} MiB", peak_memory(&world) / MIB, bound / MIB);
+}
+
+#[tokio::test]
+async fn bodies_in_tiny_chunks_cost_no_more_than_their_first_64_kib() {
+    let world = setup().workers(0).gateway("RUST_LOG", "info").gateway("GATEWAY_BODY_TIMEOUT", "10min").start().await;
+    let (requests, body) = (size(8, 1_000), MIB as usize);
+    let genuine = Genuine::start(&world, 200);
+    let (begin, before) = (Instant::now(), cpu_time(&world));
+    let ends = Attack::start(&world, "chunks", &[requests, body, 1]).ended().await;
+    let (took, cpu) = (begin.elapsed(), cpu_time(&world) - before);
+    println!(
+        "{requests} bodies of 1 MiB in chunks of 1 byte, answers {ends:?} in {took:?}; the gateway's CPU: {cpu:?}"
+    );
+    genuine.all_taken("bodies in chunks of 1 byte", &world).await;
+    assert_eq!(ends, BTreeMap::from([("400".to_owned(), requests)]));
+}
+
+/// The CPU time that the gateway has had.
+fn cpu_time(world: &World) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", world.gateway.process().pid())).unwrap();
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    let ticks: u64 = fields.split(' ').skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum();
+    Duration::from_millis(ticks * 10) // 100 a second, on Linux
+}
+
 /// Sends bytes, reads until the gateway closes the connection, and gives the statuses of all answers. Each must be whole:
 /// a status line, headers, as much of a body as these announce; and each error says what is wrong, as JSON.
 async fn exchange(port: u16, request: &[u8], bodies: bool) -> Vec<u16> {
@@ -235,6 +272,21 @@ fn shapes() -> Vec<(String, Vec<u8>, Vec<u16>)> {
     for length in ["+5", "-1", "5,6", "0x5", "5 5", "99999999999999999999", "", "\u{b}5"] {
         add(&format!("length {length:?}"), framed(&format!("Content-Length: {length}\r\n"), &chunked), &[400]);
     }
+    // Codings that are understood: `chunked`, once and alone (RFC 9112 section 6.1).
+    for (codings, status) in [
+        ("gzip, chunked", 501),
+        ("identity, chunked", 501),
+        ("gzip;q=\"a,chunked\", chunked", 501),
+        ("gzip\r\nTransfer-Encoding: chunked", 501),
+        ("chunked, chunked", 400),
+        ("chunked\r\nTransfer-Encoding: chunked", 400),
+        ("chunked, gzip, Chunked", 400),
+        (", CHUNKED ,", 400), // hyper wants `chunked` to be last
+        (",\t, CHUNKED", 401),
+    ] {
+        let headers = format!("Transfer-Encoding: {codings}\r\n");
+        add(&format!("codings {codings:?}"), framed(&headers, &chunked), &[status]);
+    }
     add("two lengths", framed("Content-Length: 5\r\nContent-Length: 6\r\n", &chunked), &[400]);
     add("one length twice", genuine(POST, &format!("Content-Length: {}\r\n", BODY.len())), &[202]);
     let chunks = |body: &[u8]| framed("Transfer-Encoding: chunked\r\n", body);
@@ -264,6 +316,18 @@ fn shapes() -> Vec<(String, Vec<u8>, Vec<u16>)> {
     }
     add("folded at once", genuine(&format!("{POST}\r\n X-A: b"), ""), &[400]);
     add("no host", BODY_WITHOUT_HOST.to_vec(), &[400]);
+    let hosted = |host: &str| {
+        let request = String::from_utf8(genuine(POST, "")).unwrap();
+        request.replacen("Host: x\r\n", &format!("Host: {host}\r\n"), 1).into_bytes()
+    };
+    for host in
+        ["a b/c@d", "a b", "a/b", "a@b", "a?", "a:b", "a:1:2", "::1", "[::1", "[::g]", "[::1]x", "[v1.]", "a%2", "ä"]
+    {
+        add(&format!("host {host:?}"), hosted(host), &[400]);
+    }
+    for host in ["", ":", "a_b.example:443", "127.0.0.1:8080", "[::1]:80", "[v1.a:b]", "a%C3%A4!$&'()*+,;=~"] {
+        add(&format!("host {host:?}"), hosted(host), &[202]);
+    }
     add("signed twice", genuine(POST, &format!("Sentry-Hook-Signature: {WRONG}\r\n")), &[401]);
     add("100 KB of one header", genuine(POST, &format!("X-A: {}\r\n", "b".repeat(100_000))), &[431]);
     add("1,000 headers", genuine(POST, &"X-A: b\r\n".repeat(1_000)), &[431]);
@@ -385,7 +449,8 @@ async fn an_error_is_json_also_where_no_request_could_be_read() {
         let good = genuine("POST /api/signals/sentry HTTP/1.1", "");
         let head_only = b"HEAD /nowhere HTTP/1.1\r\nHost: x\r\n\r\n".to_vec();
         let waiting = genuine("POST /api/signals/sentry HTTP/1.1", "Expect: 100-continue\r\n");
-        for before in [vec![], vec![&good], vec![&good; 40], vec![&head_only], vec![&waiting, &head_only, &good]] {
+        for before in [vec![], vec![&good], vec![&good; 40], vec![&good, &head_only], vec![&waiting, &head_only, &good]]
+        {
             for pieces in [usize::MAX, 700] {
                 let mut request = before.iter().flat_map(|one| one.iter().copied()).collect::<Vec<u8>>();
                 request.extend_from_slice(&broken);

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use hyper::Method;
+use hyper::header::HeaderValue;
 use shared::delivery::DeliveryId;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -132,9 +133,18 @@ async fn a_body_that_is_too_large_is_413_and_its_sender_can_read_that() {
 }
 
 #[tokio::test]
-async fn refused_bodies_leave_the_connection_usable() {
+async fn a_refused_body_ends_the_connection_that_never_had_a_202_and_leaves_others_usable() {
     let world = setup().workers(0).start().await;
     let mut connection = Connection::open(world.port()).await.unwrap();
+    let get = Post::get("/");
+    let large = Post::unsigned(vec![b'x'; 300_000]);
+    for (refused, status) in [(&large, 401), (&get, 404), (&get.clone().to("/api/signals/sentry"), 405)] {
+        let mut connection = Connection::open(world.port()).await.unwrap();
+        let answer = connection.send(refused).await.unwrap();
+        assert_eq!((answer.status, &answer.headers["connection"]), (status, &HeaderValue::from_static("close")));
+        assert!(connection.send(&Post::signed(BODY)).await.is_err(), "it was closed as announced");
+    }
+    connection.send(&Post::signed(BODY)).await.unwrap().accepted();
     for _ in 0..3 {
         let refused = connection.send(&Post::unsigned(vec![b'x'; 300_000])).await.unwrap();
         assert_eq!(refused.status, 401);

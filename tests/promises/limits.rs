@@ -2,10 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use hyper::header::HeaderValue;
 use tokio::io::AsyncReadExt as _;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
-use world::{Connection, Post, SECRET, eventually, sign};
+use world::{Answer, Connection, Post, SECRET, eventually, sign};
 
 use crate::attacks::{GATEWAY_ITSELF, MIB, peak_memory};
 use crate::contract::{closes, head, raw};
@@ -134,5 +135,151 @@ async fn a_low_limit_of_open_files_is_raised_to_what_the_connections_need() {
     }
     for connection in &mut connections {
         connection.send(&Post::signed(BODY)).await.unwrap().accepted();
+    }
+}
+
+#[tokio::test]
+async fn connections_without_a_delivery_make_room_at_the_limit() {
+    const LIMIT: usize = 24;
+    let mut settings = setup().workers(0).gateway("GATEWAY_MAX_CONNECTIONS", &LIMIT.to_string());
+    for timeout in ["GATEWAY_HEADER_TIMEOUT", "GATEWAY_BODY_TIMEOUT", "GATEWAY_IDLE_TIMEOUT"] {
+        settings = settings.gateway(timeout, "10min"); // time-outs make no room here
+    }
+    let world = settings.start().await;
+    // A proxy's connections: kept, idle, and the oldest of all.
+    let mut kept = Vec::new();
+    for _ in 0..4 {
+        let mut connection = Connection::open(world.port()).await.unwrap();
+        connection.send(&Post::signed(BODY)).await.unwrap().accepted();
+        kept.push(connection);
+    }
+    let signed = head(&"0".repeat(64), "Content-Length: 5\r\n");
+    let kinds = [
+        ("silent", b"".to_vec()),
+        ("answered 404", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_vec()),
+        ("answered 401", b"POST /api/signals/sentry HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".to_vec()),
+        ("in their headers", signed[..60].to_vec()),
+        ("in their bodies", [signed, b"{".to_vec()].concat()),
+    ];
+    for (kind, begun) in kinds {
+        world.gateway.until_metric("gateway_connections_open", kept.len() as f64).await; // without those of before
+        let mut held = silent(world.port(), LIMIT).await;
+        for socket in &mut held {
+            socket.write_all(&begun).await.unwrap();
+        }
+        if kind.starts_with("answered") {
+            for socket in &mut held {
+                assert!(socket.read(&mut [0; 12]).await.unwrap() > 0);
+            }
+        } else {
+            world.gateway.until_metric("gateway_connections_open", LIMIT as f64).await;
+        }
+        let mut answers = Vec::new();
+        for _ in 0..20 {
+            answers.push(Post::signed(BODY).try_send(world.port()).await.map_or(0, |answer| answer.status));
+        }
+        assert_eq!(answers, [202; 20], "while {LIMIT} connections are {kind}");
+    }
+    for connection in &mut kept {
+        connection.send(&Post::signed(BODY)).await.unwrap().accepted();
+    }
+    // It is told: a check that takes no load balancer away, a counter, one line of the log.
+    let answer = world.gateway.ops("/readyz").await;
+    let check = |answer: &Answer| {
+        let checks = answer.json().as_array().unwrap().clone();
+        checks.into_iter().find(|check| check["name"] == "connections").expect("there is that check")
+    };
+    assert_eq!((answer.status, &check(&answer)["degraded"]), (200, &true.into()), "{answer:?}");
+    assert!(world.metric("gateway_connections_evicted_total").await >= 3.0);
+    let log = world.gateway.log();
+    let told = log.lines().filter(|line| line.contains(" WARN ") && line.contains("GATEWAY_MAX_CONNECTIONS"));
+    assert_eq!(told.count(), 1, "{log}");
+    let well = async || (check(&world.gateway.ops("/readyz").await)["ok"] == true).then_some(());
+    eventually("the check to be well again", well).await;
+}
+
+/// Opens that many connections to a port, which stay open and silent until they are dropped.
+async fn silent(port: u16, count: usize) -> Vec<TcpStream> {
+    let mut silent = Vec::new();
+    for _ in 0..count {
+        silent.push(TcpStream::connect(("127.0.0.1", port)).await.unwrap());
+    }
+    silent
+}
+
+#[tokio::test]
+async fn idle_connections_to_the_ops_listener_hold_up_no_delivery_and_no_operator() {
+    const LOW: &[&str] = &["/bin/sh", "-c", "ulimit -n 1300 && exec \"$0\""];
+    let world = setup().workers(0).gateway("GATEWAY_MAX_CONNECTIONS", "100").gateway_under(LOW).start().await;
+    let idle = silent(world.gateway.ops_port, 2_000).await;
+    let delivered = async {
+        for _ in 0..20 {
+            Post::signed(BODY).send(world.port()).await.accepted();
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), delivered).await.expect("deliveries are taken meanwhile");
+    for path in ["/readyz", "/healthz", "/metrics"] {
+        let answer = world.gateway.ops(path).await;
+        assert_eq!((answer.status, &answer.headers["connection"]), (200, &HeaderValue::from_static("close")), "{path}");
+    }
+    // The gateway itself ends what idles, be it among the first or the last.
+    for socket in idle {
+        assert!(ends(socket).await);
+    }
+    let answer = Post::get("/readyz").send(world.gateway.ops_port).await;
+    assert_eq!(answer.status, 200);
+}
+
+/// Whether the other side ends the connection, be it by a reset.
+async fn ends(mut socket: TcpStream) -> bool {
+    let mut left = Vec::new();
+    tokio::time::timeout(Duration::from_secs(30), socket.read_to_end(&mut left)).await.is_ok()
+}
+
+/// A body in chunks of that size.
+fn in_chunks(body: &[u8], size: usize) -> Vec<u8> {
+    let mut chunked = Vec::new();
+    for chunk in body.chunks(size) {
+        chunked.extend_from_slice(format!("{:x}\r\n", chunk.len()).as_bytes());
+        chunked.extend_from_slice(chunk);
+        chunked.extend_from_slice(b"\r\n");
+    }
+    chunked.extend_from_slice(b"0\r\n\r\n");
+    chunked
+}
+
+#[tokio::test]
+async fn a_large_body_in_tiny_chunks_is_400_and_one_in_tiny_segments_is_taken() {
+    let world = setup().workers(0).start().await;
+    let body = format!("\"{}\"", "x".repeat(150_000));
+    let (small, large) = (&body.as_bytes()[..60_000], body.as_bytes());
+    let chunked =
+        |body: &[u8], rest: Vec<u8>| [head(&sign(SECRET, body), "Transfer-Encoding: chunked\r\n"), rest].concat();
+    let padded = [vec![b'0'; 2_000_000], b"6\r\n\"hello\r\n0\r\n\r\n".to_vec()].concat();
+    let spaced = [b"6".to_vec(), vec![b' '; 2_000_000], b"\r\n\"hello\r\n0\r\n\r\n".to_vec()].concat();
+    let table = [
+        ("1 byte a chunk", chunked(large, in_chunks(large, 1)), "400"),
+        ("32 bytes a chunk", chunked(large, in_chunks(large, 32)), "400"),
+        ("64 bytes a chunk", chunked(large, in_chunks(large, 64)), "202"),
+        ("1 byte a chunk, of a small body", chunked(small, in_chunks(small, 1)), "202"),
+        ("2 MB of zeros before a size", chunked(b"\"hello", padded), "400"),
+        ("2 MB of spaces after a size", chunked(b"\"hello", spaced), "400"),
+    ];
+    for (name, request, status) in table {
+        let (_socket, answer) = raw(world.port(), &request).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{name}: {answer}");
+    }
+    // Segments of a few bytes: of a body with a length, of one large chunk.
+    let length = format!("Content-Length: {}\r\n", large.len());
+    let whole = [head(&sign(SECRET, large), &length), large.to_vec()].concat();
+    for request in [whole, chunked(large, in_chunks(large, large.len()))] {
+        let mut socket = TcpStream::connect(("127.0.0.1", world.port())).await.unwrap();
+        socket.set_nodelay(true).unwrap();
+        for segment in request.chunks(40) {
+            socket.write_all(segment).await.unwrap();
+        }
+        let mut answered = [0; 12];
+        socket.read_exact(&mut answered).await.unwrap();
+        assert_eq!(&answered, b"HTTP/1.1 202");
     }
 }

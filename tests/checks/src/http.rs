@@ -45,7 +45,7 @@ pub struct Door {
 }
 
 /// Of any bytes on a connection, in any pieces: the gateway does not panic, and the connection ends. What comes back is a
-/// row of whole answers, each of a status of the contract's, none a 5xx, and made of words that the gateway has of its
+/// row of whole answers, each of a status of the contract's, no 5xx but 501, and made of words that the gateway has of its
 /// own: nothing that was sent is in any. A delivery is journalled only where a right signature of it was sent, and each
 /// 202 is one of those, in the order of the requests.
 pub fn check(door: &Door, script: &[u8]) -> Seen {
@@ -138,7 +138,7 @@ async fn journalled(journal: &Journal) -> Vec<Delivery> {
 }
 
 /// What the sender is told in each refusal that a connection by itself can meet.
-fn refusals() -> [Reject; 11] {
+fn refusals() -> [Reject; 12] {
     [
         Reject::NotFound,
         Reject::MethodNotAllowed,
@@ -151,6 +151,7 @@ fn refusals() -> [Reject; 11] {
         Reject::SlowHeaders,
         Reject::SlowBody,
         Reject::BrokenBody,
+        Reject::UnknownCoding,
     ]
 }
 
