@@ -46,6 +46,16 @@ pub enum Side<'a> {
     Worker,
 }
 
+impl Side<'_> {
+    /// The name of the connection: the program's first, as the prefix of its inboxes follows from it.
+    fn client_name(self) -> &'static str {
+        match self {
+            Side::Gateway { .. } => "gateway check",
+            Side::Worker => "worker check",
+        }
+    }
+}
+
 /// A connection that was made once, and what the server said we may not do.
 struct Link {
     client: Client,
@@ -65,7 +75,7 @@ impl Link {
 }
 
 /// Connects once to this one server, as the program would; else what is wrong, and what to do.
-async fn connect_once(nats: &NatsSettings, server: &ServerAddr) -> Result<Link, (String, String)> {
+async fn connect_once(nats: &NatsSettings, server: &ServerAddr, side: Side<'_>) -> Result<Link, (String, String)> {
     let denied = Arc::<Mutex<Vec<String>>>::default();
     let heard = denied.clone();
     let observe = move |event| {
@@ -73,7 +83,7 @@ async fn connect_once(nats: &NatsSettings, server: &ServerAddr) -> Result<Link, 
             heard.lock().unwrap_or_else(PoisonError::into_inner).push(text);
         }
     };
-    match nats.connection().try_one("check", server, TRY_WITHIN, observe).await {
+    match nats.connection().try_one(side.client_name(), server, TRY_WITHIN, observe).await {
         Ok(client) => Ok(Link { client, denied }),
         Err((error, advice)) => {
             let reach = || "start it, or let this machine reach it; NATS_URL says where it is".to_owned();
@@ -88,7 +98,7 @@ pub async fn look(nats: &NatsSettings, side: Side<'_>) -> Vec<Finding> {
     let mut first = None;
     let tries = futures_util::future::join_all(nats.connection().servers().iter().map(async |server| {
         let begin = Instant::now();
-        let connected = connect_once(nats, server).await;
+        let connected = connect_once(nats, server, side).await;
         let took = begin.elapsed();
         let open = connected.is_ok() && takes_strangers(nats, server).await;
         (server, connected, took, open)
