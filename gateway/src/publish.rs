@@ -43,7 +43,7 @@ const READ_BYTES: u64 = READ_KIB as u64 * 1024;
 /// Where several entries waited together, more are coming, and get so long to gather: fewer, larger writes cost a tenth
 /// less of both this process and the broker. Who comes alone does not wait, and neither does a backlog.
 const GATHER: Duration = Duration::from_millis(2);
-/// How long JetStream may take to acknowledge before the publish is repeated: the limit of each request to it.
+/// Longest wait for JetStream's ack before the publish is repeated: the limit of each request to JetStream.
 const ACK_WITHIN: Duration = shared::link::ANSWER_WITHIN;
 /// Messages that may wait in the gateway's one subscription, that of receipts. More are dropped: a receipt that is lost
 /// costs one repeat.

@@ -27,7 +27,7 @@ use crate::publish::Publisher;
 const MESSAGE_MAX: usize = 256 * 1024;
 /// Most entries of one message that are looked up on disk. The others are published again, which brings a receipt.
 const LOOK_UPS_MAX: usize = 256;
-/// How often refused receipts are told.
+/// Refused receipts have at most one log line in this time.
 const TELL_EVERY: Duration = Duration::from_secs(60);
 
 /// The key from which the tags of receipts follow. Never shown.
@@ -136,15 +136,15 @@ async fn judge_earlier(journal: &Journal, key: &ReceiptKey, receipts: &[Receipt]
     Judged { wrong_tag, ..journal.judge_earlier(&verified) }
 }
 
-/// What was refused and not told yet.
+/// Refused receipts that no log line has named yet.
 struct Told {
-    /// When it was told last.
+    /// Time of the last log line.
     since: Option<Instant>,
     refused: [usize; Refused::ALL.len()],
 }
 
 impl Told {
-    /// Tells what was refused, at most once a minute.
+    /// Logs the refused receipts, at most once a minute.
     fn tell(&mut self) {
         let due = self.since.is_none_or(|since| since.elapsed() >= TELL_EVERY);
         if !due || self.refused.iter().all(|count| *count == 0) {

@@ -28,10 +28,10 @@ pub const HOOK_RESOURCE: &str = "Sentry-Hook-Resource";
 /// Request and message header: when Sentry sent it, in seconds since 1970. Unsigned.
 pub const HOOK_TIMESTAMP: &str = "Sentry-Hook-Timestamp";
 
-/// How long a delivery may wait in a gateway's journal before the stream stores it: longer than the stream keeps it by
-/// default.
+/// Longest time that a delivery may wait in a gateway's journal before the stream stores it. The stream's own default age
+/// is 30 days.
 const OLDEST: Duration = Duration::days(40);
-/// How far the gateway's clock may be ahead of the stream's.
+/// Furthest that the gateway's clock may be ahead of the stream's.
 const CLOCKS_APART: Duration = Duration::minutes(10);
 
 /// Longest sender's header value that travels along; a longer one is left out.
@@ -305,8 +305,8 @@ impl Delivery {
     }
 }
 
-/// What a message says of its time, held to the stream's clock: the gateway received a delivery at most [`OLDEST`]
-/// before the stream stored it, and no later, but for clocks that differ by up to [`CLOCKS_APART`].
+/// Limits a message's own time by the stream's clock. The gateway received a delivery at most [`OLDEST`] before the stream
+/// stored it. It did not receive it later, but its clock may be ahead by [`CLOCKS_APART`].
 fn held_to(said: OffsetDateTime, stored_at: OffsetDateTime) -> OffsetDateTime {
     let (earliest, latest) = (stored_at.saturating_sub(OLDEST), stored_at.saturating_add(CLOCKS_APART));
     // Compared first: a time near the end of the calendar has no UTC.

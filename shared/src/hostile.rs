@@ -75,7 +75,7 @@ impl StoredMessage {
     /// The message as the client library would have read it.
     ///
     /// # Errors
-    /// Why the library cannot read it.
+    /// The error names the part that the library cannot read.
     pub fn to_message(&self) -> Result<async_nats::Message, Unreadable> {
         let headers = headers(&self.subject, &self.header_block)?;
         Ok(self.with_headers(headers))
@@ -152,7 +152,7 @@ struct Message {
     time: OffsetDateTime,
 }
 
-/// Why async-nats 0.51 cannot read a message (`Connection::try_read_op` in its `connection.rs`).
+/// The part of a message that async-nats 0.51 cannot read (`Connection::try_read_op` in its `connection.rs`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Unreadable {
     /// The line that announces the message is no UTF-8.
@@ -178,7 +178,7 @@ pub enum Unreadable {
 /// Reads a header block as async-nats 0.51 does: `None` for a message without one.
 ///
 /// # Errors
-/// Why the library cannot read a message with this subject and header block.
+/// The error names the part that the library cannot read.
 pub fn headers(subject: &str, block: &[u8]) -> Result<Option<HeaderMap>, Unreadable> {
     if subject.contains(char::REPLACEMENT_CHARACTER) {
         return Err(Unreadable::Subject);

@@ -22,18 +22,18 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::nats::Connection;
 use crate::ops::Readiness;
 
-/// How often the server is asked for an answer, beside each new connection.
+/// Time between two requests to the server. Each new connection is asked at once.
 const ASK_EVERY: Duration = Duration::from_secs(3);
-/// How long an answer of the server may take, for this and for every request to JetStream.
+/// Longest wait for an answer of the server, also for every request to JetStream.
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(5);
-/// How long to wait before a client that has ended is replaced, so that hostile messages cannot make it a busy loop.
+/// Pause before a client that has ended is replaced. Hostile messages cannot make a busy loop of it.
 const REPLACE_AFTER: Duration = Duration::from_millis(200);
 
 /// A connection whose client is replaced when it has ended. Clones share it.
 #[derive(Clone)]
 pub struct Link(Arc<Kept>);
 
-/// What [`Link`] shares with the task that keeps it; dropping it ends the task.
+/// The state of a [`Link`] and the task that keeps it. Dropping it ends the task.
 struct Kept {
     shared: Arc<Shared>,
     _keeper: AbortOnDropHandle<()>,
@@ -64,7 +64,7 @@ pub struct Linked {
 }
 
 impl Linked {
-    /// Whether the client's task has ended, so that only another client can work.
+    /// Returns `true` when the client's task has ended: only another client can work.
     pub fn has_ended(&self) -> bool {
         self.ended.is_cancelled()
     }
@@ -74,7 +74,7 @@ impl Linked {
         self.ended.cancelled().await;
     }
 
-    /// Whether the client has a connection.
+    /// Returns `true` while the client has a connection.
     pub fn is_up(&self) -> bool {
         !self.has_ended() && self.client.connection_state() == State::Connected
     }
@@ -119,7 +119,7 @@ impl Link {
         self.0.shared.current.borrow().clone()
     }
 
-    /// How often a client was replaced.
+    /// Number of clients that were replaced.
     pub fn replaced(&self) -> u64 {
         self.0.shared.replaced.load(Ordering::Relaxed)
     }

@@ -134,7 +134,7 @@ pub fn of_link(registry: &mut Registry, program: &'static str, link: &Link) {
     }));
 }
 
-/// How often a NATS client had to be replaced.
+/// Number of NATS clients that were replaced.
 #[derive(Debug)]
 struct Replaced {
     name: String,

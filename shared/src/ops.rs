@@ -35,7 +35,7 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Clone, Default)]
 pub struct Readiness {
     checks: Arc<Mutex<BTreeMap<&'static str, Check>>>,
-    /// What the process cannot mend by itself.
+    /// Probes of faults that only a restart of the process mends.
     vital: Arc<Mutex<Vec<Probe>>>,
     /// Checks whose failure is told and does not make the process unready.
     tolerated: &'static [&'static str],
@@ -91,7 +91,7 @@ impl Readiness {
         self.vital.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(probe));
     }
 
-    /// What only a restart mends, if anything is wrong.
+    /// The fault that only a restart mends, if there is one.
     fn broken(&self) -> Option<String> {
         self.vital.lock().unwrap_or_else(PoisonError::into_inner).iter().find_map(|probe| probe().err())
     }

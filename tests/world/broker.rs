@@ -11,7 +11,7 @@ use crate::PATIENCE;
 /// A connection that publishes and subscribes without a client library.
 pub struct RawClient {
     socket: BufReader<TcpStream>,
-    /// What came while an answer was waited for.
+    /// Messages that came while the client waited for an answer.
     received: VecDeque<RawMessage>,
 }
 
@@ -45,7 +45,7 @@ impl RawClient {
         client
     }
 
-    /// What the server says to a client that has just connected: `PONG`, or why it is refused.
+    /// The server's answer to a client that has just connected: `PONG`, or a refusal.
     pub async fn login_answer(&mut self) -> String {
         self.send(b"PING\r\n").await;
         let mut line = String::new();

@@ -85,7 +85,7 @@ pub fn read(delivery: &Delivery, stream_sequence: u64, origin: Origin) -> Result
     }
 }
 
-/// What `read` gives, or the dead letter of a message that makes it panic.
+/// Runs `read`. A message that makes it panic is a dead letter.
 fn isolated(
     message: &Message,
     stream_sequence: u64,

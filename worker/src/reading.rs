@@ -37,9 +37,9 @@ const AHEAD: i64 = 1_000;
 const FILL_WITHIN: Duration = Duration::from_millis(20);
 /// After this long without a message it is asked whether there are any more.
 const ASK_AFTER: Duration = Duration::from_secs(2);
-/// How often reading may be begun again without a message between.
+/// Most times that reading is begun again without a message between.
 const BEGIN_AGAIN: u32 = 10;
-/// How many messages behind one that cannot be read are fetched singly.
+/// Messages behind an unreadable one that are fetched singly.
 const SINGLY: usize = 500;
 
 /// Where reading begins.
@@ -129,7 +129,7 @@ pub struct Reading {
     headers_only: bool,
     /// None while messages are fetched singly.
     messages: Option<Ordered>,
-    /// How many messages are still to be fetched singly.
+    /// Messages that are still to be fetched singly.
     singly: usize,
     /// How many messages there are to read, as the server counted them at the beginning.
     pub total: u64,
@@ -137,7 +137,7 @@ pub struct Reading {
     before: Option<OffsetDateTime>,
     /// The lowest sequence that was not given out yet.
     next: u64,
-    /// How often reading was begun again since the last message.
+    /// Times that reading was begun again since the last message.
     begun_again: u32,
     ended: bool,
 }
@@ -338,7 +338,7 @@ impl Reading {
     }
 }
 
-/// How the stream is read: by a consumer of the command's own, which the server forgets afterwards.
+/// The consumer by which a command reads the stream. The server forgets it afterwards.
 fn config(subject: &str, deliver_policy: DeliverPolicy, headers_only: bool) -> OrderedConfig {
     OrderedConfig {
         filter_subject: subject.to_owned(),
@@ -354,7 +354,7 @@ fn from_sequence(first: u64) -> DeliverPolicy {
     DeliverPolicy::ByStartSequence { start_sequence: first.max(1) }
 }
 
-/// Whether the stream will not be there later either.
+/// Returns `true` for an error that waiting does not mend: the stream is gone.
 fn is_final(error: &GetStreamError) -> bool {
     matches!(error.kind(), GetStreamErrorKind::JetStream(_))
 }

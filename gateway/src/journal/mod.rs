@@ -443,7 +443,7 @@ impl Journal {
         read.unwrap_or(Err(ReadError::Unknown))
     }
 
-    /// Where an entry lies on disk. Its segment is awake afterwards.
+    /// Finds an entry's record on disk. Loads the index of its segment where memory does not hold it.
     async fn located(&self, place: Place) -> Result<Located, ReadError> {
         loop {
             let (located, asleep) = {
@@ -575,8 +575,8 @@ impl Journal {
         found
     }
 
-    /// Whether a thread of the journal has ended though the journal is open: a fault of the program, after which only a
-    /// restart helps.
+    /// Returns `true` when a thread of the open journal has ended. That is a fault of the program, and only a restart
+    /// helps.
     pub fn is_broken(&self) -> bool {
         let threads = self.0.threads.lock().unwrap_or_else(PoisonError::into_inner);
         threads.as_ref().is_some_and(|(writer, keeper)| writer.is_finished() || keeper.is_finished())

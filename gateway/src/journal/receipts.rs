@@ -17,8 +17,8 @@ pub struct Receipt {
     pub tag: u64,
 }
 
-/// What receipts were judged to be. Those for entries that are confirmed already, or not of this journal, are in none
-/// of these.
+/// The judgement on a message of receipts. A receipt for an entry that is confirmed already, or that is not of this
+/// journal, is in none of these.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Judged {
     /// Entries that may be confirmed.

@@ -424,7 +424,7 @@ impl Segment {
         }
     }
 
-    /// Whether the entry is confirmed by this, because its receipt had come before.
+    /// Returns `true` when this confirms the entry, because its receipt had come before.
     pub(super) fn publish(&mut self, index: usize, sequence: u64, now: Ticks) -> bool {
         let Rows::Awake(columns) = &mut self.rows else { return false };
         let bits = columns.bits[index];

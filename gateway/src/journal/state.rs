@@ -103,12 +103,12 @@ impl Bits {
         Bits(self.0 | Bits::RECEIPTED)
     }
 
-    /// Whether the receipt has come before JetStream's ack.
+    /// Returns `true` when the receipt has come before JetStream's ack.
     pub(super) fn is_receipted(self) -> bool {
         self.state() == Some(State::Journalled) && self.has(Bits::RECEIPTED)
     }
 
-    /// Whether an earlier process had JetStream's ack for it, and this one has not handed it out yet.
+    /// Returns `true` when an earlier process had JetStream's ack for it and this one has not handed it out yet.
     pub(super) fn was_published(self) -> bool {
         self.state() == Some(State::Journalled) && self.has(Bits::WAS_PUBLISHED)
     }

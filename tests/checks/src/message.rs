@@ -1,4 +1,4 @@
-//! What both programs make of a message as the broker may deliver it: a subject, a header block, a body, a reply subject.
+//! A message as the broker may deliver it to either program: a subject, a header block, a body, a reply subject.
 //!
 //! The input is four lengths (a byte for the subject, a byte for the reply subject, two for the header block), these three
 //! in that order, and the body.
@@ -21,7 +21,7 @@ use worker::store::Record;
 /// The sequence of every message here.
 const SEQUENCE: u64 = 7;
 
-/// What became of a message, for tests that want to see each.
+/// The end of a message, so that a test can ask for each.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Seen {
     /// It would be a row.
@@ -104,7 +104,7 @@ fn split(input: &[u8]) -> (&[u8], &[u8], &[u8], &[u8]) {
     (subject, reply, block, body)
 }
 
-/// Whether there is anything in a message that plain ones do not have: what cannot be read must be odd.
+/// Returns `true` for a message with anything that plain ones do not have. Only such a one may be unreadable.
 fn is_odd(stored: &StoredMessage) -> bool {
     let block = &stored.header_block;
     let plain = |byte: &u8| matches!(byte, b' '..=b'~' | b'\r' | b'\n');

@@ -87,18 +87,23 @@ async fn replay_and_audit_pass_over_what_the_client_cannot_read() {
     let mut hostile = RawClient::connect(world.nats.port()).await;
     let mut genuine = Vec::new();
     for (name, block) in UNREADABLE {
-        genuine.push(world.post(BODY).await.accepted());
-        world.on_stream(2 * genuine.len() as u64 - 1).await;
         hostile.publish(SUBJECT, block, name.as_bytes()).await;
         hostile.flush().await;
+        genuine.push(world.post(BODY).await.accepted());
+        world.on_stream(2 * genuine.len() as u64).await;
     }
     let messages = 2 * UNREADABLE.len();
     let dry = world.worker(&["replay", "--dry-run"]).await;
     assert_eq!((dry.code, dry.number("  would insert")), (Some(1), genuine.len() as u64), "{dry:?}");
     assert_eq!(dry.number("  would become a dead letter"), UNREADABLE.len() as u64, "{dry:?}");
-    let audit = world.worker(&["audit", "--json"]).await;
-    assert_eq!((audit.code, &audit.json()["messages"]), (Some(0), &messages.into()), "{audit:?}");
-    assert_eq!(audit.json()["pending"], messages, "no consumer has acknowledged anything: {audit:?}");
+    for since in [&[][..], &["--since", "1h"]] {
+        let audit = world.worker(&[&["audit", "--json"], since].concat()).await;
+        assert_eq!((audit.code, &audit.json()["messages"]), (Some(0), &messages.into()), "{audit:?}");
+        assert_eq!(audit.json()["pending"], messages, "no consumer has acknowledged anything: {audit:?}");
+    }
+    let first = world.worker(&["replay", "--dry-run", "--until", "1"]).await;
+    assert_eq!((first.code, first.number("  would become a dead letter")), (Some(1), 1), "{first:?}");
+    assert_eq!(first.number("  would insert"), 0, "{first:?}");
     let replay = world.worker(&["replay"]).await;
     assert_eq!((replay.code, replay.number("  inserted")), (Some(1), genuine.len() as u64), "{replay:?}");
     all_stored(&world, &genuine).await;

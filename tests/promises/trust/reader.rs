@@ -46,7 +46,7 @@ async fn forged_receipts_settle_nothing_that_is_not_on_the_stream() {
         (full > 0.0).then_some(())
     })
     .await;
-    // What the reader saw: with a stream that is full, also messages that the stream did not take.
+    // The reader sees every message, also those that the full stream did not take.
     let seen = String::from_utf8(spy.next().await.headers).unwrap();
     let mut places = forged(header(&seen, "Receipt-To").unwrap(), 400);
     for _ in 0..100 {

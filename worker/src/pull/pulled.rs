@@ -16,7 +16,7 @@ pub struct Pulled {
     pub(super) sequence: u64,
     /// When the stream stored it.
     stored_at: OffsetDateTime,
-    /// How often the consumer has delivered it.
+    /// Number of times that the consumer has delivered it.
     attempts: i64,
 }
 

@@ -49,7 +49,7 @@ impl Session {
         self.ended.is_cancelled() || self.has_lost_connection()
     }
 
-    /// Whether its connection is gone, or the client itself.
+    /// Returns `true` when its connection is gone, or the client itself.
     pub fn has_lost_connection(&self) -> bool {
         self.connection != connections(&self.linked.client) || !self.linked.is_up()
     }

@@ -18,9 +18,9 @@ use crate::dead_letters::DeadLetter;
 use crate::read;
 use crate::store::{Batch, tell};
 
-/// How many messages are fetched at once. Each may be 8 MiB, and comes as base64.
+/// Messages that are fetched at once. Each may be 8 MiB, and comes as base64.
 const AT_ONCE: usize = 4;
-/// How long the server may take to confirm the ack. One that another worker has acknowledged before is not confirmed.
+/// Longest wait for the server to confirm an ack. It does not confirm one that another worker has sent before.
 const ACK_WITHIN: Duration = Duration::from_secs(1);
 
 /// Finds unreadable messages, in one session after another.
@@ -36,7 +36,7 @@ impl UnreadableScan {
     /// Makes dead letters of what cannot be read among the messages that the consumer has given out.
     ///
     /// # Errors
-    /// Where NATS does not say. What was found is done; the rest is looked at after the next loss.
+    /// NATS gives no answer. Messages that were found are dead letters; the others are looked at after the next loss.
     pub async fn bury(&mut self, stream: &Stream, session: &Session, database: &Database) -> anyhow::Result<()> {
         let consumer = stream.consumer_info(CONSUMER).await?;
         let info = stream.get_info().await?;
