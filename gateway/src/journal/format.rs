@@ -32,6 +32,9 @@ const MARKS_VERSION: u32 = 1;
 /// In a record's header block length: it is the last of its batch.
 const LAST: u32 = 1 << 31;
 const MARKS_HEADER: usize = 24;
+/// The most bytes of a marks file. It may have more states than its segment has entries now: a damaged segment can lose
+/// its end.
+pub(super) const LARGEST_MARKS: usize = MARKS_HEADER + LARGEST_SEGMENT as usize / RECORD_HEADER;
 
 /// Eight random bytes that open every record of one segment. Nobody outside this directory ever sees them, so no
 /// sender can put something into a body that would be taken for a record.
@@ -264,11 +267,6 @@ pub(super) fn encode_marks(check: u32, states: &[u8]) -> Vec<u8> {
     let crc = crc_around(&bytes, 12);
     bytes[12..16].copy_from_slice(&crc.to_le_bytes());
     bytes
-}
-
-/// The most bytes that the marks file of a segment with so many entries has.
-pub(super) fn marks_length(entries: usize) -> usize {
-    MARKS_HEADER + entries
 }
 
 /// The state bytes in a marks file. `None` unless it is intact and of the segment with this check.

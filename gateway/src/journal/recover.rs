@@ -259,7 +259,7 @@ impl Found {
             segment.damaged = true;
             recovered.damages.push(Damage { file: self.path.clone(), entries_lost, what });
         }
-        if let Ok(bytes) = access::read_small(&files::marks(dir, self.number), format::marks_length(segment.entries()))
+        if let Ok(bytes) = access::read_small(&files::marks(dir, self.number), format::LARGEST_MARKS)
             && let Some(states) = format::decode_marks(&bytes, segment.check)
         {
             segment.apply_marks(states);

@@ -109,8 +109,7 @@ impl Snapshot {
                 segment.fill(survey.offsets, survey.received, &survey.holes);
             }
         }
-        let length = format::marks_length(segment.entries());
-        let marks = access::read_small(&files::marks(dir, number), length).unwrap_or_default();
+        let marks = access::read_small(&files::marks(dir, number), format::LARGEST_MARKS).unwrap_or_default();
         if let Some(states) = format::decode_marks(&marks, segment.check) {
             segment.show_marks(states);
         }

@@ -355,6 +355,20 @@ async fn a_damaged_marks_file_is_only_a_repeat() {
 }
 
 #[tokio::test]
+async fn marks_hold_for_the_rest_of_a_segment_that_lost_its_end() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(7)).await;
+    let places = append_all(&journal, &(0..4).map(|id| entry(id, 100)).collect::<Vec<_>>()).await;
+    journal.mark_confirmed(&places[..2]).await;
+    journal.close().await;
+    drop(journal);
+    let segment = fs::File::options().write(true).open(files::segment(dir.path(), places[0].segment)).unwrap();
+    segment.set_len(FIRST_RECORD + 3 * BLOCK).unwrap();
+    let (_, recovered) = recover(dir.path()).unwrap();
+    assert_eq!((recovered.unpublished, recovered.confirmed), (1, 2));
+}
+
+#[tokio::test]
 async fn a_later_version_is_left_alone() {
     let pristine = Pristine::make(true).await;
     let dir = tempdir().unwrap();
