@@ -132,7 +132,7 @@ pub async fn look(nats: &NatsSettings, side: Side<'_>) -> Vec<Finding> {
 /// Tries a connection without a login. `true`: the server takes it. A server that refuses it writes a line into its log.
 async fn takes_strangers(nats: &NatsSettings, server: &ServerAddr) -> bool {
     if !nats.connection().has_login() {
-        return true; // the connection that the check has is one without a login
+        return true; // the check itself has connected without a login
     }
     let stranger = nats.connection().without_login();
     match stranger.try_one("check", server, TRY_WITHIN, |_| ()).await {
@@ -145,14 +145,14 @@ async fn takes_strangers(nats: &NatsSettings, server: &ServerAddr) -> bool {
 }
 
 fn open_to_all(what: &str) -> Finding {
-    let advice = "give it users with permissions (`authorization` or `accounts` in the servers' configuration): as it is, \
-                  every program that reaches it may read deliveries, publish forged ones and purge the stream";
+    let advice = "give it users with permissions (`authorization` or `accounts` in the servers' configuration); a program \
+                  without a login may read deliveries, publish forged ones and purge the stream, unless permissions forbid it";
     Finding::warning(format!("{what}, login"), "NATS takes clients without a login", advice)
 }
 
 fn in_clear(what: &str) -> Finding {
-    let advice = "set up `tls` in the servers' configuration, and tls:// in NATS_URL: as it is, deliveries and a password can \
-                  be read on their way";
+    let advice = "set up `tls` in the servers' configuration, and tls:// in NATS_URL; a machine on the way can read \
+                  deliveries and a password";
     Finding::warning(format!("{what}, encryption"), "the connection to NATS is not encrypted", advice)
 }
 
@@ -223,7 +223,7 @@ async fn jetstream(nats: &NatsSettings, side: Side<'_>, link: &Link) -> Vec<Find
         findings.push(Finding::not_tried("NATS account", detail, advice));
     }
     let what = format!("stream {}", nats.stream);
-    // Tried even where the login may not look at the stream: `denials` tells a refusal.
+    // This is tried even where the login may not look at the stream. `denials` names a refusal.
     let subject = may_publish(&link.client, side).await;
     if may(&stream_info(nats)) {
         match context.get_stream(&nats.stream).await {

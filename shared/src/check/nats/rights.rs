@@ -28,15 +28,13 @@ impl Rights {
     pub(super) fn of(nats: &NatsSettings, side: Side<'_>) -> Rights {
         let api = |call: &str| format!("$JS.API.{call}.{}", nats.stream);
         let (stream, consumer) = (stream_info(nats), consumer_info(nats));
+        let get = api("STREAM.MSG.GET");
+        let try_get = (get.clone(), r#"{"seq":"none"}"#);
         match side {
             Side::Gateway { .. } => {
-                let (create, get) = (api("STREAM.CREATE"), api("STREAM.MSG.GET"));
-                let tried = vec![
-                    (stream.clone(), ""),
-                    (create.clone(), r#"{"name":0}"#),
-                    (get.clone(), r#"{"seq":"none"}"#),
-                    (consumer.clone(), ""),
-                ];
+                let create = api("STREAM.CREATE");
+                let tried =
+                    vec![(stream.clone(), ""), (create.clone(), r#"{"name":0}"#), try_get, (consumer.clone(), "")];
                 let publish = vec![format!("{SUBJECT_PREFIX}.*"), stream, create, get, consumer];
                 Rights { tried, publish, subscribe: "receipts.* and its inbox" }
             }
@@ -49,6 +47,7 @@ impl Rights {
                 let tried = vec![
                     (receipt::subject("check"), ""), // no gateway has this id
                     (stream.clone(), ""),
+                    try_get,
                     (consumer.clone(), ""),
                     (create.clone(), r#"{"stream_name":0}"#),
                     (next.clone(), r#"{"batch":"none","no_wait":true}"#),
@@ -56,7 +55,7 @@ impl Rights {
                     (purge.clone(), r#"{"filter":"none","seq":1,"keep":"none"}"#),
                 ];
                 let acks = [format!("{ack}.>"), format!("$JS.ACK.*.*.{}.{CONSUMER}.>", nats.stream)];
-                let mut publish = vec![receipt::subject("*"), stream, consumer, create, next, purge, reset(nats)];
+                let mut publish = vec![receipt::subject("*"), stream, get, consumer, create, next, purge, reset(nats)];
                 publish.extend(acks);
                 Rights { tried, publish, subscribe: "its inbox" }
             }
