@@ -82,7 +82,7 @@ impl DeliveryId {
         ((1..=128).contains(&text.len()) && text.bytes().all(allowed)).then(|| DeliveryId(text.to_owned()))
     }
 
-    /// Its 128 bits. None where it is no UUID, as the id of somebody else's message may be.
+    /// Its 128 bits. `None` for an id that is no UUID, as another program's may be.
     pub fn to_bits(&self) -> Option<u128> {
         Uuid::try_parse(&self.0).ok().map(|uuid| uuid.as_u128())
     }
@@ -306,7 +306,7 @@ impl Delivery {
 }
 
 /// Limits a message's own time by the stream's clock. The gateway received a delivery at most [`OLDEST`] before the stream
-/// stored it. It did not receive it later, but its clock may be ahead by [`CLOCKS_APART`].
+/// stored it, and not later. The gateway's clock may be ahead by [`CLOCKS_APART`].
 fn held_to(said: OffsetDateTime, stored_at: OffsetDateTime) -> OffsetDateTime {
     let (earliest, latest) = (stored_at.saturating_sub(OLDEST), stored_at.saturating_add(CLOCKS_APART));
     // Compared first: a time near the end of the calendar has no UTC.

@@ -19,7 +19,7 @@
 //! the repeat harmless. And 7 closes the circle: whatever goes wrong between 3 and 6, in a broker that forgets what it
 //! acknowledged, say, an entry without a receipt is looked after until it has one (gateway `confirm`).
 //!
-//! Whatever comes from the broker is hostile input: [`hostile`] says what both programs make of that.
+//! Input from the broker is hostile input. [`hostile`] states how both programs treat it.
 //!
 //! The trace that begins or goes on in 1 travels along ([`trace`]), onto every log line about the delivery.
 

@@ -126,7 +126,7 @@ pub fn of_process(registry: &mut Registry, program: &'static str, version: &'sta
     registry.register_collector(Box::new(Checks { name: format!("{program}_check_ok"), readiness: readiness.clone() }));
 }
 
-/// Registers what both programs tell of their connection to NATS. `program` begins the name.
+/// Registers the metric of a program's connection to NATS. `program` begins its name.
 pub fn of_link(registry: &mut Registry, program: &'static str, link: &Link) {
     registry.register_collector(Box::new(Replaced {
         name: format!("{program}_nats_clients_replaced"),

@@ -28,7 +28,7 @@ pub fn ids<'a>(ids: impl ExactSizeIterator<Item = &'a str>) -> String {
     text
 }
 
-/// Anything can be in an environment variable.
+/// `true`: a user name. An environment variable can hold any text.
 fn is_name(name: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-$".contains(&byte);
     (1..=NAME_MAX).contains(&name.len()) && name.bytes().all(allowed)

@@ -2,8 +2,8 @@
 //! work, check by check), `/metrics`.
 //!
 //! It has [`MAX_CONNECTIONS`], each for one request and for [`CONNECTION_TIMEOUT`]. Beyond them the oldest is closed for a
-//! new one. Why: whatever fills this listener must take no file descriptor from the program's own work, and must not keep
-//! out the operator who looks for the cause.
+//! new one. Why: a client that fills this listener must take no file descriptor from the program's own work. It must not
+//! keep the operator out who looks for the cause.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
@@ -86,7 +86,7 @@ impl Readiness {
         self.lock().insert(name, Check::Probe(Box::new(probe)));
     }
 
-    /// Has `/healthz` fail while this does: only a restart of the process mends it.
+    /// Makes `/healthz` fail while `probe` fails. A probe is for a fault that only a restart of the process mends.
     pub fn vital(&self, probe: impl Fn() -> State + Send + 'static) {
         self.vital.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(probe));
     }

@@ -46,7 +46,7 @@ pub fn roots(file: &Path) -> Result<RootCertStore, String> {
     Ok(roots)
 }
 
-/// `true`: what is sent to `host` stays on this machine. `host` is a name or an address (IPv6 with or without brackets).
+/// `true`: bytes that are sent to `host` stay on this machine. `host` is a name or an address (IPv6 with or without brackets).
 /// A name is not looked up: `localhost` and names below it stay here (RFC 6761), others do not.
 pub fn is_loopback(host: &str) -> bool {
     let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);

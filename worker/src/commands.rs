@@ -268,7 +268,7 @@ pub(crate) fn print(text: &str) -> std::io::Result<()> {
 /// Writes a value to stdout as JSON. Hidden characters become escapes of JSON's.
 ///
 /// # Errors
-/// Where nobody reads it.
+/// Fails when stdout is closed.
 pub(crate) fn print_json(value: &Value) -> std::io::Result<()> {
     print(&printable_json(&format!("{value:#}\n")))
 }

@@ -26,7 +26,7 @@ fn main() -> ExitCode {
         }
     };
     if arguments.subcommand().is_some() && lookup("RUST_LOG").is_none() {
-        // Who runs a command reads its output; only what goes wrong belongs between. And the line about its end.
+        // The operator reads the command's output. Only warnings and the line about its end belong between.
         config.logs.filter = format!("warn,{}=info", operator::TARGET);
     }
     config.logs.start();

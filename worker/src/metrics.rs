@@ -182,12 +182,12 @@ impl Metrics {
         self.acks_unconfirmed.inc_by(deliveries as u64);
     }
 
-    /// A message that is none of the stream's has come to an inbox.
+    /// Counts a message in an inbox that is none of the stream's.
     pub fn ignored(&self) {
         self.ignored.inc();
     }
 
-    /// A message of the stream cannot be read, and became a dead letter.
+    /// Counts a message of the stream that cannot be read and became a dead letter.
     pub fn unreadable(&self) {
         self.unreadable.inc();
     }

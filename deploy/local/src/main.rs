@@ -16,7 +16,7 @@ use shared::core_dumps;
 use shared::settings::{self, BadSettings, EX_USAGE};
 
 fn main() -> ExitCode {
-    core_dumps::forbid(); // of the servers neither, which inherit it
+    core_dumps::forbid(); // the servers inherit the limit
     let arguments = settings::arguments(command());
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,

@@ -218,7 +218,7 @@ fn spawn(program: &Path, options: &NatsOptions, port: u16, monitor_port: u16) ->
 /// Writes a file that its owner alone can read: it may hold a password.
 fn write_private(path: &Path, text: &str) -> io::Result<()> {
     let mut file = File::options().create(true).truncate(true).write(true).mode(0o600).open(path)?;
-    file.set_permissions(Permissions::from_mode(0o600))?; // one that was there keeps its mode otherwise
+    file.set_permissions(Permissions::from_mode(0o600))?; // `open` leaves the mode of a file that exists
     file.write_all(text.as_bytes())
 }
 

@@ -187,7 +187,7 @@ fn open_cache(cache: &Path) -> anyhow::Result<()> {
         fs::create_dir_all(cache)?;
         let found = fs::symlink_metadata(cache)?;
         if found.uid() != Uid::effective().as_raw() {
-            return Ok(()); // what that means is told below
+            return Ok(()); // `check_owner` refuses it below
         }
         let mode = if account::is_root() { 0o755 } else { found.mode() & 0o755 };
         fs::set_permissions(cache, fs::Permissions::from_mode(mode))

@@ -92,7 +92,7 @@ async fn start(options: &Options) -> anyhow::Result<Stack> {
 
     progress.step("Starting nats-server and PostgreSQL");
     let ports = Ports::choose(&data_dir)?;
-    // Each user of this machine reaches the port. Behind it lie deliveries, and what is put there becomes a row.
+    // Each user of this machine reaches the port. A client reads deliveries there, and a message of it becomes a row.
     let login = Login { user: "loop".into(), password: data_dir.secret(NATS_PASSWORD_FILE)? };
     let nats = NatsOptions { port: Some(ports.nats), login: Some(login), ..NatsOptions::new(nats_dir) };
     let postgres = PostgresOptions { port: Some(ports.postgres), ..PostgresOptions::lasting(postgres_dir) };

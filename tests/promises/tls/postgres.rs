@@ -214,7 +214,7 @@ async fn a_server_that_does_no_tls_is_for_those_who_allow_it() {
 }
 
 /// A server on `address` that declines TLS (`N`) or breaks it off (`S`), and asks for the password: in clear (3) or hashed
-/// with MD5 (5). Gives its port, and what it was sent after it had asked, login by login.
+/// with MD5 (5). Gives its port, and the answers of its clients, login by login.
 async fn asks_for_the_password(address: IpAddr, tls: u8, how: u8) -> (u16, Arc<Mutex<Vec<Vec<u8>>>>) {
     let listener = TcpListener::bind((address, 0)).await.unwrap();
     let port = listener.local_addr().unwrap().port();

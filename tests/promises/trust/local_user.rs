@@ -1,4 +1,4 @@
-//! Another user of the gateway's machine tries to read, change or block what the door keeps there.
+//! Another user of the gateway's machine tries to read, change or block the files of the door.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink};
@@ -21,7 +21,7 @@ const GATEWAY: &str = env!("CARGO_BIN_EXE_gateway-under-test");
 /// A file that is longer than any disk here, and takes no space.
 const ENDLESS: u64 = 1 << 40;
 
-/// The user `nobody`. `None`, and the test is told as skipped, where this process may not become another user.
+/// The user `nobody`. `None` where this process may not become another user: the test then prints that it is skipped.
 fn nobody(test: &str) -> Option<User> {
     let user = User::from_name("nobody").unwrap().filter(|_| nix::unistd::geteuid().is_root());
     if user.is_none() {

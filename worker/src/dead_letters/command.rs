@@ -100,7 +100,7 @@ impl Filter {
         }
     }
 
-    /// As arguments of the command.
+    /// The filter as arguments of the command.
     fn arguments(&self) -> String {
         let Filter { ids, reason, since, until } = self;
         if let Some(ids) = ids {
@@ -231,7 +231,7 @@ fn none(id: &str) -> anyhow::Result<Ending> {
     Ok(Ending::LookAtIt)
 }
 
-/// Does something to each letter, tells what, and whether all went well. `command` is for the log.
+/// Applies `act` to each letter, and prints each result and their counts. `command` is for the log.
 async fn each(
     command: &str,
     store: &Store,

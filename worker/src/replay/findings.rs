@@ -75,7 +75,7 @@ impl Totals {
         self.0.iter().sum()
     }
 
-    /// What a replay changed, for the log.
+    /// The changes of a replay in numbers, for the log.
     pub(super) fn summary(&self) -> String {
         let changed = [&Outcome::Inserted, &Outcome::Restored, &Outcome::Buried].map(|outcome| self.of(outcome));
         let [inserted, restored, buried] = changed;

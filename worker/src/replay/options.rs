@@ -102,7 +102,7 @@ impl Options {
         }
     }
 
-    /// What it was told, as arguments of the command.
+    /// The span and the options, as arguments of the command.
     pub(super) fn filter(&self) -> String {
         let from = match self.span.from {
             From::Oldest => String::new(),

@@ -93,7 +93,7 @@ const UNLESS_THERE: &str = " ON CONFLICT (id) DO NOTHING";
 /// The first statement of every transaction. It is set for the transaction alone, because a connection pooler hands the
 /// session to other clients.
 ///
-/// Names without a schema then mean PostgreSQL's own functions and operators. Without it, another role could put a
+/// Names without a schema then mean PostgreSQL's own functions and operators. Otherwise another role could put a
 /// function into `public` that fits the arguments better, and the worker would call it with its own rights. Our tables
 /// and types are named with their schemas. `pg_temp` stands last: PostgreSQL searches it first where it is left out.
 /// (<https://www.postgresql.org/docs/current/ddl-schemas.html#DDL-SCHEMAS-PATTERNS>)
@@ -408,7 +408,7 @@ async fn store_row_by_row(client: &mut Object, batch: &Distinct<'_>) -> Result<S
     let mut tx = begin(client).await?;
     within(tx.batch_execute(SETTINGS)).await?;
     let statements = Statements::prepare(&tx, UNLESS_THERE).await?;
-    // What would be refused at COMMIT has to be refused while its savepoint is open.
+    // A deferred constraint must refuse a row while the row's savepoint is open, not at COMMIT.
     within(tx.batch_execute("SET CONSTRAINTS ALL IMMEDIATE")).await?;
     let mut stored = Stored::default();
     let mut refused = Vec::new();

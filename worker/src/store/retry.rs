@@ -140,7 +140,7 @@ async fn take(tx: &Transaction<'_>, delivery_id: &str) -> Result<Option<DeadLett
 fn read_again(letter: DeadLetter) -> Result<super::Record, Box<DeadLetter>> {
     let Origin { subject, mut headers, body, attempts } = letter.origin;
     if letter.delivery_id.parse::<HeaderValue>().is_ok() {
-        headers.insert(DELIVERY_ID, letter.delivery_id.as_str()); // the ledger's, whatever the headers said
+        headers.insert(DELIVERY_ID, letter.delivery_id.as_str()); // the ledger's id, in place of one in the headers
     }
     let message = async_nats::Message {
         subject: subject.into(),
@@ -155,7 +155,7 @@ fn read_again(letter: DeadLetter) -> Result<super::Record, Box<DeadLetter>> {
     read_message(&message, letter.stream_sequence, stored_at, attempts)
 }
 
-/// The time in the message's header, where it can be true of a letter that failed at `failed_at`, perhaps again and
+/// The time in the message's header. `None` unless it lies in the ten years before `failed_at`: a letter may fail again and
 /// again for years.
 fn received_at(message: &async_nats::Message, failed_at: OffsetDateTime) -> Option<OffsetDateTime> {
     let text = message.headers.as_ref()?.get(RECEIVED_AT)?.as_str();

@@ -64,7 +64,7 @@ pub(super) struct Statements {
 }
 
 impl Statements {
-    /// Prepares them in a transaction that has its [`super::SEARCH_PATH`]: PostgreSQL looks their names up now.
+    /// Prepares them in a transaction that has its [`super::SEARCH_PATH`]: PostgreSQL resolves their names now.
     /// `on_conflict` is appended to the statements that write Loop's tables.
     pub(super) async fn prepare(tx: &Transaction<'_>, on_conflict: &str) -> Result<Statements, StoreError> {
         Ok(Statements {

@@ -187,7 +187,7 @@ impl Server {
         !matches!(self.host, Host::Tcp(_))
     }
 
-    /// `true`: what is sent to it leaves this machine. A name is not looked up (see [`tls::is_loopback`]).
+    /// `true`: bytes that are sent to it leave this machine. A name is not looked up (see [`tls::is_loopback`]).
     pub(super) fn is_remote(&self) -> bool {
         match (&self.hostaddr, &self.host) {
             (Some(address), Host::Tcp(_)) => !address.to_canonical().is_loopback(),
