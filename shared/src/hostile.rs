@@ -180,6 +180,7 @@ pub enum Unreadable {
 /// # Errors
 /// The error names the part that the library cannot read.
 pub fn headers(subject: &str, block: &[u8]) -> Result<Option<HeaderMap>, Unreadable> {
+    // A subject that holds U+FFFD itself is taken for one that is no UTF-8: harmless, as neither is a genuine delivery's.
     if subject.contains(char::REPLACEMENT_CHARACTER) {
         return Err(Unreadable::Subject);
     }

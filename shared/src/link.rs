@@ -164,8 +164,11 @@ impl Shared {
             let linked = self.current.borrow().clone();
             let asking = async {
                 loop {
-                    self.ask(&linked).await;
-                    // Too early is harmless, and too late is soon made good.
+                    // A request does not outlive its connection: on a new one, another is made.
+                    tokio::select! {
+                        () = self.ask(&linked) => {}
+                        () = self.connected.notified() => continue,
+                    }
                     let _ = timeout(ASK_EVERY, self.connected.notified()).await;
                 }
             };

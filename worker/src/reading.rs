@@ -11,12 +11,12 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
-use async_nats::jetstream::Message;
+use anyhow::Context as _;
 use async_nats::jetstream::consumer::DeliverPolicy;
 use async_nats::jetstream::consumer::pull::{Ordered, OrderedConfig};
 use async_nats::jetstream::context::{GetStreamError, GetStreamErrorKind};
 use async_nats::jetstream::stream::Stream;
+use async_nats::jetstream::{ErrorCode, Message};
 use futures_util::{FutureExt as _, StreamExt as _};
 use shared::delivery::{Delivery, DeliveryId, Resource};
 use shared::hostile::StoredMessage;
@@ -37,8 +37,10 @@ const AHEAD: i64 = 1_000;
 const FILL_WITHIN: Duration = Duration::from_millis(20);
 /// After this long without a message it is asked whether there are any more.
 const ASK_AFTER: Duration = Duration::from_secs(2);
-/// Most times that reading is begun again without a message between.
-const BEGIN_AGAIN: u32 = 10;
+/// After so many vain beginnings messages are fetched singly, whatever they look like.
+const BEGIN_AGAIN: u32 = 2;
+/// Pause while NATS is away.
+const AWAY: Duration = Duration::from_millis(200);
 /// Messages behind an unreadable one that are fetched singly.
 const SINGLY: usize = 500;
 
@@ -104,7 +106,7 @@ impl Entry {
         read::id(&self.message, self.sequence)
     }
 
-    /// The delivery's body, byte for byte. Empty where only headers are read.
+    /// The delivery's body, byte for byte.
     pub fn body(&self) -> &[u8] {
         &self.message.payload
     }
@@ -126,7 +128,6 @@ pub struct Reading {
     link: &'static Link,
     stream: Stream,
     subject: String,
-    headers_only: bool,
     /// None while messages are fetched singly.
     messages: Option<Ordered>,
     /// Messages that are still to be fetched singly.
@@ -147,7 +148,7 @@ impl Reading {
     ///
     /// # Errors
     /// Where there is no such stream, or NATS does not answer.
-    pub async fn open(link: &'static Link, name: &str, span: &Span, headers_only: bool) -> anyhow::Result<Reading> {
+    pub async fn open(link: &'static Link, name: &str, span: &Span) -> anyhow::Result<Reading> {
         let stream = link.current().context.get_stream(name).await;
         let stream = stream.with_context(|| format!("cannot look at stream {name}"))?;
         let state = &stream.cached_info().state;
@@ -167,7 +168,7 @@ impl Reading {
             Until::Newest | Until::Sequence(_) | Until::Time(_) => None,
         };
         let count = async |policy| {
-            let probe = stream.create_consumer(config(&subject, policy, headers_only)).await;
+            let probe = stream.create_consumer(config(&subject, policy)).await;
             let probe = probe.context("cannot read the stream")?;
             let info = probe.cached_info();
             // Best effort: the server forgets it by itself, only later.
@@ -180,7 +181,7 @@ impl Reading {
         };
         // Given a time after its newest message, the server begins with the oldest.
         let none = matches!(span.from, From::Time(since) if since > newest_at);
-        let consumer = stream.create_consumer(config(&subject, from, headers_only)).await;
+        let consumer = stream.create_consumer(config(&subject, from)).await;
         let consumer = consumer.context("cannot read the stream")?;
         let total = if none { 0 } else { consumer.cached_info().num_pending.saturating_sub(unread) };
         let last = match span.until {
@@ -199,20 +200,7 @@ impl Reading {
         };
         let messages = Some(consumer.messages().await.context("cannot read the stream")?);
         let (singly, begun_again, ended) = (0, 0, total == 0);
-        Ok(Reading {
-            link,
-            stream,
-            subject,
-            headers_only,
-            messages,
-            singly,
-            total,
-            last,
-            before,
-            next,
-            begun_again,
-            ended,
-        })
+        Ok(Reading { link, stream, subject, messages, singly, total, last, before, next, begun_again, ended })
     }
 
     /// The next messages, in their order: at most `most`, and not much more than 32 MiB. None at the end. NATS away is
@@ -232,7 +220,7 @@ impl Reading {
                         None => tokio::time::timeout(patience, messages.next()).await.ok(),
                     };
                     match message {
-                        Some(Some(Ok(message))) => self.entry(message)?,
+                        Some(Some(Ok(message))) => self.entry(message).await?,
                         None if !batch.is_empty() => break,
                         // Silence, an error or the end: the client may have met what it cannot read.
                         None | Some(None | Some(Err(_))) => self.fetch_next().await?,
@@ -245,9 +233,14 @@ impl Reading {
     }
 
     /// `message`, where it still belongs to the span.
-    fn entry(&mut self, message: Message) -> anyhow::Result<Option<Entry>> {
+    async fn entry(&mut self, message: Message) -> anyhow::Result<Option<Entry>> {
         let info = message.info().map_err(|error| anyhow::anyhow!("a message without its place: {error}"))?;
         let (sequence, stored_at) = (info.stream_sequence, info.published);
+        if sequence < self.next {
+            // The library began again too early, with what was given out or is before the span.
+            self.open_again().await;
+            return Ok(None);
+        }
         self.ended = info.pending == 0;
         let entry = Entry { message: message.message, sequence, stored_at, unreadable: None };
         Ok(self.within(entry))
@@ -282,68 +275,49 @@ impl Reading {
                 {
                     return Err(error).context("reading the stream ended too early");
                 }
-                tokio::time::sleep(FILL_WITHIN).await;
+                tokio::time::sleep(AWAY).await;
                 return Ok(None);
             }
         };
         let entry = Entry::of(&message);
-        if entry.unreadable.is_some() {
+        if entry.unreadable.is_some() || self.begun_again >= BEGIN_AGAIN {
             self.singly = SINGLY;
             self.messages = None;
         }
         if self.singly == 0 {
             // It can be read, and was only late, or belongs to another client now.
-            self.open_again().await?;
+            self.open_again().await;
             return Ok(None);
         }
         self.singly -= 1;
         Ok(self.within(entry))
     }
 
-    /// Reads many at once again, from the next message on.
-    async fn open_again(&mut self) -> anyhow::Result<()> {
+    /// Reads many at once again, from the next message on. Without an answer of NATS there is nothing to read from until
+    /// the next try.
+    async fn open_again(&mut self) {
         self.begun_again += 1;
-        let next = self.next;
-        ensure!(
-            self.begun_again <= BEGIN_AGAIN,
-            "the message at {next} is on the stream, and NATS does not deliver it"
-        );
+        // The one before would ask for messages beside it, and may meet the next unreadable one.
+        self.messages = None;
         let linked = self.link.current();
         let name = &self.stream.cached_info().config.name;
         let open = async {
             let stream = linked.context.get_stream(name).await?;
-            let config = config(&self.subject, from_sequence(self.next), self.headers_only);
+            let config = config(&self.subject, from_sequence(self.next));
             anyhow::Ok((stream.create_consumer(config).await?.messages().await?, stream))
         };
         match open.await {
             Ok((messages, stream)) => (self.messages, self.stream) = (Some(messages), stream),
-            Err(error) if linked.is_up() => return Err(error.context("cannot read the stream")),
-            Err(_) => {} // NATS is away: waited for
+            Err(_) => tokio::time::sleep(AWAY).await,
         }
-        Ok(())
-    }
-
-    /// The id of `entry`. Where only the body tells it, in a message of another program's, the body is fetched.
-    ///
-    /// # Errors
-    /// Where that cannot be fetched.
-    pub async fn id(link: &Link, stream: &str, entry: &Entry) -> anyhow::Result<DeliveryId> {
-        if entry.unreadable.is_some() || !entry.body().is_empty() || read::id_in_header(&entry.message).is_some() {
-            return Ok(entry.id());
-        }
-        let sequence = entry.sequence;
-        let whole = StoredMessage::at(&link.current().context, stream, sequence).await?;
-        let whole = whole.with_context(|| format!("message {sequence} of the stream is gone"))?;
-        Ok(DeliveryId::of_foreign_message(sequence, &whole.body))
     }
 }
 
 /// The consumer by which a command reads the stream. The server forgets it afterwards.
-fn config(subject: &str, deliver_policy: DeliverPolicy, headers_only: bool) -> OrderedConfig {
+fn config(subject: &str, deliver_policy: DeliverPolicy) -> OrderedConfig {
     OrderedConfig {
         filter_subject: subject.to_owned(),
         deliver_policy,
-        headers_only,
         max_batch: AHEAD,
         max_bytes: i64::try_from(BATCH_BYTES).expect("32 MiB"),
         ..OrderedConfig::default()
@@ -356,5 +330,5 @@ fn from_sequence(first: u64) -> DeliverPolicy {
 
 /// Returns `true` for an error that waiting does not mend: the stream is gone.
 fn is_final(error: &GetStreamError) -> bool {
-    matches!(error.kind(), GetStreamErrorKind::JetStream(_))
+    matches!(error.kind(), GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND)
 }

@@ -40,7 +40,7 @@ pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result
     let interruption = commands::interruption()?;
     let link = commands::link(config).await?;
     let store = commands::store(config).await?;
-    let reading = Reading::open(link, &config.nats.stream, &options.span, false).await?;
+    let reading = Reading::open(link, &config.nats.stream, &options.span).await?;
     let mut replay = Replay {
         store: &store,
         options: &options,

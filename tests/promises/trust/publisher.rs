@@ -153,3 +153,43 @@ async fn a_subject_that_is_no_utf_8_stops_no_worker() {
     world.all_acknowledged().await;
     assert_eq!(world.worker(&["audit"]).await.code, Some(0));
 }
+
+#[tokio::test]
+async fn reading_the_stream_harms_no_broker_and_ends() {
+    let world = setup().workers(0).start().await;
+    assert_eq!(world.worker(&["migrate"]).await.code, Some(0));
+    let mut hostile = RawClient::connect(world.nats.port()).await;
+    // The server itself ends over the first where a consumer leaves bodies out; the library reads none of the others.
+    hostile.publish(SUBJECT, b"X", b"a").await;
+    hostile.publish(SUBJECT, b"NATS/1.0", b"b").await;
+    hostile.publish("signals.sentry.a\u{a0}b", b"", b"c").await;
+    hostile.publish("signals.sentry.a\u{fffd}b", b"", b"{}").await;
+    hostile.flush().await;
+    let genuine = world.post(BODY).await.accepted();
+    world.on_stream(5).await;
+    for command in [&["audit"][..], &["replay", "--dry-run"], &["replay"], &["audit"]] {
+        let ran = world.worker(command).await;
+        assert!(matches!(ran.code, Some(0 | 1)) && ran.out.starts_with("read 5 messages"), "{command:?}: {ran:?}");
+        assert!(world.nats.process().is_alive(), "{}", world.nats.process().last_words());
+    }
+    world.stored(&genuine).await;
+}
+
+/// The worker's own way: a scan after each lost connection, also where several are lost at once.
+#[tokio::test]
+async fn a_storm_of_unreadable_messages_is_buried_and_costs_no_delivery() {
+    let mut world = impatient(setup().worker("WORKER_BATCH_MAX", "20")).await;
+    world.start_worker().await;
+    let mut hostile = RawClient::connect(world.nats.port()).await;
+    let mut genuine = Vec::new();
+    for n in 0..60 {
+        let (_, block) = UNREADABLE[n % UNREADABLE.len()];
+        hostile.publish(SUBJECT, block, format!("{n}").as_bytes()).await;
+        hostile.flush().await;
+        genuine.push(world.post(BODY).await.accepted());
+    }
+    all_stored(&world, &genuine).await;
+    world.until("SELECT count(*) FROM ingest.dead_letters", 60_i64).await;
+    world.all_acknowledged().await;
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM signals").await, 60);
+}

@@ -26,10 +26,9 @@ const ACK_WITHIN: Duration = Duration::from_secs(1);
 /// Finds unreadable messages, in one session after another.
 #[derive(Debug, Default)]
 pub struct UnreadableScan {
-    /// Every message up to this sequence was found readable, or is a dead letter.
-    known: u64,
-    /// When the stream in which this was found was made.
-    stream: Option<OffsetDateTime>,
+    /// Every message up to this sequence is readable, or a dead letter whose ack was confirmed. 0 after a scan that found
+    /// nothing, because the stream's files may have gone back in time since.
+    done: u64,
 }
 
 impl UnreadableScan {
@@ -41,43 +40,59 @@ impl UnreadableScan {
         let consumer = stream.consumer_info(CONSUMER).await?;
         let info = stream.get_info().await?;
         let (floor, delivered) = (consumer.ack_floor.stream_sequence, consumer.delivered.stream_sequence);
-        if self.stream != Some(info.created) || info.state.last_sequence < self.known {
-            *self = UnreadableScan { known: 0, stream: Some(info.created) }; // another stream, or older files of this one
+        if info.state.last_sequence < self.done {
+            self.done = 0;
         }
         let name = &info.config.name;
-        let range = floor.max(self.known) + 1..=delivered.min(info.state.last_sequence);
-        let fetch = |sequence| StoredMessage::at(session.context(), name, sequence);
-        let mut messages = stream::iter(range.clone()).map(fetch).buffered(AT_ONCE);
-        let mut found = Vec::new();
-        let mut failed = None;
-        while let Some(message) = messages.next().await {
-            match message {
-                Ok(Some(message)) => {
-                    found.extend(unreadable_letter(&message).map(|letter| (message.stored_at, letter)))
-                }
-                Ok(None) => {} // purged
+        let range = floor.max(self.done) + 1..=delivered.min(info.state.last_sequence);
+        let fetch = |sequence| async move { (sequence, StoredMessage::at(session.context(), name, sequence).await) };
+        let mut messages = stream::iter(range).map(fetch).buffered(AT_ONCE);
+        let (mut found, mut whole, mut failed) = (false, true, None);
+        while let Some((sequence, message)) = messages.next().await {
+            if session.is_over() {
+                return Ok(()); // the next one begins where this one got to
+            }
+            whole &= match message {
+                Ok(Some(message)) => match unreadable_letter(&message) {
+                    Some(letter) => {
+                        found = true;
+                        set_apart(letter, message.stored_at, name, session, database).await
+                    }
+                    None => true,
+                },
+                Ok(None) => true, // purged
                 Err(error) => {
-                    failed = Some(error);
-                    break;
+                    failed.get_or_insert(error);
+                    false
                 }
+            };
+            if whole {
+                self.done = sequence;
             }
         }
-        for (stored_at, letter) in found {
-            let sequence = letter.stream_sequence;
-            let batch = Batch { records: vec![], dead_letters: vec![letter] };
-            let Some(stored) = database.persist(&batch, || !session.is_over()).await else { return Ok(()) };
-            database.metrics().unreadable();
-            tell(&stored, &batch);
-            acknowledge(session, name, sequence, stored_at).await;
+        if !found {
+            self.done = 0;
         }
-        match failed {
-            Some(error) => Err(error.into()),
-            None => {
-                self.known = self.known.max(*range.end());
-                Ok(())
-            }
-        }
+        failed.map_or(Ok(()), |error| Err(error.into()))
     }
+}
+
+/// Stores a dead letter and acknowledges its message. Returns `true` when the server has confirmed the ack.
+async fn set_apart(
+    letter: DeadLetter,
+    stored_at: OffsetDateTime,
+    stream: &str,
+    session: &Session,
+    database: &Database,
+) -> bool {
+    let sequence = letter.stream_sequence;
+    let batch = Batch { records: vec![], dead_letters: vec![letter] };
+    let Some(stored) = database.persist(&batch, || !session.is_over()).await else { return false };
+    if !stored.dead.is_empty() {
+        database.metrics().unreadable();
+    }
+    tell(&stored, &batch);
+    acknowledge(session, stream, sequence, stored_at).await
 }
 
 /// The dead letter of a message that cannot be read; `None` for any other.
@@ -94,10 +109,12 @@ pub fn unreadable_letter(message: &StoredMessage) -> Option<DeadLetter> {
 }
 
 /// Acknowledges a message that never arrived, by the reply subject that it would have had. The server goes by the
-/// sequence in it (nats-server `consumer.go`, `processAckMsg`).
-async fn acknowledge(session: &Session, stream: &str, sequence: u64, stored_at: OffsetDateTime) {
+/// sequence in it (nats-server `consumer.go`, `processAckMsg`). Returns `true` when the server has confirmed the ack.
+async fn acknowledge(session: &Session, stream: &str, sequence: u64, stored_at: OffsetDateTime) -> bool {
     let reply = format!("$JS.ACK.{stream}.{CONSUMER}.1.{sequence}.1.{}.0", stored_at.unix_timestamp_nanos());
-    if timeout(ACK_WITHIN, session.client().request(reply, "+ACK".into())).await.is_err() {
-        tracing::debug!(sequence, "the ack of a message that cannot be read was not confirmed");
+    if session.is_over() {
+        return false; // on another connection the sequence may be another message's: see `session`
     }
+    let confirmed = timeout(ACK_WITHIN, session.client().request(reply, "+ACK".into())).await;
+    matches!(confirmed, Ok(Ok(_)))
 }
