@@ -5,7 +5,8 @@
 //! file system, where notifications of the kernel see some of them.
 
 use std::fmt;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use sha2::Sha256;
 use shared::ops::Readiness;
 use subtle::{Choice, ConstantTimeEq as _};
 use tokio::sync::watch;
+use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
 use crate::signature::Signature;
@@ -30,6 +32,8 @@ const SETTLED_AFTER: Duration = Duration::from_millis(100);
 const LENGTH: RangeInclusive<usize> = 16..=256;
 /// The most secrets at once: two while one is rotated, and room for several integrations.
 const MOST: usize = 8;
+/// The most bytes of the file. It is read once a second, so a longer one must not be held in memory.
+const LARGEST_FILE: u64 = 64 << 10;
 
 /// The client secrets, any of which may have signed. Never shown. Clones share them.
 #[derive(Clone)]
@@ -42,7 +46,7 @@ impl Secrets {
     /// an outsider can guess those.
     ///
     /// # Errors
-    /// [`Unusable`] where there is none, there are too many, or one does not look like a secret.
+    /// Fails when there is none, when there are too many, or when a part does not look like a secret.
     pub fn parse(text: &str) -> Result<Self, Unusable> {
         let secrets = text.split([',', '\n']).map(str::trim).filter(|secret| !secret.is_empty());
         let secrets: Vec<&str> = secrets.collect();
@@ -119,18 +123,21 @@ struct SecretFile {
     content: String,
 }
 
-/// Why a text with secrets cannot be used. The words follow "it" and hold nothing of the text.
+/// The reason for which a text of secrets cannot be used. The words follow "it" and hold nothing of the text.
 #[derive(Debug, thiserror::Error)]
 pub enum Unusable {
     /// It cannot be read, or is not UTF-8.
     #[error("cannot be read: {0}")]
     Unreadable(#[from] io::Error),
+    /// It is a file that is too long.
+    #[error("has more than {LARGEST_FILE} bytes")]
+    TooLarge,
     /// It holds no secret.
     #[error("is empty")]
     Empty,
     /// A part of it is no secret.
     #[error(
-        "holds something else than secrets: a secret has {} to {} characters of A-Z a-z 0-9 . _ ~ + / = -",
+        "holds something other than secrets: a secret has {} to {} characters of A-Z a-z 0-9 . _ ~ + / = -",
         LENGTH.start(), LENGTH.end()
     )]
     NoSecret,
@@ -154,9 +161,9 @@ impl Source {
     /// Secrets from a file, which is watched once [`Source::watch`] runs.
     ///
     /// # Errors
-    /// Where the file cannot be read now, or [`Secrets::parse`] refuses what it holds.
+    /// Fails when the file cannot be read now, or when [`Secrets::parse`] refuses its content.
     pub fn file(path: &Path) -> Result<Self, Unusable> {
-        let content = std::fs::read_to_string(path)?;
+        let content = read(path)?;
         let secrets = Secrets::parse(&content)?;
         let file = SecretFile { path: path.to_owned(), content };
         Ok(Source { current: watch::Sender::new(secrets), file: Some(file) })
@@ -172,8 +179,9 @@ impl Source {
         self.current.subscribe()
     }
 
-    /// Takes what changes in the file, without end; returns at once where there is none. A file that cannot be used leaves
-    /// the secrets as they are: told once in the log, counted in `rejected`, and by `readiness` for as long as it lasts.
+    /// Takes what changes in the file, without end; returns at once when there is none. A file that cannot be used leaves
+    /// the secrets as they are. Until it can be used again, `readiness` tells its problem of the moment. The log and
+    /// `rejected` have the first problem alone.
     pub async fn watch(&self, readiness: &Readiness, rejected: &Counter) {
         let Some(file) = &self.file else { return };
         let mut taken = file.content.clone();
@@ -186,13 +194,14 @@ impl Source {
                 Ok(None) if !troubled => continue,
                 Ok(None) => (None, self.current.borrow().clone()),
                 Ok(Some((content, secrets))) => (Some(content), secrets),
-                Err(_) if troubled => continue,
                 Err(problem) => {
                     let path = file.path.display();
-                    tracing::error!(%path, "the file of SENTRY_CLIENT_SECRET_FILE {problem}; the secrets stay as they were");
                     readiness.set("secrets", Err(format!("{path} {problem}; the secrets stay as they were")));
-                    rejected.inc();
-                    troubled = true;
+                    if !troubled {
+                        tracing::error!(%path, "the file of SENTRY_CLIENT_SECRET_FILE {problem}; the secrets stay as they were");
+                        rejected.inc();
+                        troubled = true;
+                    }
                     continue;
                 }
             };
@@ -231,9 +240,17 @@ impl SecretFile {
         }
     }
 
-    async fn read(&self) -> io::Result<String> {
-        tokio::fs::read_to_string(&self.path).await
+    async fn read(&self) -> Result<String, Unusable> {
+        let path = self.path.clone();
+        spawn_blocking(move || read(&path)).await.map_err(io::Error::from)?
     }
+}
+
+/// Reads a file of secrets. Blocks.
+fn read(path: &Path) -> Result<String, Unusable> {
+    let mut content = String::new();
+    File::open(path)?.take(LARGEST_FILE + 1).read_to_string(&mut content)?;
+    if content.len() as u64 > LARGEST_FILE { Err(Unusable::TooLarge) } else { Ok(content) }
 }
 
 #[cfg(test)]
@@ -280,5 +297,7 @@ mod tests {
             let problem = Source::file(&path).unwrap_err().to_string();
             assert!(!problem.contains("hunter"), "{problem}");
         }
+        std::fs::write(&path, format!("0123456789abcdef{}", "\n".repeat(64 << 10))).unwrap();
+        assert_eq!(Source::file(&path).unwrap_err().to_string(), "has more than 65536 bytes");
     }
 }

@@ -14,7 +14,7 @@ use crate::{fixture, setup};
 const GATEWAY: &str = env!("CARGO_BIN_EXE_gateway-under-test");
 const BODY: &str = fixture!("issue_created");
 
-/// What an operator may save in the place of a secret. Each has lines that stood for secrets once.
+/// Texts that an operator may save in the place of a secret.
 const NO_SECRETS: [(&str, &str); 8] = [
     ("JSON", "{\n  \"clientSecret\": \"5f3a\"\n}\n"),
     ("YAML", "---\nsentry:\n  client_secret: 5f3a\n"),
@@ -30,7 +30,7 @@ const NO_SECRETS: [(&str, &str); 8] = [
     ),
 ];
 
-/// What `/readyz` says of the secrets: well or not, and the detail. `None` in the first moment of a start.
+/// The check `secrets` of `/readyz`: well or not, and the detail. `None` in the first moment of a start.
 async fn secrets(world: &World) -> Option<(bool, String)> {
     let list = world.gateway.ops("/readyz").await.json();
     let check = list.as_array().unwrap().iter().find(|entry| entry["name"] == "secrets")?;
@@ -63,6 +63,12 @@ async fn a_file_that_holds_anything_else_changes_no_secret() {
         fs::write(&file, SECRET).unwrap();
     }
     eventually("the good file to be in use", in_use).await;
+    // Of two bad contents in turn, the check tells the one that is there.
+    for (content, problem) in [("", "is empty"), ("{}", "other than secrets")] {
+        fs::write(&file, content).unwrap();
+        let told = || async { secrets(&world).await.filter(|(_, detail)| detail.contains(problem)) };
+        eventually("the check to tell the file's problem", told).await;
+    }
     let log = world.gateway.log();
     for secret in [SECRET, "<html>", "MIIE", "5f3a", "secret-number"] {
         assert!(!log.contains(secret), "{secret} is in the log");
@@ -101,7 +107,7 @@ fn a_start_with_such_a_secret_is_a_mistake_in_the_settings() {
     }
 }
 
-/// What `gateway check` finds with these settings, of which it names what begins with `what`: state, detail and advice.
+/// The findings of `gateway check` whose name begins with `what`: state, and detail with advice.
 fn check(settings: &[(&str, &Path)], what: &str) -> Vec<(String, String)> {
     let mut command = Command::new(GATEWAY);
     command.args(["check", "--json"]).env_clear().env("NATS_URL", "nats://127.0.0.1:1");
