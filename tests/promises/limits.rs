@@ -141,6 +141,7 @@ async fn a_low_limit_of_open_files_is_raised_to_what_the_connections_need() {
 #[tokio::test]
 async fn connections_without_a_delivery_make_room_at_the_limit() {
     const LIMIT: usize = 24;
+    let begin = Instant::now();
     let mut settings = setup().workers(0).gateway("GATEWAY_MAX_CONNECTIONS", &LIMIT.to_string());
     for timeout in ["GATEWAY_HEADER_TIMEOUT", "GATEWAY_BODY_TIMEOUT", "GATEWAY_IDLE_TIMEOUT"] {
         settings = settings.gateway(timeout, "10min"); // time-outs make no room here
@@ -193,7 +194,8 @@ async fn connections_without_a_delivery_make_room_at_the_limit() {
     assert!(world.metric("gateway_connections_evicted_total").await >= 3.0);
     let log = world.gateway.log();
     let told = log.lines().filter(|line| line.contains(" WARN ") && line.contains("GATEWAY_MAX_CONNECTIONS"));
-    assert_eq!(told.count(), 1, "{log}");
+    let lines_at_most = 1 + begin.elapsed().as_secs() / 60; // one a minute
+    assert!((1..=lines_at_most).contains(&(told.count() as u64)), "{log}");
     let well = async || (check(&world.gateway.ops("/readyz").await)["ok"] == true).then_some(());
     eventually("the check to be well again", well).await;
 }
@@ -230,7 +232,7 @@ async fn idle_connections_to_the_ops_listener_hold_up_no_delivery_and_no_operato
     assert_eq!(answer.status, 200);
 }
 
-/// Whether the other side ends the connection, be it by a reset.
+/// Tells if the other side ends the connection within 30 seconds, be it by a reset.
 async fn ends(mut socket: TcpStream) -> bool {
     let mut left = Vec::new();
     tokio::time::timeout(Duration::from_secs(30), socket.read_to_end(&mut left)).await.is_ok()
