@@ -66,8 +66,8 @@ fn shown(variable: &str, config: &Config) -> Option<String> {
     }
 }
 
-/// The mode of the secrets' file. The group may read it where that is how this process reads it, as in a Kubernetes volume
-/// that is root's.
+/// The mode of the secrets' file. The group may read the file of another owner: so a process reads a Kubernetes volume of
+/// root's.
 fn secret_file(path: &Path) -> Finding {
     let what = "secret file";
     let found = match std::fs::metadata(path) {

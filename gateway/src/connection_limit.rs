@@ -2,7 +2,8 @@
 //!
 //! A stranger can open as many connections as the limit allows, and keep them. So a new connection takes the place of an
 //! evictable one. A connection is evictable while both hold:
-//! - It never had a 202. A connection that had one belongs to a sender that knows a secret, such as a proxy.
+//! - It never had a 202. A connection that had one belongs to a sender of signed bodies, such as a proxy. A replayer of a
+//!   captured body counts as one, too.
 //! - No whole request has come on it since it was accepted, or since its last request ended. It may be idle, in its headers
 //!   or in its body.
 //!
@@ -26,11 +27,11 @@ use futures_util::future::Either;
 use prometheus_client::metrics::counter::Counter;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-/// For how long after the limit was reached its readiness check is degraded.
+/// The readiness check is degraded for this long after the limit was reached.
 const DEGRADED_FOR: Duration = Duration::from_secs(10);
-/// How often the log has a line on it.
+/// The least time between two lines of the log about the limit.
 const WARN_EVERY: Duration = Duration::from_secs(60);
-/// The words of the check and of the log.
+/// The text of the readiness check and of the log's line.
 const REACHED: &str =
     "GATEWAY_MAX_CONNECTIONS is reached: a new connection takes the place of one without a 202, or is answered 503";
 
@@ -66,13 +67,13 @@ struct Reached {
 }
 
 impl ConnectionLimit {
-    /// With so many connections at once, and a counter of evictions.
+    /// Allows `limit` connections at once. `evicted` counts evictions.
     pub fn new(limit: usize, evicted: Counter) -> Self {
         let slots = Arc::new(Semaphore::new(limit));
         ConnectionLimit { limit, slots, queue: Mutex::default(), reached: Mutex::default(), evicted }
     }
 
-    /// Admits a new connection; at the limit in the place of the first in the queue. `None` without one.
+    /// Admits a new connection; at the limit in the place of the first in the queue. Returns `None` when the queue is empty.
     pub fn admit(&self) -> Option<impl Future<Output = OwnedSemaphorePermit> + Send + use<>> {
         if let Ok(slot) = self.slots.clone().try_acquire_owned() {
             return Some(Either::Left(ready(slot)));
@@ -91,10 +92,10 @@ impl ConnectionLimit {
         admitted
     }
 
-    /// The state of the readiness check: if the limit was reached lately.
+    /// The state of the readiness check.
     ///
     /// # Errors
-    /// That it was.
+    /// Fails while the limit was reached within [`DEGRADED_FOR`].
     pub fn state(&self) -> Result<String, String> {
         let reached = self.reached().last.is_some_and(|last| last.elapsed() < DEGRADED_FOR);
         if reached { Err(REACHED.to_owned()) } else { Ok("fewer than GATEWAY_MAX_CONNECTIONS".into()) }
@@ -209,7 +210,7 @@ mod tests {
         (limit, slots)
     }
 
-    /// Which of these connections is evicted for a new one.
+    /// Admits a new connection and returns the index of the ticket that is evicted for it.
     fn evicts(limit: &ConnectionLimit, tickets: &[&Ticket]) -> Option<usize> {
         let admitted = limit.admit().is_some();
         let evicted = tickets.iter().position(|ticket| ticket.evicted().now_or_never().is_some());

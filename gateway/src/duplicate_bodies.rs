@@ -20,12 +20,12 @@ use shared::delivery::DeliveryId;
 
 use crate::signature::BodyDigest;
 
-/// How long a body is recognised after it was accepted first.
+/// A body is recognised for this long after it was accepted first.
 const KEPT_FOR: Duration = Duration::from_secs(60 * 60);
 /// Bodies that are recognised at once.
 const BODIES_MAX: usize = 65_536;
 
-/// What becomes of a duplicate body: `GATEWAY_DUPLICATE_BODIES`.
+/// The treatment of a duplicate body: `GATEWAY_DUPLICATE_BODIES`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DuplicateBodies {
     /// It is a delivery of its own.
@@ -58,8 +58,7 @@ impl SeenBodies {
         SeenBodies { duplicates, window: Mutex::new(Window::new(BODIES_MAX)) }
     }
 
-    /// The delivery whose answer this body gets, where it is a duplicate and is not to be taken again. `id` is the id that it
-    /// would have.
+    /// The delivery whose answer this body gets. `None` when the body is to be taken. `id` is the id that it would have.
     pub fn first_delivery(&self, body: BodyDigest, id: &DeliveryId) -> Option<DeliveryId> {
         if self.duplicates == DuplicateBodies::Accept {
             return None;
@@ -84,8 +83,8 @@ impl SeenBodies {
 ///
 /// Bodies are numbered, beginning with 1, and `front` is the number of the oldest. A body is found by the low bits of its
 /// digest: `newest` has the number of the last one with the same bits, and each has the number of the one before. A number
-/// below `front` is that of a body that is gone, and ends the search. A `HashMap` would move all of it now and then, under the
-/// lock, to be rid of what was removed.
+/// below `front` is that of a body that is gone, and ends the search. A `HashMap` would move all its entries now and then,
+/// under the lock.
 #[derive(Debug)]
 struct Window {
     max: usize,
@@ -125,9 +124,9 @@ impl Window {
         }
     }
 
-    /// The same. Where there is none, delivery `id` is the first.
+    /// Finds it like [`Window::find`]. When there is none, delivery `id` becomes the first.
     fn remember(&mut self, digest: BodyDigest, id: u128, now: Instant) -> Option<u128> {
-        // Two at a time: more than are added, and no call pays for all that is over after a silence.
+        // Two at a time: more than are added. No call pays for all that are over after a silence.
         for _ in 0..2 {
             if self.bodies.len() >= self.max || self.bodies.front().is_some_and(|oldest| self.is_over(oldest, now)) {
                 self.bodies.pop_front();

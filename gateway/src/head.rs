@@ -12,8 +12,8 @@ use crate::reject::Reject;
 /// Checks `Host` and `Transfer-Encoding`.
 ///
 /// # Errors
-/// [`Reject::BrokenHeaders`] without one valid `Host` or with `chunked` twice, [`Reject::UnknownCoding`] with another
-/// coding beside `chunked`.
+/// Fails with [`Reject::BrokenHeaders`] without one valid `Host` or with `chunked` twice. Fails with
+/// [`Reject::UnknownCoding`] when another coding stands beside `chunked`.
 pub fn check(head: &Parts) -> Result<(), Reject> {
     let mut hosts = head.headers.get_all(HOST).iter();
     match (hosts.next(), hosts.next()) {

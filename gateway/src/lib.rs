@@ -2,11 +2,11 @@
 //!
 //! Read [`receive`] first: it is the way of one delivery up to its 202. [`signature`] and [`canonical`] say what a genuine
 //! delivery is, [`journal`] what a 202 rests on, [`reject`] what everybody else is told, [`server`] keeps the connections,
-//! [`connection_limit`] says which makes room for another, [`body`]
+//! [`connection_limit`] closes one for another at the limit, [`body`]
 //! and [`pace`] what they may cost, [`said`] that every word of theirs is ours, [`secrets`] the client secrets, which may change.
 //! [`duplicate_bodies`] recognises a body that comes again. [`source`] finds the address that a request came from, [`top_sources`] counts by it.
 //! Behind the answer, [`publish`] takes entries from the journal to JetStream, and [`confirm`] looks after each until a
-//! worker has stored it, of which [`receipts`] tell. [`commands`] and [`check`] are for operators.
+//! worker has stored it. [`receipts`] says when it has. [`commands`] and [`check`] are for operators.
 
 pub mod body;
 pub mod canonical;

@@ -69,7 +69,8 @@ fn operate(journal: &ArgMatches) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// Runs to the end. A start that was stopped may still wait for the journal's disk, on a thread that is not waited for.
+/// Runs `program` to its end. Does not wait for blocking threads: when a start was stopped, one of them may still wait for
+/// the journal's disk.
 fn run(program: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     let runtime = Runtime::new()?;
     let ended = runtime.block_on(program);

@@ -75,7 +75,7 @@ impl Delay {
     }
 }
 
-/// Why a receipt was refused.
+/// The reason for which a receipt was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refused {
     /// A message of receipts with more bytes than any worker sends.
@@ -123,7 +123,7 @@ impl VerifyTimes {
     }
 }
 
-/// What [`Metrics::signed`] tells apart.
+/// The forms that [`Metrics::signed`] counts.
 const SIGNED: [Form; 2] = [Form::Raw, Form::Canonical];
 
 impl Default for VerifyTimes {
@@ -181,7 +181,7 @@ impl Metrics {
         let unit = Some(Unit::Seconds);
         let verify =
             Each::register(registry, "gateway_verify", help, unit, verified.to_vec(), || Histogram::new(VERIFY));
-        let help = "Right signatures, by what they are over: the body's bytes (raw) or its canonical JSON (canonical)";
+        let help = "Right signatures, by the signed form: the body's bytes (raw) or its canonical JSON (canonical)";
         let forms = labels("form", SIGNED.map(Form::as_str));
         let signatures = Each::register(registry, "gateway_signatures", help, None, forms, Counter::default);
 
@@ -212,7 +212,7 @@ impl Metrics {
         let help = "Deliveries that a worker has confirmed as stored";
         let confirmed = counter(registry, "gateway_confirmed", help);
         let reasons = labels("reason", Refused::ALL.map(Refused::as_str));
-        let help = "Receipts that no worker of this gateway's deliveries sends, by reason (too_large, malformed, wrong_tag, set_aside)";
+        let help = "Receipts that were refused, by reason (too_large, malformed, wrong_tag, set_aside)";
         let receipts_refused =
             Each::register(registry, "gateway_receipts_refused", help, None, reasons, Counter::default);
         let causes = labels("cause", Repeat::ALL.map(Repeat::as_str));
@@ -227,8 +227,7 @@ impl Metrics {
         let help = "Connections without a 202 that were closed for new ones at GATEWAY_MAX_CONNECTIONS";
         let evictions = counter(registry, "gateway_connections_evicted", help);
 
-        let help =
-            "Changes of the file of SENTRY_CLIENT_SECRET_FILE that left the secrets as they were: it could not be used";
+        let help = "Times that the file of SENTRY_CLIENT_SECRET_FILE became unusable; the secrets stayed as they were";
         let secret_file_rejected = counter(registry, "gateway_secret_file_rejected", help);
 
         registry.register_collector(Box::new(OfJournal(Arc::new(journal.clone()))));
@@ -273,12 +272,12 @@ impl Metrics {
         self.verify.clone()
     }
 
-    /// A signature over that form was right.
+    /// Counts a right signature over that form.
     pub fn signed(&self, form: Form) {
         self.signatures.at(usize::from(form == Form::Canonical)).inc();
     }
 
-    /// A body came again, under another delivery id.
+    /// Counts a body that came again under another delivery id.
     pub fn repeated_body(&self) {
         self.repeated_bodies.inc();
     }
@@ -309,7 +308,7 @@ impl Metrics {
         self.confirmed.inc_by(deliveries as u64);
     }
 
-    /// That many receipts were refused.
+    /// Counts refused receipts.
     pub fn receipts_refused(&self, reason: Refused, receipts: usize) {
         self.receipts_refused.at(reason as usize).inc_by(receipts as u64);
     }
@@ -325,7 +324,7 @@ impl Metrics {
         Counted::new(&self.connections)
     }
 
-    /// Counts the changes of the secrets' file that could not be used.
+    /// Counts the times that the secrets' file became unusable.
     pub fn secret_file_rejected(&self) -> &Counter {
         &self.secret_file_rejected
     }

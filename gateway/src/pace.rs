@@ -111,7 +111,7 @@ impl Pace {
         &self.ticket
     }
 
-    /// What has come in on it.
+    /// The counts of its chunked body.
     pub fn traffic(&self) -> &Traffic {
         &self.traffic
     }

@@ -62,8 +62,7 @@ impl Gateway {
         }
     }
 
-    /// Answers one request, which came from `peer`. It lasts, for the connection's pace, until nothing of it is left to
-    /// read.
+    /// Answers one request from `peer`. For the connection's pace, the request lasts until nothing of it is left to read.
     pub async fn handle(
         self: Arc<Self>,
         request: Request<Incoming>,
@@ -130,7 +129,7 @@ impl Gateway {
         &self.metrics
     }
 
-    /// What is counted by source.
+    /// The counts by source.
     pub fn sources(&self) -> Sources {
         self.sources.clone()
     }
@@ -221,8 +220,8 @@ fn wants_discarding(head: &Parts, body: &RequestBody, reject: &Reject) -> bool {
     !body.is_end_stream() && !head.headers.contains_key(EXPECT) && !matches!(reject, Reject::SlowBody)
 }
 
-/// Tells if a refusal ends a connection that never had a 202: a genuine sender does not get it, and a stranger's kept
-/// connection only takes the place of another.
+/// Tells if a refusal ends a connection that never had a 202. A genuine sender does not get these statuses. A stranger's
+/// kept connection only takes the place of another.
 fn ends_connection(status: StatusCode) -> bool {
     use StatusCode as Is;
     matches!(status, Is::BAD_REQUEST | Is::UNAUTHORIZED | Is::NOT_FOUND | Is::METHOD_NOT_ALLOWED)

@@ -101,14 +101,14 @@ pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     let pace = Pace::new(limits.header_timeout, limits.idle_timeout, gateway.connections().ticket());
     let _guard = TicketGuard(&pace);
     tokio::select! {
-        biased; // a request that has come whole meanwhile is answered, if only with 503
+        biased; // a request that has come whole meanwhile is answered 503
         () = converse(socket, peer, gateway, limits, ending, pace.clone()) => {}
-        // Closed at once: its sender has waited for the rest of a request, not for an answer.
+        // Closed at once: no request has come whole, so no answer is due.
         () = pace.ticket().evicted() => {}
     }
 }
 
-/// Takes a connection out of the queue with its end, however that comes.
+/// Takes a connection out of the queue when it ends, also by a panic.
 struct TicketGuard<'a>(&'a Pace);
 
 impl Drop for TicketGuard<'_> {

@@ -85,7 +85,7 @@ const GATEWAY_MAX_CANONICAL: Setting = Setting::bare(
 const GATEWAY_DUPLICATE_BODIES: Setting = Setting::new(
     "GATEWAY_DUPLICATE_BODIES",
     "accept",
-    "What a body is that was accepted under another delivery id within the hour before: a delivery of its own (accept), the first one (once)",
+    "A body that was accepted under another delivery id within the last hour is a delivery of its own (accept), or the first one again (once)",
 );
 const GATEWAY_TRUSTED_PROXIES: Setting = Setting::bare(
     "GATEWAY_TRUSTED_PROXIES",

@@ -90,8 +90,8 @@ pub struct VerifiedBody {
     digest: BodyDigest,
 }
 
-/// 128 bits of a signature that was right: a digest of a body, keyed with the client secret. The same for two bodies only
-/// where both have the same canonical form and were signed over that.
+/// 128 bits of a right signature: a digest of a body, keyed with the client secret. Two different bodies have the same
+/// digest only when both have the same canonical form and were signed over that form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BodyDigest(pub(crate) [u64; 2]);
 
@@ -112,7 +112,7 @@ impl VerifiedBody {
         self.digest
     }
 
-    /// What the signature is over: [`Form::Raw`] or [`Form::Canonical`].
+    /// The signed form: [`Form::Raw`] or [`Form::Canonical`].
     pub fn form(&self) -> Form {
         self.form
     }

@@ -1,12 +1,12 @@
 //! The source of a request: the address that log lines and warnings name.
 //!
-//! - The source is the peer's address. Where the peer is a trusted proxy (`GATEWAY_TRUSTED_PROXIES`), it is the right-most
+//! - The source is the peer's address. If the peer is a trusted proxy (`GATEWAY_TRUSTED_PROXIES`), it is the right-most
 //!   address of `Forwarded` (RFC 7239, `for=`) or `X-Forwarded-For` that is not itself a trusted proxy.
 //! - Each proxy appends the address that it was reached from. So the list is read from its right end, and an entry counts
 //!   only where a trusted proxy wrote it. Everything further left is the sender's.
 //! - An entry that is no address ends the reading. The source is then the last address before it.
-//! - Where a request has both headers and they name two addresses, the source is the peer. One of the headers is the
-//!   sender's then, and nothing says which.
+//! - If a request has both headers and they name two addresses, the source is the peer. One of the headers is the
+//!   sender's then, and the gateway cannot tell which.
 
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -21,7 +21,7 @@ const X_FORWARDED_FOR: &str = "x-forwarded-for";
 pub struct TrustedProxies(Vec<RangeInclusive<IpAddr>>);
 
 impl TrustedProxies {
-    /// Reads addresses and CIDR blocks, separated by commas. None where an entry is neither.
+    /// Reads addresses and CIDR blocks, separated by commas. Returns `None` when an entry is neither.
     pub fn parse(text: &str) -> Option<Self> {
         text.split(',').map(|entry| block(entry.trim())).collect::<Option<_>>().map(TrustedProxies)
     }
@@ -100,7 +100,7 @@ fn from_right(list: &str, separator: char) -> impl Iterator<Item = &str> {
     })
 }
 
-/// The address of a `Forwarded` element such as `for="[2001:db8::1]:4711";proto=https`. None where it has no `for`, or
+/// The address of a `Forwarded` element such as `for="[2001:db8::1]:4711";proto=https`. `None` when it has no `for`, or
 /// two. No address needs a backslash: an element with one may be cut at a quote that is none.
 fn forwarded(element: &str) -> Option<IpAddr> {
     let for_node = |pair: &str| {

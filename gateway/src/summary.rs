@@ -53,7 +53,7 @@ impl Summary {
         );
     }
 
-    /// Warns of the sources of what a prober does. Once each time, so that a flood is one line.
+    /// Warns of the sources of wrong signatures and of repeated bodies. Each has one line, so that a flood is one line, too.
     fn warn_of_sources(&self) {
         if let Some(Top { events: wrong_signatures, sources }) = self.sources.wrong_signatures.take() {
             tracing::warn!(wrong_signatures, sources, "requests had a wrong signature; `sources` has the top five");

@@ -38,7 +38,7 @@ struct Count {
     inherited: u64,
 }
 
-/// What was counted.
+/// The result of [`TopSources::take`].
 #[derive(Debug, PartialEq, Eq)]
 pub struct Top {
     /// All events.
@@ -68,7 +68,7 @@ impl TopSources {
         counts.of.insert(source, Count { events: inherited + 1, inherited });
     }
 
-    /// Takes what was counted since the last call. None where that is nothing.
+    /// Takes the counts since the last call. Returns `None` when there was no event.
     pub fn take(&self) -> Option<Top> {
         let Counts { events, of } = std::mem::take(&mut *self.lock());
         let mut sources: Vec<_> =

@@ -1,4 +1,4 @@
-//! The limits of what may come around the bytes of a chunked body: how small its chunks may be, and how long their lines.
+//! Limits the bytes around the data of a chunked body: its chunks may not be too small, nor their lines too long.
 //!
 //! hyper reads a chunk's line byte by byte and hands over each chunk by itself. A chunk of one byte costs many times the
 //! CPU of that byte in a body with a length. No limit of hyper's ends a line of zeros or spaces. So, of a chunked body:
@@ -16,33 +16,33 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Bytes of a body that may come in chunks of any size.
 const LENIENT: u64 = 64 << 10;
-/// Bytes a chunk, on average.
+/// The fewest bytes of a chunk, on average.
 const SMALLEST_MEAN: u64 = 64;
 /// As many bytes as come around [`LENIENT`] bytes, each in a chunk of its own, with lines that are longer than need be.
 const AROUND: u64 = 16 * LENIENT;
 
-/// What has come of one connection's chunked body.
+/// Counts the reads and frames of one connection's chunked body.
 #[derive(Debug)]
 pub struct Traffic {
-    /// Reads of the socket, and what they brought.
+    /// Reads of the socket, and their bytes.
     reads: AtomicU64,
     read_bytes: AtomicU64,
-    /// Beyond so many `read_bytes` no more is read.
+    /// The most `read_bytes`.
     allowed: AtomicU64,
-    /// Frames that hyper handed over, and what they held.
+    /// Frames that hyper handed over, and their bytes.
     frames: AtomicU64,
     body_bytes: AtomicU64,
 }
 
 impl Traffic {
-    /// Of a connection without a chunked body: there is no limit yet.
+    /// Begins without a limit: the connection has no chunked body yet.
     pub fn new() -> Self {
         let allowed = AtomicU64::new(u64::MAX);
         let [reads, read_bytes, frames, body_bytes] = [const { AtomicU64::new(0) }; 4];
         Traffic { reads, read_bytes, allowed, frames, body_bytes }
     }
 
-    /// A chunked body begins. What has come of it was read with its headers.
+    /// Sets the limits when a chunked body begins. Bytes of it that were read with the headers are not counted.
     pub fn begin_chunked(&self) {
         self.reads.store(0, Relaxed);
         self.read_bytes.store(0, Relaxed);
@@ -52,7 +52,7 @@ impl Traffic {
     /// Checks that more may be read from the socket.
     ///
     /// # Errors
-    /// `InvalidData` beyond the limit.
+    /// Fails with `InvalidData` beyond the limit.
     pub fn check(&self) -> io::Result<()> {
         if self.read_bytes.load(Relaxed) > self.allowed.load(Relaxed) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "more bytes around a body's own than are taken"));
@@ -60,13 +60,13 @@ impl Traffic {
         Ok(())
     }
 
-    /// A read of the socket brought so many bytes.
+    /// Counts a read of the socket.
     pub fn read(&self, bytes: usize) {
         self.reads.fetch_add(1, Relaxed);
         self.read_bytes.fetch_add(bytes as u64, Relaxed);
     }
 
-    /// A frame of the chunked body holds so many bytes. `false` where its chunks are too small.
+    /// Counts a frame of the chunked body. Returns `false` when its chunks are too small.
     pub fn frame(&self, bytes: usize) -> bool {
         let bytes = bytes as u64;
         self.allowed.fetch_add(2 * bytes, Relaxed);
@@ -87,7 +87,7 @@ impl Default for Traffic {
 mod tests {
     use super::*;
 
-    /// Frames and reads of those sizes, and how many frames are taken.
+    /// Feeds frames of `frame` bytes, with a read before each `reads_every` frames. Returns the number of frames that pass.
     fn taken(frame: usize, reads_every: usize) -> usize {
         let traffic = Traffic::new();
         traffic.begin_chunked();

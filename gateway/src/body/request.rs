@@ -1,4 +1,4 @@
-//! A request's body as it comes, with the limits of [`crate::traffic`].
+//! A request's body, read within the limits of [`crate::traffic`].
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::reject::Reject;
 #[derive(Debug)]
 pub struct RequestBody {
     incoming: Incoming,
-    /// Of a chunked body.
+    /// Set when the body is chunked.
     pace: Option<Arc<Pace>>,
 }
 

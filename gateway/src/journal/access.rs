@@ -1,7 +1,7 @@
 //! Rights on the journal's directory and its files, and the one way to open them.
 //!
-//! Deliveries lie here as they came, so the directory has mode 0700 and each file 0600, whatever the umask. What an
-//! earlier version left more open is tightened when the journal is opened. A file that is opened is never a symbolic
+//! Deliveries lie here as they came, so the directory has mode 0700 and each file 0600, whatever the umask. Opening the
+//! journal narrows modes that an earlier version left open. A file that is opened is never a symbolic
 //! link (it could lead a write elsewhere), nor a FIFO or a device (it could hold the start up).
 
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, Permissions};
@@ -28,9 +28,9 @@ const OTHERS_WRITE: u32 = 0o002;
 /// Opens a file of the journal with `options`.
 ///
 /// # Errors
-/// What the system says, or that `path` names no regular file.
+/// Fails when the system does, or when `path` names no regular file.
 pub(super) fn open(options: &OpenOptions, path: &Path) -> io::Result<File> {
-    // Non-blocking, or the open of a FIFO waits for its other end. A regular file knows no difference.
+    // Non-blocking, or the open of a FIFO waits for its other end. A regular file is opened as without it.
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
     let opened = options.clone().mode(FILE).custom_flags(flags.bits()).open(path);
     let file = opened.map_err(|error| match error.raw_os_error() {
@@ -45,7 +45,7 @@ pub(super) fn open(options: &OpenOptions, path: &Path) -> io::Result<File> {
 /// Makes a file that was not there, readable by its owner alone.
 ///
 /// # Errors
-/// What the system says.
+/// Fails when the system does.
 pub(super) fn create_new(path: &Path) -> io::Result<File> {
     let file = open(OpenOptions::new().read(true).write(true).create_new(true), path)?;
     own(&file);
@@ -61,17 +61,17 @@ pub(super) fn own(file: &File) {
 /// The content of a small file of the journal.
 ///
 /// # Errors
-/// What the system says; [`io::ErrorKind::InvalidData`] where the file has more than `limit` bytes.
+/// Fails when the system does, or with [`io::ErrorKind::InvalidData`] when the file has more than `limit` bytes.
 pub(super) fn read_small(path: &Path, limit: usize) -> io::Result<Vec<u8>> {
     let mut content = Vec::new();
     open(OpenOptions::new().read(true), path)?.take(limit as u64 + 1).read_to_end(&mut content)?;
     if content.len() > limit { Err(io::ErrorKind::InvalidData.into()) } else { Ok(content) }
 }
 
-/// Makes the directory where it is missing.
+/// Makes the directory if it is missing.
 ///
 /// # Errors
-/// What the system says.
+/// Fails when the system does.
 pub(super) fn create_directory(dir: &Path) -> io::Result<()> {
     if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
@@ -83,10 +83,10 @@ pub(super) fn create_directory(dir: &Path) -> io::Result<()> {
     }
 }
 
-/// The user to whom the directory belongs, where that is neither this process's user nor root.
+/// The owner of the directory, if that is neither this process's user nor root.
 ///
 /// # Errors
-/// What the system says.
+/// Fails when the system does.
 pub fn foreign_owner(dir: &Path) -> io::Result<Option<u32>> {
     let owner = fs::metadata(dir)?.uid();
     Ok((owner != 0 && owner != geteuid().as_raw()).then_some(owner))
@@ -95,10 +95,10 @@ pub fn foreign_owner(dir: &Path) -> io::Result<Option<u32>> {
 /// The directory and the files of the journal that the group or others have rights on, and their modes.
 ///
 /// # Errors
-/// Where the directory cannot be read.
+/// Fails when the directory cannot be read.
 pub fn open_to_others(dir: &Path) -> io::Result<Vec<(PathBuf, u32)>> {
     let mut found = vec![(dir.to_owned(), fs::metadata(dir)?)];
-    // A file that is let go meanwhile is as well as any.
+    // The gateway may remove a file meanwhile: that one is left out.
     found
         .extend(files::all(dir)?.into_iter().filter_map(|path| Some((path.clone(), fs::symlink_metadata(path).ok()?))));
     let modes =
@@ -106,12 +106,12 @@ pub fn open_to_others(dir: &Path) -> io::Result<Vec<(PathBuf, u32)>> {
     Ok(modes.filter(|(_, mode)| mode & OTHERS != 0).collect())
 }
 
-/// Checks to whom the directory belongs, and takes from all others their rights on it.
+/// Checks the directory's owner, and takes from all others their rights on it.
 ///
 /// Root may run on the directory of another user, as containers do with one of the host's: that is only warned of.
 ///
 /// # Errors
-/// [`OpenError::ForeignOwner`]: its owner could read and replace what is in it.
+/// Fails with [`OpenError::ForeignOwner`], because that owner could read and replace its files, or when the system does.
 pub(super) fn tighten_directory(dir: &Path) -> Result<(), OpenError> {
     if let Some(owner) = foreign_owner(dir).map_err(OpenError::at(dir))? {
         let user = geteuid();
@@ -151,7 +151,7 @@ pub(super) fn tighten_directory(dir: &Path) -> Result<(), OpenError> {
     Ok(())
 }
 
-/// Tells whether a directory serves others than the journal, as /tmp does. Its mode is then not the journal's to change.
+/// Tells if a directory serves other programs, too, as /tmp does. The journal does not change the mode of such a directory.
 fn is_shared(dir: &Path, found: &Metadata) -> io::Result<bool> {
     if found.mode() & STICKY != 0 {
         return Ok(true);

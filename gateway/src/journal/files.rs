@@ -17,7 +17,7 @@ const UNFINISHED: &str = "new";
 pub(super) const LOCK: &str = "lock";
 pub(super) const ID: &str = "gateway-id";
 pub(super) const RECEIPT_KEY: &str = "receipt-key";
-/// The most that is read of a file in which there is one line.
+/// The most bytes that are read of a file with one line.
 const LINE: usize = 256;
 /// Random bytes in a gateway's id.
 const ID_BYTES: usize = 8;
@@ -87,7 +87,8 @@ pub(super) fn all(dir: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(list(dir)?.into_iter().map(path).chain(others).collect())
 }
 
-/// Bytes that a file takes. One that is longer than any segment was not written here, and may be a hole for the most part.
+/// The bytes of a file. A file that is longer than any segment was not written by the journal: it may be a hole, and only
+/// its allocated blocks count.
 pub(super) fn taken(found: &Metadata) -> u64 {
     if found.len() <= LARGEST_SEGMENT { found.len() } else { found.blocks() * 512 }
 }

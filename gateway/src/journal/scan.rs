@@ -239,8 +239,8 @@ pub(super) fn read_index(file: &File) -> Option<(Trailer, Vec<u32>, Vec<u32>)> {
     Some((trailer, offsets, received))
 }
 
-/// Whether a file holds nothing but zeros. False for one that cannot be read, or is longer than any segment: reading
-/// a terabyte of zeros would take hours.
+/// Tells if a file holds only zeros. Returns `false` when it cannot be read, or is longer than any segment: reading a
+/// terabyte of zeros would take hours.
 pub(super) fn is_blank(file: &File) -> io::Result<bool> {
     if file.metadata()?.len() > LARGEST_SEGMENT {
         return Ok(false);
