@@ -83,16 +83,19 @@ impl DataDir {
     /// # Errors
     /// When it cannot be written.
     pub fn write_private(&self, name: &str, text: &str) -> anyhow::Result<()> {
-        let (path, part) = (self.path.join(name), self.path.join(format!("{name}.part")));
-        let write = || -> io::Result<()> {
-            let mut file = File::options().create(true).truncate(true).write(true).mode(0o600).open(&part)?;
-            file.set_permissions(fs::Permissions::from_mode(0o600))?; // one that was there keeps its mode otherwise
-            file.write_all(text.as_bytes())?;
-            file.sync_all()?;
-            fs::rename(&part, &path)
-        };
-        write().with_context(|| format!("cannot write {}", path.display()))
+        let path = self.path.join(name);
+        write_private(&path, text).with_context(|| format!("cannot write {}", path.display()))
     }
+}
+
+/// Writes a file that its owner alone can read, whole or not at all: beside its place, then renamed.
+pub(crate) fn write_private(path: &Path, text: &str) -> io::Result<()> {
+    let part = path.with_added_extension("part");
+    let mut file = File::options().create(true).truncate(true).write(true).mode(0o600).open(&part)?;
+    file.set_permissions(fs::Permissions::from_mode(0o600))?; // `open` leaves the mode of a file that exists
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    fs::rename(&part, path)
 }
 
 #[cfg(test)]

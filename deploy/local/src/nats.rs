@@ -1,10 +1,7 @@
 //! A private nats-server with JetStream.
 
 use std::fmt;
-use std::fs::{File, Permissions};
-use std::io::{self, Write as _};
 use std::net::Ipv4Addr;
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -15,6 +12,7 @@ use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::TcpStream;
 
 use crate::account;
+use crate::data_dir::write_private;
 use crate::ports;
 use crate::process::Process;
 use crate::programs::Programs;
@@ -213,13 +211,6 @@ fn spawn(program: &Path, options: &NatsOptions, port: u16, monitor_port: u16) ->
     let mut command = Command::new(program);
     command.arg("--config").arg(&config).current_dir(&options.dir);
     Process::spawn("nats-server", command, &options.dir.join("nats-server.log"), Signal::SIGTERM)
-}
-
-/// Writes a file that its owner alone can read: it may hold a password.
-fn write_private(path: &Path, text: &str) -> io::Result<()> {
-    let mut file = File::options().create(true).truncate(true).write(true).mode(0o600).open(path)?;
-    file.set_permissions(Permissions::from_mode(0o600))?; // `open` leaves the mode of a file that exists
-    file.write_all(text.as_bytes())
 }
 
 /// <https://docs.nats.io/running-a-nats-service/configuration>

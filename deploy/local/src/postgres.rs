@@ -6,7 +6,6 @@
 use std::ffi::OsString;
 use std::fs;
 use std::net::Ipv4Addr;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -19,6 +18,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{NoTls, SimpleQueryMessage};
 
 use crate::account::{self, Account};
+use crate::data_dir::write_private;
 use crate::ports;
 use crate::process::Process;
 use crate::programs::Programs;
@@ -419,10 +419,4 @@ fn read_password(home: &Path) -> anyhow::Result<String> {
         )
     };
     fs::read_to_string(&file).with_context(missing)
-}
-
-fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
-    use std::io::Write as _;
-    let _ = fs::remove_file(path); // one with other rights, left by a killed process
-    fs::File::options().create_new(true).write(true).mode(0o600).open(path)?.write_all(text.as_bytes())
 }
