@@ -240,14 +240,21 @@ pub(super) fn read_gateway_id(dir: &Path) -> io::Result<Option<String>> {
 
 /// The key of the tags in receipts, made at the first start and kept: 32 random bytes, in hex, for the gateway's user
 /// alone. A file that holds none is replaced: receipts under the old key are refused, which costs one repeat of each
-/// entry they were for.
+/// entry they were for. A key that cannot be written, as on a full disk, serves this process alone: a start must not
+/// fail for it.
 pub(super) fn receipt_key(dir: &Path) -> io::Result<[u8; 32]> {
     if let Some(key) = read_receipt_key(dir)? {
         return Ok(key);
     }
     let mut key = [0; 32];
     getrandom::fill(&mut key)?;
-    write_whole(dir, &dir.join(RECEIPT_KEY), format!("{}\n", hex::encode(key)).as_bytes(), true)?;
+    let path = dir.join(RECEIPT_KEY);
+    if let Err(error) = write_whole(dir, &path, format!("{}\n", hex::encode(key)).as_bytes(), true) {
+        tracing::warn!(
+            file = %path.display(), %error,
+            "the key of receipts is not kept: the next start makes another, and repeats entries whose receipts come after it"
+        );
+    }
     Ok(key)
 }
 

@@ -1,9 +1,11 @@
 //! A real disk that is full: a small tmpfs, where the test may mount one.
 
+use std::fs;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::Command;
 
-use super::super::AppendError;
+use super::super::{AppendError, files};
 use super::*;
 
 struct Mounted(PathBuf);
@@ -63,4 +65,23 @@ async fn a_full_disk_refuses_loses_nothing_and_heals() {
     eventually(|| journal.trouble().is_none()).await;
     let place = journal.append(entry(5000, 20_000)).await.unwrap();
     assert!(same(&journal.read(place).await.unwrap(), &entry(5000, 20_000)));
+}
+
+/// An earlier version leaves a journal without a key for receipts.
+#[tokio::test]
+async fn a_full_disk_without_a_key_for_receipts_keeps_no_entry_from_being_published() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(_disk) = Mounted::small(dir.path(), 2) else {
+        eprintln!("SKIPPED: this process may not mount a tmpfs");
+        return;
+    };
+    let (journal, _) = open(dir.path(), Limits::of(1 << 20)).await;
+    journal.append(entry(1, 500)).await.unwrap();
+    drop(journal);
+    eventually(|| files::lock(dir.path()).is_ok()).await;
+    fs::remove_file(dir.path().join(files::RECEIPT_KEY)).unwrap();
+    let mut filler = fs::File::create(dir.path().join("filler")).unwrap();
+    while filler.write_all(&[0; 4096]).is_ok() {}
+    let (journal, recovered) = open(dir.path(), Limits::of(1 << 20)).await;
+    assert_eq!((recovered.unpublished, journal.take(1, 1 << 20).await.len()), (1, 1));
 }
