@@ -2,8 +2,9 @@
 //!
 //! A stranger can open as many connections as the limit allows, and keep them. So a new connection takes the place of an
 //! evictable one. A connection is evictable while both hold:
-//! - It never had a 202. A connection that had one belongs to a sender of signed bodies, such as a proxy. A replayer of a
-//!   captured body counts as one, too.
+//! - It never had a 202 for a new body. A connection that had one belongs to a sender that knows a secret, such as a proxy.
+//!   A body that was accepted before (see [`crate::duplicate_bodies`]) does not count: one captured request would else keep
+//!   all connections.
 //! - No whole request has come on it since it was accepted, or since its last request ended. It may be idle, in its headers
 //!   or in its body.
 //!
@@ -12,7 +13,7 @@
 //! Without an evictable connection, the new one is answered 503.
 //!
 //! The cost for a connection that brings one delivery is one insertion into the queue and one removal, each under the
-//! queue's lock. A connection that had a 202 does neither.
+//! queue's lock. A connection that brought a new body before does neither.
 
 use std::collections::BTreeMap;
 use std::future::{poll_fn, ready};
@@ -107,6 +108,7 @@ impl ConnectionLimit {
             limit: self.clone(),
             number: AtomicU64::new(NOT_QUEUED),
             had_202: AtomicBool::new(false),
+            is_kept: AtomicBool::new(false),
             evicted: Arc::default(),
         };
         ticket.enter();
@@ -140,13 +142,15 @@ pub struct Ticket {
     /// Written only under the queue's lock.
     number: AtomicU64,
     had_202: AtomicBool,
+    /// A new body was accepted: the connection is never evictable again.
+    is_kept: AtomicBool,
     evicted: Arc<Notify>,
 }
 
 impl Ticket {
-    /// The connection waits for a request, from now on: it goes to the end of the queue, unless it had a 202.
+    /// The connection waits for a request, from now on: it goes to the end of the queue, unless it brought a new body.
     pub fn enter(&self) {
-        if self.had_202() {
+        if self.is_kept() {
             return;
         }
         let mut queue = self.limit.queue();
@@ -175,7 +179,7 @@ impl Ticket {
 
     /// The connection has ended.
     pub fn end(&self) {
-        if self.had_202() {
+        if self.is_kept() {
             return; // it left the queue for good
         }
         let mut queue = self.limit.queue();
@@ -183,9 +187,10 @@ impl Ticket {
         queue.waiting.remove(&number);
     }
 
-    /// A request was answered 202: the connection is never evictable again.
-    pub fn accepted(&self) {
+    /// A request was answered 202. If its body was new, the connection is never evictable again.
+    pub fn accepted(&self, is_new: bool) {
         self.had_202.store(true, Ordering::Relaxed);
+        self.is_kept.fetch_or(is_new, Ordering::Relaxed);
     }
 
     /// Tells if a request was answered 202.
@@ -193,10 +198,14 @@ impl Ticket {
         self.had_202.load(Ordering::Relaxed)
     }
 
-    /// Returns when the connection is to make room. Costs a load each time that the connection's task runs after a 202.
+    fn is_kept(&self) -> bool {
+        self.is_kept.load(Ordering::Relaxed)
+    }
+
+    /// Returns when the connection is to make room. Costs a load each time that the task of a kept connection runs.
     pub async fn evicted(&self) {
         let mut evicted = pin!(self.evicted.notified());
-        poll_fn(|cx| if self.had_202() { Poll::Pending } else { evicted.as_mut().poll(cx) }).await;
+        poll_fn(|cx| if self.is_kept() { Poll::Pending } else { evicted.as_mut().poll(cx) }).await;
     }
 }
 
@@ -219,18 +228,20 @@ mod tests {
     }
 
     #[test]
-    fn the_connection_that_waits_longest_goes_and_none_with_a_202_or_a_whole_request() {
+    fn the_connection_that_waits_longest_goes_and_none_with_a_new_body_or_a_whole_request() {
         let (limit, _slots) = full();
         let [first, second, third, fourth] = [(); 4].map(|()| limit.ticket());
         let all = [&first, &second, &third, &fourth];
         assert!(second.leave());
         assert!(third.leave());
-        third.accepted();
+        third.accepted(true);
+        third.accepted(false);
         third.enter();
         first.enter(); // its answer was another one: it waits again
         assert_eq!(evicts(&limit, &all), Some(3));
         assert_eq!(evicts(&limit, &all), Some(0));
         assert_eq!(evicts(&limit, &all), None);
+        second.accepted(false);
         second.enter();
         assert_eq!(evicts(&limit, &all), Some(1));
     }

@@ -67,10 +67,10 @@ impl SeenBodies {
         (first != *id).then_some(first)
     }
 
-    /// Remembers a body that is in the journal as delivery `id`. Returns `true` where another delivery had it before.
-    pub fn journalled(&self, body: BodyDigest, id: &DeliveryId) -> bool {
-        let Some(id) = id.to_bits() else { return false };
-        self.lock().remember(body, id, Instant::now()).is_some_and(|first| first != id)
+    /// Remembers a body that is in the journal as delivery `id`. Returns the delivery that had it before, which is `id` again
+    /// after a resend.
+    pub fn journalled(&self, body: BodyDigest, id: &DeliveryId) -> Option<DeliveryId> {
+        self.lock().remember(body, id.to_bits()?, Instant::now()).map(DeliveryId::from_bits)
     }
 
     fn lock(&self) -> MutexGuard<'_, Window> {
@@ -227,12 +227,12 @@ mod tests {
         for duplicates in [DuplicateBodies::Accept, DuplicateBodies::Once] {
             let seen = SeenBodies::new(duplicates);
             assert_eq!(seen.first_delivery(digest(1), &first), None);
-            assert!(!seen.journalled(digest(1), &first));
-            assert!(!seen.journalled(digest(1), &first));
+            assert_eq!(seen.journalled(digest(1), &first), None);
+            assert_eq!(seen.journalled(digest(1), &first), Some(first.clone()));
             assert_eq!(seen.first_delivery(digest(1), &first), None);
             let once = (duplicates == DuplicateBodies::Once).then(|| first.clone());
             assert_eq!(seen.first_delivery(digest(1), &other), once);
-            assert!(seen.journalled(digest(1), &other), "two at the same moment");
+            assert_eq!(seen.journalled(digest(1), &other), Some(first.clone()), "two at the same moment");
         }
     }
 }

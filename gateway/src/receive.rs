@@ -44,7 +44,11 @@ pub struct Gateway {
 
 /// A delivery that is safe: the answer is 202.
 #[derive(Debug)]
-pub struct Accepted(DeliveryId);
+pub struct Accepted {
+    id: DeliveryId,
+    /// Its body was not accepted before.
+    is_new: bool,
+}
 
 impl Gateway {
     /// A gateway that keeps what it takes in `journal`, and counts its answers.
@@ -77,8 +81,8 @@ impl Gateway {
         let result = self.receive(&head, &mut body, trace, source, &lasts).await;
         self.metrics.answered(result.as_ref().err());
         let ticket = lasts.ticket();
-        if result.is_ok() {
-            ticket.accepted();
+        if let Ok(accepted) = &result {
+            ticket.accepted(accepted.is_new);
         }
         let had_202 = ticket.had_202();
         let mut response = match result {
@@ -166,7 +170,7 @@ impl Gateway {
             self.body_came_again(source);
             let trace = delivery.trace_id();
             tracing::debug!(delivery.id = %first, trace.id = trace, %source, "answered a repeated body as its first delivery");
-            return Ok(Accepted(first)); // that one is on disk
+            return Ok(Accepted { id: first, is_new: false }); // that one is on disk
         }
         let entry = Entry {
             received_at: delivery.received_at.into(),
@@ -176,14 +180,15 @@ impl Gateway {
         let (begin, meta) = (Instant::now(), entry.meta.len());
         let appended = self.journal.append(entry).await;
         let place = appended.map_err(|cause| not_journalled(&delivery, source, cause))?; // on disk when this returns
-        if self.seen_bodies.journalled(digest, &delivery.id) {
+        let first = self.seen_bodies.journalled(digest, &delivery.id);
+        if first.as_ref().is_some_and(|first| *first != delivery.id) {
             self.body_came_again(source);
         }
         let bytes = delivery.body.len();
         self.metrics.journalled(meta, bytes, begin.elapsed());
         let (id, trace) = (&delivery.id, delivery.trace_id());
         tracing::debug!(delivery.id = %id, trace.id = trace, %source, %place, bytes, "accepted a delivery");
-        Ok(Accepted(delivery.id))
+        Ok(Accepted { id: delivery.id, is_new: first.is_none() })
     }
 
     fn body_came_again(&self, source: IpAddr) {
@@ -239,7 +244,7 @@ fn route(head: &Parts) -> Result<(), Reject> {
 
 impl Accepted {
     fn to_response(&self) -> Response<Full<Bytes>> {
-        let Accepted(id) = self;
+        let id = &self.id;
         // None of these has a character that JSON would escape.
         let data = [
             r#"{"data":{"deliveryId":""#,

@@ -189,7 +189,7 @@ async fn too_many_connections_are_503() {
     let (mut first, mut second) =
         (Connection::open(world.port()).await.unwrap(), Connection::open(world.port()).await.unwrap());
     first.send(&Post::signed(BODY)).await.unwrap().accepted();
-    second.send(&Post::signed(BODY)).await.unwrap().accepted();
+    second.send(&Post::signed("\"another\"")).await.unwrap().accepted();
     let (socket, answer) = raw(world.port(), b"").await;
     assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("\r\nretry-after: "), "{answer}");
     assert!(closes(socket).await);

@@ -149,9 +149,9 @@ async fn connections_without_a_delivery_make_room_at_the_limit() {
     let world = settings.start().await;
     // A proxy's connections: kept, idle, and the oldest of all.
     let mut kept = Vec::new();
-    for _ in 0..4 {
+    for number in 0..4 {
         let mut connection = Connection::open(world.port()).await.unwrap();
-        connection.send(&Post::signed(BODY)).await.unwrap().accepted();
+        connection.send(&Post::signed(format!("\"{number}\""))).await.unwrap().accepted();
         kept.push(connection);
     }
     let signed = head(&"0".repeat(64), "Content-Length: 5\r\n");
@@ -169,9 +169,11 @@ async fn connections_without_a_delivery_make_room_at_the_limit() {
             socket.write_all(&begun).await.unwrap();
         }
         if kind.starts_with("answered") {
+            let mut answered = 0;
             for socket in &mut held {
-                assert!(socket.read(&mut [0; 12]).await.unwrap() > 0);
+                answered += usize::from(socket.read(&mut [0; 12]).await.is_ok_and(|bytes| bytes > 0));
             }
+            assert!(answered >= LIMIT - kept.len(), "{answered}; the others may have made room before their request");
         } else {
             world.gateway.until_metric("gateway_connections_open", LIMIT as f64).await;
         }
@@ -198,6 +200,32 @@ async fn connections_without_a_delivery_make_room_at_the_limit() {
     assert!((1..=lines_at_most).contains(&(told.count() as u64)), "{log}");
     let well = async || (check(&world.gateway.ops("/readyz").await)["ok"] == true).then_some(());
     eventually("the check to be well again", well).await;
+}
+
+#[tokio::test]
+async fn connections_that_replay_a_body_make_room_at_the_limit() {
+    const LIMIT: usize = 24;
+    let limit = LIMIT.to_string();
+    let world = setup().workers(0).gateway("GATEWAY_MAX_CONNECTIONS", &limit).start().await;
+    let genuine = |number: usize| Post::signed(format!("\"genuine {number}\""));
+    let mut proxy = Connection::open(world.port()).await.unwrap();
+    proxy.send(&genuine(0)).await.unwrap().accepted();
+    // One request was captured. A replayer keeps a 202 on each of its connections, half of them under other Request-IDs.
+    let captured = Post::signed(BODY).header("Request-ID", &"a".repeat(32));
+    captured.send(world.port()).await.accepted();
+    let mut replaying = Vec::new();
+    for number in 1..LIMIT {
+        let mut connection = Connection::open(world.port()).await.unwrap();
+        let request_id = if number % 2 == 0 { "a".repeat(32) } else { format!("{number:032x}") };
+        connection.send(&captured.clone().header("Request-ID", &request_id)).await.unwrap().accepted();
+        replaying.push(connection);
+    }
+    let mut answers = Vec::new();
+    for number in 1..=20 {
+        answers.push(genuine(number).try_send(world.port()).await.map_or(0, |answer| answer.status));
+    }
+    assert_eq!(answers, [202; 20]);
+    proxy.send(&genuine(0)).await.unwrap().accepted();
 }
 
 /// Opens that many connections to a port, which stay open and silent until they are dropped.
