@@ -25,7 +25,7 @@ use shared::stream::SUBJECT_PREFIX;
 use time::OffsetDateTime;
 
 use crate::dead_letters::DeadLetter;
-use crate::pull::unreadable_letter;
+use crate::pull::{Session, unreadable_letter};
 use crate::read::{self, read_message};
 use crate::store::Record;
 
@@ -130,6 +130,8 @@ pub struct Reading {
     subject: String,
     /// None while messages are fetched singly.
     messages: Option<Ordered>,
+    /// The connection on which `messages` began.
+    session: Session,
     /// Messages that are still to be fetched singly.
     singly: usize,
     /// How many messages there are to read, as the server counted them at the beginning.
@@ -149,7 +151,8 @@ impl Reading {
     /// # Errors
     /// Where there is no such stream, or NATS does not answer.
     pub async fn open(link: &'static Link, name: &str, span: &Span) -> anyhow::Result<Reading> {
-        let stream = link.current().context.get_stream(name).await;
+        let session = Session::begin(link.current());
+        let stream = session.context().get_stream(name).await;
         let stream = stream.with_context(|| format!("cannot look at stream {name}"))?;
         let state = &stream.cached_info().state;
         let (newest, newest_at) = (state.last_sequence, state.last_timestamp);
@@ -200,7 +203,7 @@ impl Reading {
         };
         let messages = Some(consumer.messages().await.context("cannot read the stream")?);
         let (singly, begun_again, ended) = (0, 0, total == 0);
-        Ok(Reading { link, stream, subject, messages, singly, total, last, before, next, begun_again, ended })
+        Ok(Reading { link, stream, subject, messages, session, singly, total, last, before, next, begun_again, ended })
     }
 
     /// The next messages, in their order: at most `most`, and not much more than 32 MiB. None at the end. NATS away is
@@ -217,7 +220,11 @@ impl Reading {
                 Some(messages) => {
                     let message = match messages.next().now_or_never() {
                         Some(message) => Some(message),
-                        None => tokio::time::timeout(patience, messages.next()).await.ok(),
+                        None => tokio::select! {
+                            message = tokio::time::timeout(patience, messages.next()) => message.ok(),
+                            // The library would begin again at once, with a consumer each time, and meet the same message.
+                            () = self.session.over() => Some(None),
+                        },
                     };
                     match message {
                         Some(Some(Ok(message))) => self.entry(message).await?,
@@ -238,8 +245,7 @@ impl Reading {
         let (sequence, stored_at) = (info.stream_sequence, info.published);
         if sequence < self.next {
             // The library began again too early, with what was given out or is before the span.
-            self.open_again().await;
-            return Ok(None);
+            return self.fetch_next().await;
         }
         self.ended = info.pending == 0;
         let entry = Entry { message: message.message, sequence, stored_at, unreadable: None };
@@ -260,6 +266,8 @@ impl Reading {
     /// Fetches the next message by itself, whatever its headers. Goes back to reading many at once where there is nothing
     /// to be afraid of any more. None where there is no message to give out now: at the end, or while NATS is away.
     async fn fetch_next(&mut self) -> anyhow::Result<Option<Entry>> {
+        // It would ask for messages beside this, and may meet the next unreadable one.
+        self.messages = None;
         let linked = self.link.current();
         let name = &self.stream.cached_info().config.name;
         let message = match StoredMessage::first(&linked.context, name, &self.subject, self.next).await {
@@ -282,7 +290,6 @@ impl Reading {
         let entry = Entry::of(&message);
         if entry.unreadable.is_some() || self.begun_again >= BEGIN_AGAIN {
             self.singly = SINGLY;
-            self.messages = None;
         }
         if self.singly == 0 {
             // It can be read, and was only late, or belongs to another client now.
@@ -297,9 +304,8 @@ impl Reading {
     /// the next try.
     async fn open_again(&mut self) {
         self.begun_again += 1;
-        // The one before would ask for messages beside it, and may meet the next unreadable one.
-        self.messages = None;
         let linked = self.link.current();
+        self.session = Session::begin(linked.clone());
         let name = &self.stream.cached_info().config.name;
         let open = async {
             let stream = linked.context.get_stream(name).await?;

@@ -193,3 +193,24 @@ async fn a_storm_of_unreadable_messages_is_buried_and_costs_no_delivery() {
     world.all_acknowledged().await;
     assert_eq!(world.value::<i64>("SELECT count(*) FROM signals").await, 60);
 }
+
+#[tokio::test]
+async fn reading_from_an_unreadable_message_stays_in_its_span_and_costs_few_connections() {
+    let world = setup().workers(0).start().await;
+    assert_eq!(world.worker(&["migrate"]).await.code, Some(0));
+    let mut hostile = RawClient::connect(world.nats.port()).await;
+    // More than one request behind each of them.
+    for n in 1..=6_000 {
+        let block: &[u8] = if [5, 2_500, 3_700].contains(&n) { UNREADABLE[1].1 } else { b"" };
+        hostile.publish(SUBJECT, block, b"{}").await;
+    }
+    hostile.flush().await;
+    world.on_stream(6_000).await;
+    let dry = world.worker(&["replay", "--dry-run", "--from-seq", "5"]).await;
+    assert_eq!((dry.code, dry.number("  would insert")), (Some(1), 5_993), "{dry:?}");
+    assert_eq!(dry.number("  would become a dead letter"), 3, "{dry:?}");
+    // Each lost connection leaves a consumer behind. The log counts those after the tenth.
+    let more = dry.err.lines().find_map(|line| line.split(" more lines like").next()?.rsplit(' ').next()?.parse().ok());
+    let lost = dry.err.matches("lost the connection").count() + more.unwrap_or(0);
+    assert!((3..100).contains(&lost), "{lost} connections lost: {dry:?}");
+}

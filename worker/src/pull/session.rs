@@ -68,7 +68,7 @@ impl Session {
     }
 
     /// JetStream by that client.
-    pub(super) fn context(&self) -> &Context {
+    pub(crate) fn context(&self) -> &Context {
         &self.linked.context
     }
 

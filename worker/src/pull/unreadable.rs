@@ -20,7 +20,7 @@ use crate::store::{Batch, tell};
 
 /// Messages that are fetched at once. Each may be 8 MiB, and comes as base64.
 const AT_ONCE: usize = 4;
-/// Longest wait for the server to confirm an ack. It does not confirm one that another worker has sent before.
+/// Longest wait for the server to confirm an ack.
 const ACK_WITHIN: Duration = Duration::from_secs(1);
 
 /// Finds unreadable messages, in one session after another.
