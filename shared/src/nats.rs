@@ -51,7 +51,7 @@ pub const NATS_CLIENT_KEY: Setting = Setting::bare("NATS_CLIENT_KEY", "The priva
 /// The prefix of the subjects on which answers arrive.
 pub const NATS_INBOX_PREFIX: Setting = Setting::bare(
     "NATS_INBOX_PREFIX",
-    "What the subjects of NATS's answers begin with, so that one login cannot read another's; default _INBOX_gateway or _INBOX_worker",
+    "The prefix of the subjects on which NATS answers, so that one login cannot read another's; default _INBOX_gateway or _INBOX_worker",
 );
 
 /// The settings of the connection.
