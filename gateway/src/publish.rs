@@ -27,7 +27,7 @@ use bytes::Bytes;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt as _, StreamExt as _};
 use shared::delivery::{Delivery, NotADelivery};
-use shared::link::Link;
+use shared::link::{Link, Linked};
 use shared::ops::Readiness;
 use shared::stream::{NatsSettings, covers, ensure_stream, tell_differences, until_ready};
 use tokio::sync::{Notify, watch};
@@ -279,7 +279,7 @@ impl Shared {
         body: Option<Bytes>,
         read: impl AsyncFnOnce() -> Result<Bytes, ReadError>,
     ) -> Result<u64, NotPublished> {
-        let stream = self.link_is_up().await;
+        let (linked, stream) = self.link_is_up().await;
         let body = match body {
             Some(body) => body,
             None => Box::pin(read()).await?, // seldom, and large
@@ -287,7 +287,6 @@ impl Shared {
         let begin = Instant::now();
         let acked = async {
             // Boxed, because it lasts no longer than it takes to hand the message over, and is most of what we would hold.
-            let linked = self.link.current();
             let publish = Box::pin(linked.context.publish_with_headers(subject.to_owned(), headers, body));
             publish.await?.await // within ACK_WITHIN, or TimedOut
         };
@@ -342,12 +341,13 @@ impl Shared {
         }
     }
 
-    /// Waits until NATS is connected and the stream fit. Gives the stream as it was last seen.
-    async fn link_is_up(&self) -> Arc<stream::Config> {
+    /// Waits until NATS is connected and the stream fit. Gives the client, and the stream as it was last seen.
+    async fn link_is_up(&self) -> (Arc<Linked>, Arc<stream::Config>) {
         loop {
             let stream = self.fit.borrow().clone();
-            if let Some(stream) = stream.filter(|_| self.link.current().is_up()) {
-                return stream;
+            let linked = self.link.current();
+            if let Some(stream) = stream.filter(|_| linked.is_up()) {
+                return (linked, stream);
             }
             let _ = self.fit.subscribe().wait_for(Option::is_some).await; // the sender is ours, so it is there
             // The client tells of a connection by event only; a look now and then is simpler and costs nothing.

@@ -48,7 +48,7 @@ impl ReceiptKey {
 
     /// The tag of this delivery at this place: 64 bits of an HMAC-SHA256, never 0.
     pub fn tag(&self, place: Place, id: &DeliveryId) -> u64 {
-        let mac = self.0.clone().chain_update(place.to_string()).chain_update([0]).chain_update(id.as_str()).finalize();
+        let mac = self.0.clone().chain_update(place.to_bytes()).chain_update(id.as_str()).finalize();
         let first = mac.into_bytes()[..8].try_into().expect("HMAC-SHA256 has 32 bytes");
         u64::from_be_bytes(first).max(1)
     }

@@ -8,7 +8,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_nats::client::RequestErrorKind;
@@ -61,12 +61,24 @@ pub struct Linked {
     /// JetStream by this client, with this project's time limits.
     pub context: jetstream::Context,
     ended: CancellationToken,
+    /// The same as `ended`, to be read for each publish without a lock.
+    has_ended: Arc<AtomicBool>,
+}
+
+/// Dropped with the client's task.
+struct Ended(CancellationToken, Arc<AtomicBool>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.1.store(true, Ordering::Relaxed);
+        self.0.cancel();
+    }
 }
 
 impl Linked {
     /// Returns `true` when the client's task has ended: only another client can work.
     pub fn has_ended(&self) -> bool {
-        self.ended.is_cancelled()
+        self.has_ended.load(Ordering::Relaxed)
     }
 
     /// Returns once the client's task has ended.
@@ -141,10 +153,10 @@ async fn make(
     observe: &Arc<dyn Fn(&Event) + Send + Sync>,
     connected: &Arc<Notify>,
 ) -> anyhow::Result<Linked> {
-    let ended = CancellationToken::new();
+    let (ended, has_ended) = (CancellationToken::new(), Arc::<AtomicBool>::default());
     // The client's task owns the sender of events. When the task ends, however it ends, the library drops the callback
     // for events, and the guard with it.
-    let guard = ended.clone().drop_guard();
+    let guard = Ended(ended.clone(), has_ended.clone());
     let (observe, connected) = (observe.clone(), connected.clone());
     let on_event = move |event: &Event| {
         let _ = &guard;
@@ -154,7 +166,7 @@ async fn make(
         observe(event);
     };
     let client = connection.connect(program, queue, readiness, on_event).await?;
-    Ok(Linked { context: jetstream(client.clone()), client, ended })
+    Ok(Linked { context: jetstream(client.clone()), client, ended, has_ended })
 }
 
 impl Shared {

@@ -21,6 +21,17 @@ impl fmt::Display for Place {
     }
 }
 
+impl Place {
+    /// The place as bytes: segment, index and check, little-endian.
+    pub fn to_bytes(self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&self.segment.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.index.to_le_bytes());
+        bytes[12..].copy_from_slice(&self.check.to_le_bytes());
+        bytes
+    }
+}
+
 /// A text that is not the place of any entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not a place in a journal")]
