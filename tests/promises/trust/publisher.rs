@@ -214,3 +214,36 @@ async fn reading_from_an_unreadable_message_stays_in_its_span_and_costs_few_conn
     let lost = dry.err.matches("lost the connection").count() + more.unwrap_or(0);
     assert!((3..100).contains(&lost), "{lost} connections lost: {dry:?}");
 }
+
+/// The scan needs a right that a login of an earlier version may lack.
+#[tokio::test]
+async fn a_login_that_may_fetch_no_message_holds_no_worker_up() {
+    let denied = r#"authorization {
+        users = [ { user: all, password: all, permissions: { publish: { deny: "$JS.API.STREAM.MSG.GET.>" } } } ]
+    }
+    no_auth_user: all"#;
+    let mut world = setup().nats(|options| options.extra = denied.into()).start().await;
+    // The worker holds 200 messages that it cannot store, and then loses its connection.
+    world.execute("BEGIN; LOCK TABLE issues IN ACCESS EXCLUSIVE MODE").await;
+    world.workers[0].process().freeze().unwrap();
+    let jetstream = world.jetstream().await;
+    let consumer = || async {
+        let stream = jetstream.get_stream("SIGNALS").await.ok()?;
+        stream.consumer_info("worker").await.ok()
+    };
+    eventually("its requests to end", || async { consumer().await.filter(|info| info.num_waiting == 0) }).await;
+    let mut ids = Vec::new();
+    for _ in 0..200 {
+        ids.push(world.post(BODY).await.accepted());
+    }
+    world.on_stream(200).await;
+    world.workers[0].process().thaw().unwrap();
+    let all = || async { consumer().await.filter(|info| info.delivered.stream_sequence == 200) };
+    eventually("the worker to hold them", all).await;
+    world.nats.stop().await.unwrap();
+    world.nats.start_again().await.unwrap();
+    world.execute("ROLLBACK").await;
+    // What comes now waits for a few answers that do not come, and not for 200.
+    ids.push(world.post(BODY).await.accepted());
+    all_stored(&world, &ids).await;
+}

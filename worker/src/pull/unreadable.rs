@@ -20,6 +20,8 @@ use crate::store::{Batch, tell};
 
 /// Messages that are fetched at once. Each may be 8 MiB, and comes as base64.
 const AT_ONCE: usize = 4;
+/// Messages that NATS may fail to give before a scan ends. Each failure may take as long as a request may.
+const FAILURES_MAX: usize = 3;
 /// Longest wait for the server to confirm an ack.
 const ACK_WITHIN: Duration = Duration::from_secs(1);
 
@@ -47,7 +49,7 @@ impl UnreadableScan {
         let range = floor.max(self.done) + 1..=delivered.min(info.state.last_sequence);
         let fetch = |sequence| async move { (sequence, StoredMessage::at(session.context(), name, sequence).await) };
         let mut messages = stream::iter(range).map(fetch).buffered(AT_ONCE);
-        let (mut found, mut whole, mut failed) = (false, true, None);
+        let (mut found, mut whole, mut failed) = (false, true, Vec::new());
         while let Some((sequence, message)) = messages.next().await {
             if session.is_over() {
                 return Ok(()); // the next one begins where this one got to
@@ -62,10 +64,13 @@ impl UnreadableScan {
                 },
                 Ok(None) => true, // purged
                 Err(error) => {
-                    failed.get_or_insert(error);
+                    failed.push(error);
                     false
                 }
             };
+            if failed.len() > FAILURES_MAX {
+                break; // NATS gives none, or this login may not fetch them
+            }
             if whole {
                 self.done = sequence;
             }
@@ -73,7 +78,7 @@ impl UnreadableScan {
         if !found {
             self.done = 0;
         }
-        failed.map_or(Ok(()), |error| Err(error.into()))
+        failed.pop().map_or(Ok(()), |error| Err(error.into()))
     }
 }
 
