@@ -28,6 +28,8 @@ use crate::settings::Limits;
 /// saves calls of the kernel on large bodies, less bounds the memory of many connections more tightly. A body of 16 KB comes
 /// in one piece with its headers.
 const BUFFER_BYTES: usize = 24 * 1024;
+/// Time after which a connection beyond the limit is looked at again, before it is answered 503. Sentry waits for a second.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(100);
 /// How many connections beyond the limit are told so at once; more are closed without a word.
 const MAX_TURNED_AWAY: usize = 256;
 /// How long a connection that gets an answer outside of HTTP's usual course may take to read it.
@@ -49,18 +51,29 @@ pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, limits: &Limits, 
     let turned_away = Arc::new(Semaphore::new(MAX_TURNED_AWAY));
     let tasks = TaskTracker::new();
     let take = |socket: TcpStream, peer: IpAddr| {
+        // Answers are one small write each; waiting to fill a packet would only delay them. A failure costs just that.
+        let _ = socket.set_nodelay(true);
+        let (gateway, limits, ending) = (gateway.clone(), limits.clone(), ending.clone());
         if let Some(admitted) = connections.admit() {
-            // Answers are one small write each; waiting to fill a packet would only delay them. A failure costs just that.
-            let _ = socket.set_nodelay(true);
-            let (gateway, limits, ending) = (gateway.clone(), limits.clone(), ending.clone());
             tasks.spawn(async move {
                 let slot = admitted.await;
                 serve(socket, peer, gateway, &limits, ending).await;
                 drop(slot);
             });
-        } else if let Ok(slot) = turned_away.clone().try_acquire_owned() {
-            gateway.refused(&Reject::TooManyConnections, peer);
-            tasks.spawn(turn_away(socket, slot));
+        } else if let Ok(waiting) = turned_away.clone().try_acquire_owned() {
+            let connections = connections.clone();
+            tasks.spawn(async move {
+                // In a burst, the connections that could make room have only just been taken themselves.
+                tokio::time::sleep(LOOK_AGAIN_AFTER).await;
+                let Some(admitted) = connections.admit() else {
+                    gateway.refused(&Reject::TooManyConnections, peer);
+                    return turn_away(socket, waiting).await;
+                };
+                drop(waiting);
+                let slot = admitted.await;
+                serve(socket, peer, gateway, &limits, ending).await;
+                drop(slot);
+            });
         }
     };
     loop {
