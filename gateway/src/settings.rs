@@ -219,6 +219,16 @@ impl Config {
             reader.mistake(format!("{delay} must be shorter than {grace}, of which it is a part"));
         }
         let logs = settings::logs(&mut reader);
+        if let Some((journal, limits)) = journal.as_ref().zip(limits.as_ref()) {
+            let least = journal::Limits::least_for(limits.body_bytes);
+            if journal.limits.max_bytes_on_disk < least {
+                let (journal, body) = (GATEWAY_JOURNAL_MAX_BYTES.variable, GATEWAY_MAX_BODY_BYTES.variable);
+                reader.mistake(format!(
+                    "{journal} must be at least {least} bytes, room for two bodies of {body}, or the largest body could \
+                     never be taken"
+                ));
+            }
+        }
         let config = || {
             Some(Config {
                 listen: listen?,
@@ -386,5 +396,13 @@ mod tests {
         let error = load(&[("SENTRY_CLIENT_SECRET", "s3cr3t-s3cr3t-s3cr3t"), ("GATEWAY_MAX_BYTES_IN_FLIGHT", "1MiB")])
             .unwrap_err();
         assert!(error.to_string().contains("GATEWAY_MAX_BYTES_IN_FLIGHT must be at least"), "{error}");
+    }
+
+    #[test]
+    fn a_journal_too_small_for_the_largest_body_is_a_mistake() {
+        let secret = ("SENTRY_CLIENT_SECRET", "s3cr3t-s3cr3t-s3cr3t");
+        let error = load(&[secret, ("GATEWAY_JOURNAL_MAX_BYTES", "4MiB")]).unwrap_err();
+        assert!(error.to_string().contains("GATEWAY_JOURNAL_MAX_BYTES must be at least"), "{error}");
+        load(&[secret, ("GATEWAY_JOURNAL_MAX_BYTES", "4MiB"), ("GATEWAY_MAX_BODY_BYTES", "1MiB")]).unwrap();
     }
 }

@@ -85,7 +85,8 @@ async fn a_captured_signature_over_altered_bytes_is_a_repeat() {
 #[tokio::test]
 async fn a_body_that_was_answered_503_is_no_repeat() {
     let once = setup().workers(0).gateway("GATEWAY_DUPLICATE_BODIES", "once");
-    let world = once.gateway("GATEWAY_JOURNAL_MAX_BYTES", "1MiB").start().await;
+    let small = once.gateway("GATEWAY_JOURNAL_MAX_BYTES", "1MiB").gateway("GATEWAY_MAX_BODY_BYTES", "100KiB");
+    let world = small.start().await;
     world.nats.kill().await;
     let mut connection = Connection::open(world.port()).await.unwrap();
     let mut taken = Vec::new();

@@ -292,7 +292,8 @@ async fn a_stream_that_is_full_delays_and_loses_nothing() {
 
 #[tokio::test]
 async fn a_full_journal_is_503_and_makes_room_by_itself() {
-    let mut world = watchful().gateway("GATEWAY_JOURNAL_MAX_BYTES", "4MiB").start().await;
+    let small = watchful().gateway("GATEWAY_JOURNAL_MAX_BYTES", "4MiB").gateway("GATEWAY_MAX_BODY_BYTES", "1MiB");
+    let mut world = small.start().await;
     world.nats.kill().await;
     let mut ids = Vec::new();
     let body =

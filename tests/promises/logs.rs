@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use serde_json::Value;
-use world::{Connection, Post, Program, SECRET, World, eventually, sign};
+use world::{Connection, Post, Program, SECRET, Setup, World, eventually, sign};
 
 use crate::contract::{head, raw};
 use crate::{fixture, setup};
@@ -288,7 +288,9 @@ async fn who_finds_the_door_full_is_told_in_the_log() {
 #[tokio::test]
 async fn a_full_journal_under_thousands_of_deliveries_is_a_few_lines_and_their_number() {
     let begin = Instant::now();
-    let world = ordinary(|setup| setup.workers(0).gateway("GATEWAY_JOURNAL_MAX_BYTES", "1MiB")).await;
+    let small =
+        |setup: Setup| setup.gateway("GATEWAY_JOURNAL_MAX_BYTES", "1MiB").gateway("GATEWAY_MAX_BODY_BYTES", "100KiB");
+    let world = ordinary(|setup| small(setup.workers(0))).await;
     world.nats.kill().await;
     let mut connection = Connection::open(world.port()).await.unwrap();
     let filler = format!("\"{}\"", "x".repeat(40_000));

@@ -171,6 +171,14 @@ impl Limits {
         Limits { max_bytes_on_disk, segment_bytes, max_bytes_waiting: 256 << 20, retain: Duration::ZERO }.sane()
     }
 
+    /// The least [`Limits::max_bytes_on_disk`] of a journal that takes bodies of so many bytes. The segment that is written
+    /// to stays until the next one is there, and each may hold such a body.
+    pub fn least_for(body_bytes: usize) -> u64 {
+        /// A header block, and all that a segment holds beside one record.
+        const BESIDE: u64 = 64 << 10;
+        2 * (body_bytes as u64 + BESIDE)
+    }
+
     /// A journal needs several segments, or nothing in it could ever make room.
     fn sane(mut self) -> Limits {
         self.segment_bytes = self.segment_bytes.min(1 << 30).min(self.max_bytes_on_disk / 4);
