@@ -98,13 +98,19 @@ pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
-/// Makes the directory where it is missing, and its name last.
+/// Makes the directory and those above it where they are missing, and their names last.
 pub(super) fn create_dir(dir: &Path) -> io::Result<()> {
-    if !dir.is_dir() {
-        access::create_directory(dir)?;
+    let missing: Vec<_> =
+        dir.ancestors().take_while(|above| !above.as_os_str().is_empty() && !above.is_dir()).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    access::create_directory(dir)?;
+    for made in missing {
+        let parent = made.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         // The parent may be one that we may write to but not open for reading; then the name is as lasting as the
         // system makes it.
-        let _ = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).map(sync_dir);
+        let _ = sync_dir(parent);
     }
     Ok(())
 }

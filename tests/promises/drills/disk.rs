@@ -72,6 +72,24 @@ async fn a_disk_that_fails_refuses_what_is_not_on_it_and_takes_deliveries_again_
 }
 
 #[tokio::test]
+async fn every_directory_that_is_made_for_a_journal_is_synced_in_the_one_above() {
+    const UNDER: &str = "export GATEWAY_JOURNAL_DIR=\"$GATEWAY_JOURNAL_DIR/b/c\" && \
+        exec strace -D -f -y -e trace=fsync -o \"${GATEWAY_JOURNAL_DIR%/b/c}.trace\" \"$0\"";
+    let strace = Command::new("strace").args(["-D", "-o", "/dev/null", "/bin/true"]).output();
+    if !strace.is_ok_and(|done| done.status.success()) {
+        let because = "there is no `strace` on PATH that may trace";
+        return skipped("every_directory_that_is_made_for_a_journal_is_synced_in_the_one_above", because);
+    }
+    let world = watchful().workers(0).gateway_under(&["/bin/sh", "-c", UNDER]).start().await;
+    let trace = std::fs::read_to_string(world.folder().join("gateway-0.trace")).unwrap();
+    for above in [world.folder(), &world.folder().join("gateway-0"), &world.folder().join("gateway-0/b")] {
+        let synced =
+            trace.lines().any(|line| line.contains("fsync(") && line.contains(&format!("<{}>", above.display())));
+        assert!(synced, "{} is not synced: {trace}", above.display());
+    }
+}
+
+#[tokio::test]
 async fn a_disk_of_64_mb_that_fills_up_refuses_loses_nothing_and_heals() {
     let Some(setup) = on_a_disk_of_64_mb(watchful()) else {
         skipped("a_disk_of_64_mb_that_fills_up_refuses_loses_nothing_and_heals", "this process may not mount a tmpfs");
