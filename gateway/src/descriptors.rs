@@ -3,8 +3,8 @@
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use shared::ops;
 
-/// Descriptors of a gateway beside its connections: listeners, the journal's files (each twice, and some 160 of them
-/// with the usual limit), NATS, connections that are turned away.
+/// Descriptors of a gateway beside its connections: listeners, the journal's files that are in use, NATS, connections that
+/// are turned away.
 const OTHERS: u64 = 1024;
 
 /// How many a gateway with that many public connections may need.

@@ -390,3 +390,26 @@ async fn large_bodies_that_the_stream_has_no_room_for_delay_no_others() {
     expected.sort();
     assert!(late == expected, "a body that is read again for another try is the one that came");
 }
+
+#[tokio::test]
+async fn a_backlog_of_more_segments_than_files_may_be_open_is_taken_and_published() {
+    // Segments of 1 MiB, and 128 descriptors. The gateway cannot allow itself more.
+    const FEW: &[&str] = &["/bin/sh", "-c", "ulimit -n 128 && exec \"$0\" \"$@\""];
+    let few = watchful().gateway_under(FEW).gateway("GATEWAY_MAX_CONNECTIONS", "20");
+    let mut world = few.gateway("GATEWAY_JOURNAL_MAX_BYTES", "256MiB").start().await;
+    world.nats.kill().await;
+    let body =
+        |number: usize| format!(r#"{{"data":{{"issue":{{"id":"{number}","title":"{}"}}}}}}"#, "x".repeat(800_000));
+    let mut ids = Vec::new();
+    let mut connection = Connection::open(world.port()).await.unwrap();
+    for number in 0..150 {
+        ids.push(connection.send(&Post::signed(body(number))).await.unwrap().accepted());
+    }
+    world.gateway.kill().await;
+    world.gateway.start_again();
+    world.gateway.ready().await;
+    let (code, status, errors) = world.gateway_command(&["journal", "status"]);
+    assert_eq!(code, Some(0), "{status}{errors}");
+    world.nats.start_again().await.unwrap();
+    exactly_once(&world, &ids, 0).await;
+}

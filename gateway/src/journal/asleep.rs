@@ -4,12 +4,12 @@
 //! Several may want the same segment awake: each reads its index, and whoever is first installs it.
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
-use super::direct::SegmentFile;
 use super::format::{Marker, Previous, Trailer};
 use super::scan::{self, Survey};
-use super::{Journal, files, recover};
+use super::{Journal, read, recover};
 
 /// A segment that sleeps, for somebody who wants it awake.
 #[derive(Debug)]
@@ -17,7 +17,7 @@ pub(super) struct Sleeper {
     /// Its number, where its records end, and how many they are.
     pub(super) previous: Previous,
     pub(super) marker: Marker,
-    pub(super) file: Arc<SegmentFile>,
+    pub(super) path: Arc<Path>,
 }
 
 /// What its file says of its entries.
@@ -44,14 +44,13 @@ impl Sleeper {
     /// The disk does not give enough of the file to know every entry.
     pub(super) fn read(&self) -> io::Result<Found> {
         let Previous { end, entries, .. } = self.previous;
+        let file = read::open(&self.path)?;
         let expected =
             |trailer: &Trailer| (trailer.marker, trailer.end, trailer.entries) == (self.marker, end, entries);
-        if let Some((_, offsets, received)) =
-            scan::read_index(&self.file.cached).filter(|(trailer, ..)| expected(trailer))
-        {
+        if let Some((_, offsets, received)) = scan::read_index(&file).filter(|(trailer, ..)| expected(trailer)) {
             return Ok(Found { offsets, received, holes: Vec::new(), end, by_index: true, damage: None });
         }
-        let survey = scan::survey(&self.file.cached, self.marker, false)?;
+        let survey = scan::survey(&file, self.marker, false)?;
         let damage = recover::loss(&survey, Some(self.previous), false);
         if survey.unreadable && damage.is_some_and(|(lost, _)| lost > 0) {
             return Err(io::Error::other("neither the index nor all of the records can be read"));
@@ -81,8 +80,7 @@ impl Journal {
     }
 
     fn wake_now(&self, sleeper: &Sleeper) -> io::Result<()> {
-        let shared = &self.0.shared;
-        let file = files::segment(&shared.dir, sleeper.previous.number);
+        let (shared, file) = (&self.0.shared, &sleeper.path);
         match sleeper.read() {
             Ok(found) => {
                 let damage = found.damage;
@@ -92,14 +90,15 @@ impl Journal {
                 }
                 shared.appended.notify_waiters();
                 if let Some((entries_lost, what)) = damage {
-                    recover::Damage { file, entries_lost, what }.tell();
+                    recover::Damage { file: file.to_path_buf(), entries_lost, what }.tell();
                 } else if only_index {
                     tracing::warn!(file = %file.display(), "the index of a segment is damaged; none of its entries is");
                 }
                 Ok(())
             }
+            // Let go meanwhile, or woken by another caller.
+            Err(_) if !shared.table().give_up(sleeper) => Ok(()),
             Err(error) => {
-                shared.table().give_up(sleeper);
                 tracing::error!(
                     file = %file.display(),
                     entries = sleeper.previous.entries,

@@ -23,12 +23,18 @@ pub(super) struct SegmentFile {
 }
 
 impl SegmentFile {
-    /// `file`, which is the one at `path`.
+    /// `file`, which is the one at `path`, to be written to.
     pub(super) fn of(file: File, path: &Path) -> SegmentFile {
-        SegmentFile { cached: file, direct: open_direct(path).ok() }
+        SegmentFile { cached: file, direct: open_direct(path, OpenOptions::new().read(true).write(true)).ok() }
+    }
+
+    /// `file`, which is the one at `path`, to be read.
+    pub(super) fn to_read(file: File, path: &Path) -> SegmentFile {
+        SegmentFile { cached: file, direct: open_direct(path, OpenOptions::new().read(true)).ok() }
     }
 
     /// The same without direct I/O.
+    #[cfg(test)]
     pub(super) fn through_cache(file: File) -> SegmentFile {
         SegmentFile { cached: file, direct: None }
     }
@@ -87,17 +93,17 @@ impl SegmentFile {
 }
 
 #[cfg(target_os = "linux")]
-fn open_direct(path: &Path) -> io::Result<File> {
+fn open_direct(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt as _;
 
     use nix::fcntl::OFlag;
     let flags = OFlag::O_DIRECT | OFlag::O_NOFOLLOW;
-    OpenOptions::new().read(true).write(true).custom_flags(flags.bits()).open(path)
+    options.custom_flags(flags.bits()).open(path)
 }
 
 /// Other systems have other ways, and nobody runs many deliveries there.
 #[cfg(not(target_os = "linux"))]
-fn open_direct(_: &Path) -> io::Result<File> {
+fn open_direct(_: &Path, _: &mut OpenOptions) -> io::Result<File> {
     Err(io::ErrorKind::Unsupported.into())
 }
 

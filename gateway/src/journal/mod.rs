@@ -59,6 +59,8 @@
 //! - A segment goes as a whole, when every entry in it is confirmed and `retain` is over. At the byte limit, or on a
 //!   full disk, segments in which every entry is published or confirmed go first, the oldest first; never one with an
 //!   entry that is not in the stream.
+//! - Only the writer keeps a segment's file open, the one that it writes to. All others are opened when they are read,
+//!   sealed or removed: a journal may have more segments than a process may have files open.
 //! - Marks are hints: written at most once a second, never synced, replaced by rename. Without them confirmed entries
 //!   are published again, which changes nothing in the end. They are never the reason to let an entry go that was not
 //!   confirmed: checksum and marker tie them to their segment.
@@ -79,6 +81,7 @@
 //! | a broken record, promised (see *synced*, *previous*) | counted, reported; reading goes on at the next marker |
 //! | a broken record in an unfinished batch | passed over |
 //! | a damaged header | reported; the marker is taken from the first record or the trailer |
+//! | the same, nothing promised, all records of one batch | the first batch, torn: no damage; the header is written anew |
 //! | a damaged index | the records are read instead |
 //! | a file cut short | reported, unless the next header shows that nothing is missing |
 //! | a sector that cannot be read | as zeros, reported |
@@ -421,7 +424,12 @@ impl Journal {
             }
             // Its bytes may be well. It stays as it is, its segment with it, and is read again at the next start.
             Err(ReadError::Disk(error)) => {
-                self.0.shared.table().counters.unreadable_records += 1;
+                let mut table = self.0.shared.table();
+                if table.entry(place).is_none() {
+                    return Err(ReadError::Unknown); // let go meanwhile, and its file with it
+                }
+                table.counters.unreadable_records += 1;
+                drop(table);
                 tracing::error!(%place, %error, "the disk does not give an entry of the journal; restart the gateway \
                     once the disk is well to have it delivered");
             }

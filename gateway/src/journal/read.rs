@@ -1,15 +1,20 @@
 //! Fetches entries from disk.
 
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::iter;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use nix::errno::Errno;
 
-use super::direct::Blocks;
+use super::access;
+use super::direct::{Blocks, SegmentFile};
 use super::format::{self, BLOCK, Marker, RECORD_HEADER, RecordHeader};
 use super::place::Place;
 use super::table::Located;
@@ -24,6 +29,11 @@ const BUFFER_BYTES: usize = RUN_BYTES + AROUND;
 /// Unused buffers for such runs that are kept: as many as are in use at once, with as much memory as bodies may take on
 /// their way to NATS, one that is being read, and one that is still being written.
 const BUFFERS_KEPT: usize = 6;
+
+/// Pauses and tries where this process, or the system, has no file descriptor left. Connections take them and give them
+/// back, and an entry that cannot be read would wait for the next start.
+const DESCRIPTOR_PAUSE: Duration = Duration::from_millis(50);
+const DESCRIPTOR_TRIES: usize = 100;
 
 /// An entry as it was appended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,6 +112,26 @@ impl Drop for Lent {
     }
 }
 
+/// Opens a segment's file to read it. Blocks.
+///
+/// # Errors
+/// Fails when the system does.
+pub(super) fn open(path: &Path) -> io::Result<File> {
+    let mut tries = DESCRIPTOR_TRIES;
+    loop {
+        match access::open(OpenOptions::new().read(true), path) {
+            Err(error) if tries > 0 && is_out_of_descriptors(&error) => thread::sleep(DESCRIPTOR_PAUSE),
+            opened => return opened,
+        }
+        tries -= 1;
+    }
+}
+
+fn is_out_of_descriptors(error: &io::Error) -> bool {
+    let number = error.raw_os_error().map(Errno::from_raw);
+    matches!(number, Some(Errno::EMFILE | Errno::ENFILE))
+}
+
 /// Reads and checks these records, each for itself: what is wrong with one is not held against another. Blocks.
 pub(super) fn read_each<'e>(
     entries: &'e [Located],
@@ -139,10 +169,11 @@ pub(super) fn read_header_block(entry: &Located) -> Result<Bytes, ReadError> {
 
 /// The first bytes of the record: to its end or the file's, as what a file that was cut lacks may be no more than zeros.
 fn read_first(entry: &Located, bytes: usize) -> Result<Vec<u8>, ReadError> {
+    let file = open(&entry.path).map_err(ReadError::Disk)?;
     let mut bytes = vec![0; bytes];
     let mut filled = 0;
     while filled < bytes.len() {
-        match entry.file.cached.read_at(&mut bytes[filled..], entry.offset + filled as u64) {
+        match file.read_at(&mut bytes[filled..], entry.offset + filled as u64) {
             Ok(0) => break,
             Ok(read) => filled += read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -160,7 +191,7 @@ fn runs(entries: &[Located]) -> impl Iterator<Item = &[Located]> {
         let first = rest.first()?;
         let mut end = first.offset + first.length;
         let follows = |next: &&Located| {
-            let is_next = Arc::ptr_eq(&next.file, &first.file) && next.offset == end;
+            let is_next = next.path == first.path && next.offset == end;
             end = next.offset + next.length;
             is_next && end - first.offset <= RUN_BYTES as u64
         };
@@ -175,8 +206,9 @@ fn runs(entries: &[Located]) -> impl Iterator<Item = &[Located]> {
 fn read_run(run: &[Located], buffers: &Arc<Buffers>) -> io::Result<Bytes> {
     let Some(first) = run.first() else { return Ok(Bytes::new()) };
     let length = run.iter().map(length).sum();
+    let file = SegmentFile::to_read(open(&first.path)?, &first.path);
     let mut lent = buffers.lend(length);
-    let at = first.file.read(&mut lent.blocks, first.offset, length)?;
+    let at = file.read(&mut lent.blocks, first.offset, length)?;
     lent.range = at..at + length;
     Ok(Bytes::from_owner(lent))
 }
@@ -224,14 +256,16 @@ pub(super) fn unix_ms(time: SystemTime) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::direct::SegmentFile;
+    use tempfile::NamedTempFile;
+
     use super::*;
 
     const MARKER: Marker = Marker([7; 8]);
 
     /// A file with entries of these body lengths, one behind the other.
-    fn written(lengths: &[usize]) -> (Arc<SegmentFile>, Vec<Located>) {
-        let file = Arc::new(SegmentFile::through_cache(tempfile::tempfile().unwrap()));
+    fn written(lengths: &[usize]) -> (NamedTempFile, Vec<Located>) {
+        let file = NamedTempFile::new().unwrap();
+        let path: Arc<Path> = file.path().into();
         let (mut entries, mut offset) = (Vec::new(), 0);
         for (index, &length) in (0..).zip(lengths) {
             let body = vec![b'x'; length];
@@ -244,11 +278,11 @@ mod tests {
                 received_ms: 0,
                 last: false,
             };
-            file.cached.write_all_at(&header.encode(MARKER, offset), offset).unwrap();
-            file.cached.write_all_at(&body, offset + RECORD_HEADER as u64).unwrap();
+            file.as_file().write_all_at(&header.encode(MARKER, offset), offset).unwrap();
+            file.as_file().write_all_at(&body, offset + RECORD_HEADER as u64).unwrap();
             let place = Place { segment: 1, index, check: 0 };
             let length = header.length();
-            entries.push(Located { place, file: file.clone(), marker: MARKER, offset, length, repeats: 0 });
+            entries.push(Located { place, path: path.clone(), marker: MARKER, offset, length, repeats: 0 });
             offset += length;
         }
         (file, entries)
@@ -270,13 +304,14 @@ mod tests {
     #[test]
     fn what_lies_together_is_read_together() {
         let half = RUN_BYTES / 2;
-        let (_, mut entries) = written(&[1, 2, 3, half, half, 3 * half, 4]);
+        let (_file, mut entries) = written(&[1, 2, 3, half, half, 3 * half, 4]);
         let cut = |entries: &[Located]| runs(entries).map(<[Located]>::len).collect::<Vec<_>>();
         assert_eq!(cut(&entries), [4, 1, 1, 1]);
         assert_eq!(lengths(&entries), [1, 2, 3, half, half, 3 * half, 4].map(Some));
         entries.remove(1);
         assert_eq!(cut(&entries), [1, 2, 1, 1, 1]);
-        entries.push(written(&[1]).1.remove(0)); // another file
+        let mut other = written(&[1]);
+        entries.push(other.1.remove(0)); // another file
         assert_eq!(cut(&entries), [1, 2, 1, 1, 1, 1]);
         assert!(cut(&[]).is_empty());
     }
@@ -284,7 +319,7 @@ mod tests {
     #[test]
     fn a_buffer_is_used_again_when_nobody_looks_at_it_any_more() {
         let half = RUN_BYTES / 2;
-        let (_, entries) = written(&[half, 20, RUN_BYTES, 10]);
+        let (_file, entries) = written(&[half, 20, RUN_BYTES, 10]);
         let buffers = Arc::<Buffers>::default();
         let bodies: Vec<_> = read_each(&entries, &buffers).map(|(_, read)| read.unwrap().body).collect();
         assert_eq!(buffers.unused().len(), 0);
@@ -303,9 +338,9 @@ mod tests {
     #[test]
     fn what_is_wrong_with_one_is_not_held_against_another() {
         let (file, entries) = written(&[10, 20, 30]);
-        file.cached.write_all_at(b"y", entries[1].offset + RECORD_HEADER as u64).unwrap();
+        file.as_file().write_all_at(b"y", entries[1].offset + RECORD_HEADER as u64).unwrap();
         assert_eq!(lengths(&entries), [Some(10), None, Some(30)]);
-        file.cached.set_len(entries[2].offset + 1).unwrap();
+        file.as_file().set_len(entries[2].offset + 1).unwrap();
         assert_eq!(lengths(&entries), [Some(10), None, None]);
     }
 }

@@ -101,9 +101,8 @@ impl Entries {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::path::Path;
 
-    use super::super::direct::SegmentFile;
     use super::super::format::Marker;
     use super::*;
 
@@ -113,10 +112,9 @@ mod tests {
     }
 
     fn take(recent: &Recent, indices: &[u32]) -> Vec<Option<u32>> {
-        let file = Arc::new(SegmentFile::through_cache(tempfile::tempfile().unwrap()));
         let located = |&index: &u32| {
             let place = Place { segment: 1, index, check: 0 };
-            Located { place, file: file.clone(), marker: Marker([1; 8]), offset: 0, length: 0, repeats: 3 }
+            Located { place, path: Path::new("none").into(), marker: Marker([1; 8]), offset: 0, length: 0, repeats: 3 }
         };
         let taken = recent.take(&indices.iter().map(located).collect::<Vec<_>>());
         let check = |stored: Stored| {

@@ -5,11 +5,9 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::access;
-use super::direct::SegmentFile;
 use super::files::{self, Kind};
 use super::format::{self, HeaderBlock, Marker, Previous, SegmentHeader};
 use super::scan::{self, Survey};
@@ -112,11 +110,11 @@ impl OpenError {
     }
 }
 
-/// A segment file before it is read.
+/// A segment file before its entries are read. It is not kept open: there may be more of them than a process may have
+/// files open.
 struct Found {
     number: u64,
     path: PathBuf,
-    file: File,
     header: Option<SegmentHeader>,
     marker: Option<Marker>,
 }
@@ -194,6 +192,10 @@ fn tidy(path: &Path) {
 }
 
 impl Previous {
+    fn is_none(self) -> bool {
+        self.entries == 0
+    }
+
     fn max_by_end(self, other: Previous) -> Previous {
         if other.end > self.end { other } else { self }
     }
@@ -202,14 +204,14 @@ impl Previous {
 impl Found {
     fn open(dir: &Path, number: u64) -> Result<Found, OpenError> {
         let path = files::segment(dir, number);
-        let file = access::open(OpenOptions::new().read(true).write(true), &path).map_err(OpenError::at(&path))?;
+        let file = access::open(OpenOptions::new().read(true), &path).map_err(OpenError::at(&path))?;
         let (block, marker) = scan::identify(&file).map_err(OpenError::at(&path))?;
         let header = match block {
             HeaderBlock::Valid(header) => Some(header),
             HeaderBlock::OtherVersion(version) => return Err(OpenError::OtherVersion { file: path, version }),
             HeaderBlock::Invalid => None,
         };
-        Ok(Found { number, path, file, header, marker })
+        Ok(Found { number, path, header, marker })
     }
 
     /// The segment, if there is anything in it. `promise` is what a later segment says of this one.
@@ -219,23 +221,28 @@ impl Found {
         promise: Option<Previous>,
         recovered: &mut Recovered,
     ) -> Result<Option<Segment>, OpenError> {
-        let Some(marker) = self.marker else { return self.without_marker(dir, promise, recovered) };
-        let found = self.file.metadata().map_err(OpenError::at(&self.path))?;
+        let at = OpenError::at;
+        let file = access::open(OpenOptions::new().read(true).write(true), &self.path).map_err(at(&self.path))?;
+        let Some(marker) = self.marker else { return self.without_marker(dir, &file, promise, recovered) };
+        let found = file.metadata().map_err(at(&self.path))?;
         let length = found.len();
-        let file = Arc::new(SegmentFile::of(self.file, &self.path));
-        let mut segment =
-            Segment::new(self.number, marker, Arc::clone(&file), files::taken(&found), format::FIRST_RECORD);
-        let file = &file.cached;
+        let path = self.path.as_path().into();
+        let mut segment = Segment::new(self.number, marker, path, files::taken(&found), format::FIRST_RECORD);
         let mut damage = self.header.is_none().then_some((0, "its header is damaged"));
-        match scan::read_index(file).filter(|(trailer, ..)| trailer.marker == marker) {
+        match scan::read_index(&file).filter(|(trailer, ..)| trailer.marker == marker) {
             Some((trailer, offsets, received)) => {
                 segment.end = trailer.end;
                 segment.sealed = true;
                 segment.fill(offsets, received, &[]);
             }
             None => {
-                let survey = scan::survey(file, marker, true).map_err(OpenError::at(&self.path))?;
+                let survey = scan::survey(&file, marker, true).map_err(at(&self.path))?;
                 let cut = self.header.is_some_and(|header| length < header.capacity);
+                let torn_header =
+                    self.header.is_none() && survey.is_one_batch() && promise.is_none_or(Previous::is_none);
+                if torn_header {
+                    damage = None;
+                }
                 damage = loss(&survey, promise, cut).or(damage);
                 segment.end = survey.end;
                 let sealable = damage.is_none() && survey.holes.is_empty() && !survey.offsets.is_empty();
@@ -246,7 +253,15 @@ impl Found {
                     recovered.torn_bytes += survey.tail;
                 }
                 if let Some(index) = index {
-                    match seal(file, marker, segment.end, &index, true) {
+                    let header = torn_header.then_some(SegmentHeader {
+                        marker,
+                        number: self.number,
+                        previous: Previous::default(),
+                        capacity: length,
+                    });
+                    // Before the index: a sealed segment without a header is damaged.
+                    let complete = header.map_or(Ok(()), |header| file.write_all_at(&header.encode(), 0));
+                    match complete.and_then(|()| seal(&file, marker, segment.end, &index, true)) {
                         Ok(length) => (segment.on_disk, segment.sealed) = (length, true),
                         Err(error) => {
                             tracing::debug!(%error, "no index written; the next start reads the records again")
@@ -277,11 +292,11 @@ impl Found {
     fn without_marker(
         self,
         dir: &Path,
+        file: &File,
         promise: Option<Previous>,
         recovered: &mut Recovered,
     ) -> Result<Option<Segment>, OpenError> {
-        let nothing_promised = promise.is_none_or(|promise| promise.entries == 0);
-        if nothing_promised && scan::is_blank(&self.file).map_err(OpenError::at(&self.path))? {
+        if promise.is_none_or(Previous::is_none) && scan::is_blank(file).map_err(OpenError::at(&self.path))? {
             tidy(&self.path);
             return Ok(None);
         }

@@ -37,6 +37,14 @@ pub(super) struct Survey {
     pub(super) unreadable: bool,
 }
 
+impl Survey {
+    /// Tells if all its records are of one batch, the first. The header went with that one. Nothing of it was promised as
+    /// far as this file shows.
+    pub(super) fn is_one_batch(&self) -> bool {
+        self.synced <= FIRST_RECORD
+    }
+}
+
 /// A file, seen through a buffer. Sectors that cannot be read are seen as zeros.
 struct Window<'f> {
     file: &'f File,

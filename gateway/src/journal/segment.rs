@@ -4,12 +4,12 @@
 //! and what a publisher learnt. One that is *asleep* has none: all its entries are alike, and the rest is in the index
 //! at the end of its file, from which it is woken (see [`super::asleep`]). Bodies stay on disk in any case.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use subtle::ConstantTimeEq as _;
 
 use super::asleep::{Found, Sleeper};
-use super::direct::SegmentFile;
 use super::format::{Marker, Previous};
 use super::place::Place;
 use super::state::{Bits, Refusal, State, Tally};
@@ -27,7 +27,8 @@ pub(super) struct Segment {
     pub(super) number: u64,
     pub(super) marker: Marker,
     pub(super) check: u32,
-    pub(super) file: Arc<SegmentFile>,
+    /// Its file. That is opened when it is needed: a journal may have more segments than a process may have files open.
+    pub(super) path: Arc<Path>,
     /// Bytes the file takes on disk, what is only reserved included.
     pub(super) on_disk: u64,
     /// Still being written to.
@@ -138,12 +139,12 @@ pub(super) enum ReceiptVerdict {
 }
 
 impl Segment {
-    pub(super) fn new(number: u64, marker: Marker, file: Arc<SegmentFile>, on_disk: u64, end: u64) -> Segment {
+    pub(super) fn new(number: u64, marker: Marker, path: Arc<Path>, on_disk: u64, end: u64) -> Segment {
         Segment {
             number,
             marker,
             check: marker.check(),
-            file,
+            path,
             on_disk,
             active: false,
             sealed: false,
@@ -256,7 +257,7 @@ impl Segment {
     /// What it takes to wake this segment; `None` for one that is awake.
     pub(super) fn sleeper(&self) -> Option<Sleeper> {
         let Rows::Asleep(_) = self.rows else { return None };
-        Some(Sleeper { previous: self.as_previous(), marker: self.marker, file: Arc::clone(&self.file) })
+        Some(Sleeper { previous: self.as_previous(), marker: self.marker, path: Arc::clone(&self.path) })
     }
 
     /// Wakes it with what its file says.
@@ -514,8 +515,7 @@ mod tests {
     use super::*;
 
     fn segment(entries: u32) -> Segment {
-        let file = Arc::new(SegmentFile::through_cache(tempfile::tempfile().unwrap()));
-        let mut segment = Segment::new(7, Marker([1; 8]), file, 1 << 20, 4096);
+        let mut segment = Segment::new(7, Marker([1; 8]), Path::new("none").into(), 1 << 20, 4096);
         let appended: Vec<_> = (0..entries).map(|n| Appended { offset: 4096 + 100 * n, received: 1000 + n }).collect();
         segment.extend(&appended, 4096 + 100 * u64::from(entries));
         segment

@@ -1,18 +1,16 @@
 //! Looks into a journal without opening it: for `gateway journal status` and `redrive`, also while a gateway has it.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::access;
-use super::direct::SegmentFile;
 use super::files::{self, Kind};
-use super::format::{self, FIRST_RECORD, HeaderBlock};
+use super::format::{self, FIRST_RECORD, HeaderBlock, Marker};
 use super::place::Place;
 use super::read::{self, ReadError, Stored};
-use super::scan;
+use super::scan::{self, Survey};
 use super::segment::{Columns, Segment};
 use super::state::{Refusal, State, Tally};
 use super::stats::Share;
@@ -84,27 +82,25 @@ impl Snapshot {
     fn look_into(&mut self, dir: &Path, number: u64) -> io::Result<()> {
         let path = files::segment(dir, number);
         let file = access::open(OpenOptions::new().read(true), &path)?;
-        let (block, marker) = scan::identify(&file)?;
-        let Some(marker) = marker else {
-            // Blank: made ready for later. A later version's file is as unreadable to us as a damaged one.
-            if !scan::is_blank(&file)? {
-                self.unreadable.push(path);
+        let (mut block, mut marker) = scan::identify(&file)?;
+        if marker.is_none() && !scan::is_blank(&file)? {
+            (block, marker) = scan::identify(&file)?; // its first batch may have come meanwhile
+            if marker.is_none() {
+                // A later version's file is as unreadable to us as a damaged one.
+                self.unreadable.push(path.clone());
             }
-            return Ok(());
-        };
+        }
+        let Some(marker) = marker else { return Ok(()) }; // blank: made ready for later
         let length = file.metadata()?.len();
-        let file = Arc::new(SegmentFile::through_cache(file));
-        let mut segment = Segment::new(number, marker, Arc::clone(&file), length, FIRST_RECORD);
-        let file = &file.cached;
-        segment.damaged = block == HeaderBlock::Invalid;
-        match scan::read_index(file).filter(|(trailer, ..)| trailer.marker == marker) {
-            Some((trailer, offsets, received)) => {
-                segment.end = trailer.end;
+        let mut segment = Segment::new(number, marker, path.as_path().into(), length, FIRST_RECORD);
+        match look_at(&file, marker)? {
+            Looked::Sealed { end, offsets, received } => {
+                segment.damaged = block == HeaderBlock::Invalid;
+                segment.end = end;
                 segment.fill(offsets, received, &[]);
             }
-            None => {
-                let survey = scan::survey(file, marker, false)?;
-                segment.damaged |= !survey.holes.is_empty() || survey.synced > survey.end || survey.unreadable;
+            Looked::Unsealed { survey, damaged } => {
+                segment.damaged = damaged || block == HeaderBlock::Invalid && !survey.is_one_batch();
                 segment.end = survey.end;
                 segment.fill(survey.offsets, survey.received, &survey.holes);
             }
@@ -187,10 +183,44 @@ impl Listed<'_> {
     /// Its header block and body. Blocks.
     ///
     /// # Errors
-    /// [`ReadError::Damaged`] and [`ReadError::Disk`]; here nothing is counted or logged.
+    /// [`ReadError`]; here nothing is counted or logged. A running gateway may have let the entry go meanwhile.
     pub fn read(&self) -> Result<Stored, ReadError> {
-        read::read(&Table::located(self.segment, self.columns, self.index))
+        match read::read(&Table::located(self.segment, self.columns, self.index)) {
+            Err(ReadError::Disk(error)) if error.kind() == io::ErrorKind::NotFound => Err(ReadError::Unknown),
+            read => read,
+        }
     }
+}
+
+/// The records of a segment's file.
+enum Looked {
+    Sealed { end: u64, offsets: Vec<u32>, received: Vec<u32> },
+    Unsealed { survey: Survey, damaged: bool },
+}
+
+/// Reads the index of a segment, or its records where there is none. A gateway may write to the file, or seal it, while
+/// it is read. So damage is only what a second look shows, too.
+fn look_at(file: &File, marker: Marker) -> io::Result<Looked> {
+    let sealed = || {
+        let (trailer, offsets, received) = scan::read_index(file).filter(|(trailer, ..)| trailer.marker == marker)?;
+        Some(Looked::Sealed { end: trailer.end, offsets, received })
+    };
+    let damaged = |survey: &Survey| !survey.holes.is_empty() || survey.synced > survey.end || survey.unreadable;
+    if let Some(sealed) = sealed() {
+        return Ok(sealed);
+    }
+    let first = scan::survey(file, marker, false)?;
+    if !damaged(&first) {
+        return Ok(Looked::Unsealed { survey: first, damaged: false });
+    }
+    if let Some(sealed) = sealed() {
+        return Ok(sealed);
+    }
+    let survey = scan::survey(file, marker, false)?;
+    let damaged = first.holes.iter().any(|hole| survey.holes.binary_search(hole).is_ok())
+        || first.synced > survey.end
+        || first.unreadable && survey.unreadable;
+    Ok(Looked::Unsealed { survey, damaged })
 }
 
 /// The states' shares of these segments.

@@ -2,7 +2,7 @@
 //! around it is only ever held for a moment.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ pub(super) struct Table {
 #[derive(Debug, Clone)]
 pub(super) struct Located {
     pub(super) place: Place,
-    pub(super) file: Arc<SegmentFile>,
+    pub(super) path: Arc<Path>,
     pub(super) marker: Marker,
     pub(super) offset: u64,
     pub(super) length: u64,
@@ -90,7 +90,7 @@ impl Table {
     pub(super) fn located(segment: &Segment, columns: &Columns, index: usize) -> Located {
         Located {
             place: segment.place(index),
-            file: Arc::clone(&segment.file),
+            path: Arc::clone(&segment.path),
             marker: segment.marker,
             offset: u64::from(columns.offsets[index]),
             length: columns.length(index, segment.end),
@@ -152,12 +152,13 @@ impl Table {
         true
     }
 
-    /// The disk does not give what would wake this segment.
-    pub(super) fn give_up(&mut self, sleeper: &Sleeper) {
-        let Some(segment) = self.asleep(sleeper) else { return };
+    /// The disk does not give what would wake this segment. Returns `false` when the segment is awake, or gone.
+    pub(super) fn give_up(&mut self, sleeper: &Sleeper) -> bool {
+        let Some(segment) = self.asleep(sleeper) else { return false };
         // At first that is each of its entries; later it is the one that somebody wants to read nevertheless.
         let refused = if segment.give_up() { segment.entries() } else { 1 };
         self.counters.unreadable_records += refused as u64;
+        true
     }
 
     fn asleep(&mut self, sleeper: &Sleeper) -> Option<&mut Segment> {

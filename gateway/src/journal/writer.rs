@@ -2,6 +2,7 @@
 //! synced, the next one gathers in the queue.
 
 use std::collections::VecDeque;
+use std::fs::OpenOptions;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
+use super::access;
 use super::direct::{Blocks, Output, SegmentFile};
 use super::files;
 use super::format::{
@@ -314,7 +316,7 @@ impl Writer {
     fn next_segment(&mut self, room: u64) -> Result<(), AppendError> {
         let spare = self.spare(FIRST_RECORD + room + (BLOCK - 1) + TRAILER as u64)?;
         let marker = Marker::random().map_err(|error| AppendError::of_disk(error.into()))?;
-        let mut segment = Segment::new(spare.number, marker, Arc::clone(&spare.file), spare.capacity, FIRST_RECORD);
+        let mut segment = Segment::new(spare.number, marker, spare.path.as_path().into(), spare.capacity, FIRST_RECORD);
         segment.active = true;
         let mut table = self.shared.table();
         if let Some(old) = self.active.take() {
@@ -449,10 +451,11 @@ impl Writer {
         let table = self.shared.table();
         let segment = table.segments.get(&number); // none where it is already let go
         let Some((segment, columns)) = segment.and_then(|segment| Some((segment, segment.columns()?))) else { return };
-        let (file, marker, end) = (Arc::clone(&segment.file), segment.marker, segment.end);
+        let (path, marker, end) = (Arc::clone(&segment.path), segment.marker, segment.end);
         let index = format::encode_index(marker, end, &columns.offsets, &columns.received);
         drop(table);
-        match recover::seal(&file.cached, marker, end, &index, sync) {
+        let file = access::open(OpenOptions::new().read(true).write(true), &path);
+        match file.and_then(|file| recover::seal(&file, marker, end, &index, sync)) {
             Ok(length) => {
                 if let Some(segment) = self.shared.table().segments.get_mut(&number) {
                     (segment.on_disk, segment.sealed) = (length, true);

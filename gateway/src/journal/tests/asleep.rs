@@ -2,11 +2,9 @@
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 
 use tempfile::{TempDir, tempdir};
 
-use super::super::direct::SegmentFile;
 use super::super::files::{self, Kind};
 use super::super::format::RECORD_HEADER;
 use super::super::{ReadError, State};
@@ -93,16 +91,13 @@ impl Backlog {
 
     /// From now on every read of segment `number` fails, as on a disk that is broken.
     fn break_disk(&self, number: u64) {
-        // A file that was opened for writing only.
-        let unreadable = OpenOptions::new().write(true).open(files::segment(self.dir.path(), number)).unwrap();
-        self.journal.0.shared.table().segments.get_mut(&number).unwrap().file =
-            Arc::new(SegmentFile::through_cache(unreadable));
+        // A directory cannot be read as a file.
+        self.journal.0.shared.table().segments.get_mut(&number).unwrap().path = self.dir.path().into();
     }
 
     fn mend_disk(&self, number: u64) {
-        let file = OpenOptions::new().read(true).open(files::segment(self.dir.path(), number)).unwrap();
-        self.journal.0.shared.table().segments.get_mut(&number).unwrap().file =
-            Arc::new(SegmentFile::through_cache(file));
+        let path = files::segment(self.dir.path(), number).into();
+        self.journal.0.shared.table().segments.get_mut(&number).unwrap().path = path;
     }
 
     fn states(&self) -> [u64; 4] {

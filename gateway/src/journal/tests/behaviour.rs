@@ -403,10 +403,8 @@ async fn a_record_that_the_disk_does_not_give_is_not_given_up() {
     let bad = places[0].segment;
     assert_ne!(bad, places[7].segment);
     wake_all(&mut journal.0.shared.table());
-    // Opened for writing only, a file fails every read.
-    let unreadable = fs::OpenOptions::new().write(true).open(files::segment(dir.path(), bad)).unwrap();
-    journal.0.shared.table().segments.get_mut(&bad).unwrap().file =
-        std::sync::Arc::new(SegmentFile::through_cache(unreadable));
+    // A directory cannot be read as a file.
+    journal.0.shared.table().segments.get_mut(&bad).unwrap().path = dir.path().into();
     let there = places.iter().filter(|place| place.segment != bad).count();
     let mut taken = Vec::new();
     while taken.len() < there {
@@ -450,4 +448,90 @@ fn the_usual_limits_make_sense() {
         assert!(limits.max_bytes_on_disk / limits.segment_bytes <= 1 << 15);
     }
     assert_eq!(Limits::of(10 << 30).segment_bytes, 64 << 20);
+}
+
+/// How many files of the journal this process has open.
+fn open_files(dir: &Path) -> usize {
+    let open = fs::read_dir("/proc/self/fd").unwrap().filter_map(|fd| fs::read_link(fd.unwrap().path()).ok());
+    open.filter(|path| path.starts_with(dir) && path.extension() == Some("journal".as_ref())).count()
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn open_files_do_not_follow_the_journals_size() {
+    let dir = tempdir().unwrap();
+    let (mut journal, _) = open(dir.path(), limits(3)).await;
+    let entries: Vec<_> = (0..120).map(|id| entry(id, 300)).collect();
+    append_all(&journal, &entries).await;
+    for _ in 0..2 {
+        assert!(journal.stats().segments >= 40);
+        assert!(open_files(dir.path()) <= 6, "{} are open", open_files(dir.path()));
+        let snapshot = Snapshot::of(dir.path()).unwrap();
+        assert!(open_files(dir.path()) <= 6, "{} are open beside a snapshot", open_files(dir.path()));
+        assert!(same(&snapshot.entries().last().unwrap().read().unwrap(), &entries[119]));
+        journal.0.shared.recent.forget();
+        assert_eq!(journal.take(1000, MIB).await.len(), 120);
+        assert!(open_files(dir.path()) <= 6, "{} are open after reading", open_files(dir.path()));
+        journal.close().await;
+        drop(journal);
+        (journal, _) = open(dir.path(), limits(3)).await;
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_start_has_few_files_open_at_once() {
+    let dir = tempdir().unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let (journal, _) = open(dir.path(), limits(3)).await;
+        append_all(&journal, &(0..120).map(|id| entry(id, 300)).collect::<Vec<_>>()).await;
+        journal.close().await;
+    });
+    let ended = std::sync::atomic::AtomicBool::new(false);
+    let most = std::thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            let mut most = 0;
+            while !ended.load(std::sync::atomic::Ordering::Relaxed) {
+                most = most.max(open_files(dir.path()));
+            }
+            most
+        });
+        for _ in 0..20 {
+            super::super::recover::recover(dir.path()).unwrap();
+        }
+        ended.store(true, std::sync::atomic::Ordering::Relaxed);
+        watch.join().unwrap()
+    });
+    assert!(most <= 6, "{most} were open at once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_beside_a_busy_writer_shows_no_damage() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), Limits::of(256 << 20)).await;
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let senders: Vec<_> = (0..16)
+        .map(|id| {
+            let (journal, stop) = (journal.clone(), stop.clone());
+            tokio::spawn(async move {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    if let Ok(place) = journal.append(entry(id, 16_000)).await {
+                        journal.mark_published(place, 1); // so that it makes room
+                    }
+                }
+            })
+        })
+        .collect();
+    for _ in 0..20 {
+        let dir = dir.path().to_owned();
+        let snapshot = tokio::task::spawn_blocking(move || Snapshot::of(&dir).unwrap()).await.unwrap();
+        let damaged: Vec<_> = snapshot.segments().filter(|segment| segment.damaged).collect();
+        assert!(damaged.is_empty(), "{damaged:?}");
+        assert!(snapshot.unreadable().is_empty(), "{:?}", snapshot.unreadable());
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    for sender in senders {
+        sender.await.unwrap();
+    }
 }

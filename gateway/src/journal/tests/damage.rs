@@ -474,3 +474,42 @@ fn a_hole_in_an_unfinished_batch_is_no_damage() {
         assert!(read(0).unwrap().is_ok() && read(1).is_none() && read(2).unwrap().is_ok());
     }
 }
+
+#[tokio::test]
+async fn a_torn_first_batch_is_no_damage() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(7)).await;
+    let place = journal.append(entry(1, 100)).await.unwrap();
+    drop(journal);
+    eventually(|| files::lock(dir.path()).is_ok()).await;
+    // A power cut: of the batch that the header goes with, the records came to the disk and the header did not.
+    let path = files::segment(dir.path(), place.segment);
+    let mut content = fs::read(&path).unwrap();
+    content[..FIRST_RECORD as usize].fill(0);
+    fs::write(&path, &content).unwrap();
+    assert_eq!(super::super::Snapshot::of(dir.path()).unwrap().segments().filter(|found| found.damaged).count(), 0);
+    for _ in 0..2 {
+        let (table, recovered) = recover(dir.path()).unwrap();
+        assert!(recovered.damages.is_empty(), "{recovered:?}");
+        assert_eq!(recovered.unpublished, 1);
+        let located = table.segments[&place.segment].sleeper().is_some();
+        assert!(located, "it is sealed, and asleep");
+    }
+    let (journal, _) = open(dir.path(), limits(7)).await;
+    assert!(same(&journal.take(10, 1 << 20).await[0], &entry(1, 100)));
+}
+
+#[tokio::test]
+async fn a_lost_header_is_damage_once_a_second_batch_was_synced() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(7)).await;
+    let places = append_all(&journal, &[entry(1, 100), entry(2, 100)]).await;
+    drop(journal);
+    eventually(|| files::lock(dir.path()).is_ok()).await;
+    let path = files::segment(dir.path(), places[0].segment);
+    let mut content = fs::read(&path).unwrap();
+    content[..FIRST_RECORD as usize].fill(0);
+    fs::write(&path, &content).unwrap();
+    let (_, recovered) = recover(dir.path()).unwrap();
+    assert_eq!((recovered.damages.len(), recovered.unpublished), (1, 2));
+}
