@@ -1,6 +1,7 @@
 //! The second thread: everything that takes a while and that no delivery waits for. Makes the next segment before the
-//! writer needs it, writes marks, lets finished segments go.
+//! writer needs it, seals the one before, writes marks, lets finished segments go.
 
+use std::fs::OpenOptions;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant, SystemTime};
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::segment::Segment;
 use super::state::State;
 use super::table::Spare;
-use super::{Limits, Shared, files, format, read, recover, scan};
+use super::{Limits, Shared, access, files, format, read, recover, scan};
 
 /// How old the marks on disk may be.
 const MARKS_EVERY: Duration = Duration::from_secs(1);
@@ -19,6 +20,9 @@ const SMALLEST_PART: u64 = 8;
 pub(super) enum Nudge {
     /// A segment may be finished, or a spare wanted.
     Look,
+    /// Seal this segment, which gets no more records: the header of the next one, which says how long this one is, is
+    /// synced. With `sync` it need not be.
+    Seal { number: u64, sync: bool },
     /// Write what is not yet written, then end.
     Stop,
 }
@@ -29,6 +33,10 @@ pub(super) fn run(shared: &Shared, nudges: &Receiver<Nudge>) {
     loop {
         let stop = match nudges.recv_timeout(marks_due.saturating_duration_since(Instant::now())) {
             Ok(Nudge::Look) => false,
+            Ok(Nudge::Seal { number, sync }) => {
+                seal(shared, number, sync);
+                false
+            }
             Ok(Nudge::Stop) => true,
             Err(RecvTimeoutError::Timeout) => false,
             Err(RecvTimeoutError::Disconnected) => return,
@@ -87,6 +95,28 @@ pub(super) fn has_room(shared: &Shared, needed: u64) -> bool {
     let table = shared.table();
     let stays = table.on_disk() - table.expendable_bytes();
     stays + smallest(&shared.limits, needed) <= shared.limits.max_bytes_on_disk
+}
+
+/// Ends the segment's file with its index. Failing costs only time at the next start.
+fn seal(shared: &Shared, number: u64, sync: bool) {
+    let table = shared.table();
+    let segment = table.segments.get(&number); // none where it is already let go
+    let Some((segment, columns)) = segment.and_then(|segment| Some((segment, segment.columns()?))) else { return };
+    let (path, marker, end) = (Arc::clone(&segment.path), segment.marker, segment.end);
+    let (offsets, received) = (columns.offsets.clone(), columns.received.clone());
+    drop(table);
+    let index = format::encode_index(marker, end, &offsets, &received);
+    let sealed = access::open(OpenOptions::new().read(true).write(true), &path)
+        .and_then(|file| recover::seal(&file, marker, end, &index, sync));
+    match sealed {
+        Ok(length) => {
+            if let Some(segment) = shared.table().segments.get_mut(&number) {
+                (segment.on_disk, segment.sealed) = (length, true);
+                segment.sleep();
+            }
+        }
+        Err(error) => tracing::debug!(%error, "no index written; the next start reads the records again"),
+    }
 }
 
 /// Lets one segment go that others can do without, if that leads to `needed` bytes of room. False if it does not.

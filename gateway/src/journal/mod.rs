@@ -54,8 +54,9 @@
 //!   refused, but its records may be on disk and found at the next start: then they are delivered, too, since they
 //!   were genuine.
 //! - A sealed segment never changes. The index is written behind the records before the file is cut to its new length,
-//!   and for a segment that is not the last of an orderly shutdown only after the next segment's header, which says
-//!   how long this one is, was synced.
+//!   and only after the next segment's header, which says how long this one is, was synced. At an orderly shutdown, and
+//!   at a start, there is no such header: then the index is synced before the file is cut. The second thread seals, so
+//!   no delivery waits for that.
 //! - A segment goes as a whole, when every entry in it is confirmed and `retain` is over. At the byte limit, or on a
 //!   full disk, segments in which every entry is published or confirmed go first, the oldest first; never one with an
 //!   entry that is not in the stream.

@@ -177,6 +177,9 @@ pub(super) fn seal(file: &File, marker: Marker, end: u64, index: &[u8], sync: bo
     debug_assert!(format::Trailer::decode(&index[index.len() - format::TRAILER..]).is_some_and(|t| t.marker == marker));
     // In this order, so that the file is never shorter than its capacity without having an index.
     file.write_all_at(index, end)?;
+    if sync {
+        file.sync_data()?;
+    }
     let length = end + index.len() as u64;
     file.set_len(length)?;
     if sync {

@@ -2,7 +2,6 @@
 //! synced, the next one gathers in the queue.
 
 use std::collections::VecDeque;
-use std::fs::OpenOptions;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,15 +11,13 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
-use super::access;
 use super::direct::{Blocks, Output, SegmentFile};
 use super::files;
 use super::format::{
-    self, BLOCK, FIRST_RECORD, INDEX_ENTRY, Marker, Previous, RECORD_HEADER, RecordHeader, SegmentHeader, TRAILER,
+    BLOCK, FIRST_RECORD, INDEX_ENTRY, Marker, Previous, RECORD_HEADER, RecordHeader, SegmentHeader, TRAILER,
 };
 use super::keeper::{self, Nudge};
 use super::recent::Remembered;
-use super::recover;
 use super::scan;
 use super::segment::{Appended, Segment};
 use super::stats::{AppendError, Trouble};
@@ -308,7 +305,9 @@ impl Writer {
             let _ = self.keeper.send(Nudge::Look); // it only ends after this thread
         }
         self.mended(number);
-        self.seal_previous();
+        if let Some(number) = self.unsealed.take() {
+            let _ = self.keeper.send(Nudge::Seal { number, sync: false });
+        }
         Ok(places)
     }
 
@@ -395,17 +394,18 @@ impl Writer {
     }
 
     fn trouble(&mut self, problem: AppendError) {
-        let mut table = self.shared.table();
         let pause = match &self.retry {
             _ if matches!(problem, AppendError::Full { .. }) => FIRST_PAUSE,
             None => Duration::ZERO,
             Some(retry) => (retry.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE),
         };
-        if table.trouble.is_none() {
+        let mut table = self.shared.table();
+        let before = table.trouble.as_ref().map(|trouble| trouble.since);
+        table.trouble = Some(Trouble { since: before.unwrap_or_else(SystemTime::now), problem: problem.clone() });
+        drop(table); // a log may be slow
+        if before.is_none() {
             tracing::error!(error = %problem, "the journal takes no deliveries; it goes on trying");
         }
-        let since = table.trouble.as_ref().map_or_else(SystemTime::now, |trouble| trouble.since);
-        table.trouble = Some(Trouble { since, problem: problem.clone() });
         self.retry = Some(Retry { at: Instant::now() + pause, pause, problem, went_wrong_in: self.newest });
     }
 
@@ -440,42 +440,14 @@ impl Writer {
         }
     }
 
-    fn seal_previous(&mut self) {
-        if let Some(number) = self.unsealed.take() {
-            self.seal(number, false);
-        }
-    }
-
-    /// Ends the segment's file with its index. Failing costs only time at the next start.
-    fn seal(&self, number: u64, sync: bool) {
-        let table = self.shared.table();
-        let segment = table.segments.get(&number); // none where it is already let go
-        let Some((segment, columns)) = segment.and_then(|segment| Some((segment, segment.columns()?))) else { return };
-        let (path, marker, end) = (Arc::clone(&segment.path), segment.marker, segment.end);
-        let index = format::encode_index(marker, end, &columns.offsets, &columns.received);
-        drop(table);
-        let file = access::open(OpenOptions::new().read(true).write(true), &path);
-        match file.and_then(|file| recover::seal(&file, marker, end, &index, sync)) {
-            Ok(length) => {
-                if let Some(segment) = self.shared.table().segments.get_mut(&number) {
-                    (segment.on_disk, segment.sealed) = (length, true);
-                    segment.sleep();
-                }
-            }
-            Err(error) => tracing::debug!(%error, "no index written; the next start reads the records again"),
-        }
-    }
-
-    /// An orderly end: the next start has nothing to find out.
+    /// An orderly end: the next start has nothing to find out. No synced header says how long these segments are, so they
+    /// are synced themselves.
     fn finish(&mut self) {
-        self.seal_previous();
-        if let Some(Active { number, entries: 1.., capacity, .. }) = self.active {
-            if let Some(segment) = self.shared.table().segments.get_mut(&number) {
-                segment.close(capacity);
-            }
-            self.seal(number, true);
-        } else {
-            self.abandon(); // nothing in it
+        let unsealed = self.unsealed.take();
+        let newest = self.active.as_ref().filter(|active| active.entries > 0).map(|active| active.number);
+        self.abandon();
+        for number in unsealed.into_iter().chain(newest) {
+            let _ = self.keeper.send(Nudge::Seal { number, sync: true }); // it only ends after this thread
         }
     }
 }

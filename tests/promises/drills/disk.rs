@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use world::{Answer, Setup, World, eventually};
 
-use super::faults::Faults;
+use super::faults::{Faults, KEEPER};
 use super::skipped;
 use crate::load::{Load, exactly_once, percentile, size, watchful};
 
@@ -29,6 +29,41 @@ async fn a_slow_disk_delays_and_refuses_nothing() {
         accepted.extend(sent.accepted);
     }
     exactly_once(&world, &accepted, 0).await;
+}
+
+#[tokio::test]
+async fn no_delivery_waits_until_the_segment_before_is_sealed() {
+    const DRILL: &str = "no_delivery_waits_until_the_segment_before_is_sealed";
+    // Segments of 1 MiB. Each is cut to its length when it is sealed, which the thread that answers never does.
+    let world = watchful().gateway("GATEWAY_JOURNAL_MAX_BYTES", "64MiB").start().await;
+    let Some(faults) = Faults::begin(DRILL, &world, "ftruncate:error=EIO").await else { return };
+    let mut accepted = Vec::new();
+    for _ in 0..30 {
+        accepted.push(world.post(body(100_000)).await.accepted());
+    }
+    assert_eq!(faults.end().await, 0, "the thread that writes has sealed a segment");
+    exactly_once(&world, &accepted, 0).await;
+}
+
+#[tokio::test]
+async fn a_segment_that_no_later_header_vouches_for_is_synced_when_it_is_sealed() {
+    const DRILL: &str = "a_segment_that_no_later_header_vouches_for_is_synced_when_it_is_sealed";
+    // Segments of 1 MiB.
+    let mut world = watchful().gateway("GATEWAY_JOURNAL_MAX_BYTES", "64MiB").start().await;
+    let mut accepted = vec![world.post(body(700_000)).await.accepted()];
+    let Some(_failing) = Faults::begin(DRILL, &world, "fdatasync:error=EIO").await else { return };
+    let Some(keeper) = Faults::begin_in(&[KEEPER], DRILL, &world, "fsync:delay_enter=0").await else { return };
+    // It does not fit into the first segment, and the next one cannot be synced.
+    assert_eq!(world.post(body(500_000)).await.status, 503);
+    assert_eq!(world.gateway.stop().await, Some(0));
+    let calls = keeper.calls_on(1);
+    let at = |call| calls.iter().position(|other| *other == call);
+    assert!(at("fdatasync") < at("ftruncate") && at("ftruncate") < at("fsync"), "{calls:?}");
+    assert!(at("fdatasync").is_some(), "{calls:?}");
+    world.gateway.start_again();
+    world.gateway.ready().await;
+    accepted.push(world.post(body(1000)).await.accepted());
+    exactly_once(&world, &accepted, 1).await;
 }
 
 #[tokio::test]

@@ -1,5 +1,4 @@
-//! A disk that is slow or fails: strace puts faults into the system calls of the thread that writes the journal, for a
-//! while.
+//! A disk that is slow or fails: strace puts faults into the system calls of the journal's threads, for a while.
 
 use std::collections::HashSet;
 use std::fs;
@@ -11,16 +10,18 @@ use local::process::Process;
 use nix::sys::signal::Signal;
 use world::{World, eventually};
 
-/// The thread's name (<https://man7.org/linux/man-pages/man5/proc_pid_comm.5.html>).
-const THREAD: &str = "journal-writer";
+/// The name of the thread that writes (<https://man7.org/linux/man-pages/man5/proc_pid_comm.5.html>).
+pub(super) const WRITER: &str = "journal-writer";
+/// The name of the thread that makes, seals and removes segments.
+pub(super) const KEEPER: &str = "journal-keeper";
 
 /// What can be done to a file that changes it or makes a change last.
 const CALLS: &str = "fdatasync,fsync,write,writev,pwrite64,pwritev,ftruncate,fallocate";
 
 /// Faults in the system calls of a gateway's journal until [`Faults::end`].
 ///
-/// strace is attached to the gateway as it runs, and to that thread alone: the rest of it is neither slowed nor touched. If
-/// strace is killed, the kernel lets go of the thread.
+/// strace is attached to the gateway as it runs, and to these threads alone: the rest of it is neither slowed nor touched. If
+/// strace is killed, the kernel lets go of the threads.
 pub(super) struct Faults {
     strace: Process,
     /// Where it writes what it saw.
@@ -28,9 +29,14 @@ pub(super) struct Faults {
 }
 
 impl Faults {
-    /// Begins. `fault` is what strace(1) calls an injection, such as `fdatasync:error=EIO`. `None` where this machine does
-    /// not allow it.
+    /// Begins, in the thread that writes. `fault` is what strace(1) calls an injection, such as `fdatasync:error=EIO`. `None`
+    /// where this machine does not allow it.
     pub(super) async fn begin(drill: &str, world: &World, fault: &str) -> Option<Self> {
+        Self::begin_in(&[WRITER], drill, world, fault).await
+    }
+
+    /// The same in the threads of these names.
+    pub(super) async fn begin_in(threads: &[&str], drill: &str, world: &World, fault: &str) -> Option<Self> {
         if Command::new("strace").arg("-V").output().is_err() {
             super::skipped(drill, "there is no `strace` on PATH");
             return None;
@@ -41,7 +47,9 @@ impl Faults {
         let mut command = Command::new("strace");
         command.args(["-y", "-s", "0", "-o"]).arg(&seen); // paths beside descriptors, and no data
         command.args(["-e", &format!("trace={CALLS}"), "-e", &format!("inject={fault}")]);
-        command.args(["-p", &thread(world.gateway.process().pid())]);
+        for name in threads {
+            command.args(["-p", &thread(world.gateway.process().pid(), name)]);
+        }
         let strace = Process::spawn("strace", command, &log, Signal::SIGTERM).unwrap();
         let attached = || async {
             let ended = !strace.is_alive();
@@ -50,7 +58,7 @@ impl Faults {
                 assert!(said.contains("not permitted") || said.contains("denied"), "{said}");
                 return Some(false);
             }
-            said.contains(" attached").then_some(true)
+            (said.matches(" attached").count() == threads.len()).then_some(true)
         };
         if eventually("strace to be attached", attached).await {
             return Some(Faults { strace, seen });
@@ -59,11 +67,23 @@ impl Faults {
         None
     }
 
+    /// The calls on this segment until now, by their names.
+    pub(super) fn calls_on(&self, number: u64) -> Vec<&'static str> {
+        let seen = fs::read_to_string(&self.seen).unwrap();
+        let call = |line: &str| CALLS.split(',').find(|call| is_on(line, call, number));
+        seen.lines().filter_map(call).collect()
+    }
+
     /// Ends the faults. Gives how many there were, and has seen to it that no file was written or synced after its first.
     pub(super) async fn end(self) -> usize {
         self.strace.end(Signal::SIGTERM, Duration::from_secs(10)).await.unwrap();
         never_again(&fs::read_to_string(self.seen).unwrap())
     }
+}
+
+/// A line of a trace that is of a call on this segment.
+fn is_on(line: &str, call: &str, number: u64) -> bool {
+    line.contains(&format!("{call}(")) && line.contains(&format!("/{number:012}.journal>"))
 }
 
 /// How many calls on segments failed in a trace. After a failed sync the kernel may call the next one a success
@@ -87,10 +107,10 @@ fn never_again(trace: &str) -> usize {
     failures
 }
 
-/// The thread's number in this process.
-fn thread(pid: u32) -> String {
+/// The number in this process of the thread with this name.
+fn thread(pid: u32, name: &str) -> String {
     let mut threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|thread| thread.unwrap());
     let named =
-        |thread: &fs::DirEntry| fs::read_to_string(thread.path().join("comm")).is_ok_and(|name| name.trim() == THREAD);
+        |thread: &fs::DirEntry| fs::read_to_string(thread.path().join("comm")).is_ok_and(|comm| comm.trim() == name);
     threads.find(named).unwrap().file_name().into_string().unwrap()
 }

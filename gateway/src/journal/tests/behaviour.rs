@@ -535,3 +535,12 @@ async fn a_snapshot_beside_a_busy_writer_shows_no_damage() {
         sender.await.unwrap();
     }
 }
+
+#[tokio::test]
+async fn a_thread_that_has_ended_is_told() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(3)).await;
+    assert!(!journal.is_broken());
+    journal.0.keeper.send(super::super::keeper::Nudge::Stop).unwrap();
+    eventually(|| journal.is_broken()).await;
+}
