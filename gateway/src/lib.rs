@@ -54,6 +54,10 @@ use crate::receive::Gateway;
 use crate::settings::JournalSettings;
 use crate::summary::Summary;
 
+/// Checks that may fail while deliveries are taken.
+const TOLERATED: [&str; 8] =
+    ["nats", "stream", "publishing", "receipts", "reconciliation", "journal_reads", "secrets", "connections"];
+
 /// Serves until `shutdown`. Then `/readyz` says 503 while deliveries are still taken, so that load balancers turn to others;
 /// after `GATEWAY_SHUTDOWN_DELAY` the listener closes, what is in flight is answered, and for what is left of the grace period
 /// the journal is published; the rest stays on disk.
@@ -66,7 +70,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let public = bind(config.listen, "GATEWAY_LISTEN")?;
     let ops = bind(config.ops_listen, "GATEWAY_OPS_LISTEN")?;
     // NATS away costs nothing but time: deliveries are taken, and wait on disk.
-    let readiness = Readiness::tolerating(&["nats", "stream", "secrets", "connections"]);
+    let readiness = Readiness::tolerating(&TOLERATED);
     let Some(opened) = shutdown.run_until_cancelled(open_journal(&config.journal)).await else {
         tracing::info!("stopped before the journal was open");
         return Ok(());
@@ -76,6 +80,14 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     readiness.probe("journal", move || match watched.trouble() {
         Some(trouble) => Err(trouble.problem.to_string()),
         None => Ok("takes deliveries".into()),
+    });
+    let watched = journal.clone();
+    readiness.probe("journal_reads", move || match watched.unreadable() {
+        Some((entries, error)) => Err(format!(
+            "the journal's disk does not give {entries} deliveries ({error}); they are read again by themselves: look at the \
+             disk and at the system's log"
+        )),
+        None => Ok("the disk gives every delivery that is read".into()),
     });
     let watched = journal.clone();
     readiness.vital(move || match watched.is_broken() {

@@ -481,6 +481,8 @@ impl Collector for OfJournal {
         gauge("gateway_journal_limit", help, Some(&Unit::Bytes), stats.max_bytes_on_disk as f64)?;
         let help = "Deliveries that wait to be written to the journal";
         gauge("gateway_journal_waiting", help, Some(&Unit::Bytes), stats.bytes_waiting as f64)?;
+        let help = "Entries that the journal's disk does not give; they are read again by themselves";
+        gauge("gateway_journal_unreadable_entries", help, None, stats.unreadable_entries as f64)?;
         let help = "Damaged journal files kept for people to look at";
         gauge("gateway_journal_damaged_files", help, None, stats.damaged_files as f64)?;
         let trouble = f64::from(u8::from(self.0.trouble().is_some()));

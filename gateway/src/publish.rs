@@ -33,7 +33,7 @@ use shared::stream::{NatsSettings, covers, ensure_stream, tell_differences, unti
 use tokio::sync::{Notify, watch};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::journal::{Journal, Place, ReadError, Refusal, State, Stored};
+use crate::journal::{Journal, Place, ReadError, Refusal, Stored};
 use crate::metrics::{Delay, Metrics};
 use crate::receipts::{self, ReceiptKey};
 use in_flight::{InFlight, READ_ENTRIES, READ_KIB};
@@ -138,7 +138,7 @@ impl Publisher {
 
     /// Waits until the journal holds nothing that could be published now, or NATS is away.
     pub async fn drained(&self) {
-        while self.is_up() && self.0.journal.stats().share(State::Journalled).tally.entries > 0 {
+        while self.is_up() && self.0.journal.stats().to_publish() > 0 {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -412,7 +412,7 @@ mod tests {
     use prometheus_client::registry::Registry;
 
     use super::*;
-    use crate::journal::{Entry, Limits};
+    use crate::journal::{Entry, Limits, State};
     use crate::settings::JournalConfig;
 
     /// A journal in `dir`, and a publisher of it that no broker answers.

@@ -99,13 +99,13 @@ impl Journal {
                 Ok(())
             }
             Err(error) => {
-                shared.table().give_up(sleeper);
+                let again_after = shared.table().give_up(sleeper, &error.to_string());
                 tracing::error!(
                     file = %file.display(),
                     entries = sleeper.previous.entries,
+                    ?again_after,
                     %error,
-                    "the disk does not give a segment of the journal; restart the gateway once the disk is well to \
-                     have it delivered"
+                    "the disk does not give a segment of the journal; it is read again, and delivered once the disk gives it"
                 );
                 Err(error)
             }

@@ -89,9 +89,9 @@
 //!
 //! A damaged segment is left as it is, delivered as far as it is intact, and renamed to `.damaged` when it would
 //! otherwise be removed. A record found damaged later, when it is read, is treated alike; one that the disk then does
-//! not give keeps its segment until a start that can read it. An index found damaged when its segment is woken is no
-//! loss then either: the records are read. Where the disk does not give those, all of the segment waits for such a
-//! start. Only one thing cannot be told apart: damage in the very last batch before a crash looks like a torn tail, and
+//! not give keeps its segment and is read again later ([`unreadable`]). An index found damaged when its segment is woken
+//! is no loss then either: the records are read. Where the disk does not give those, all of the segment is read again
+//! later. Only one thing cannot be told apart: damage in the very last batch before a crash looks like a torn tail, and
 //! is reported as one.
 //!
 //! Then what is not known to be confirmed is published again, the oldest first, and a new segment is begun: none is
@@ -114,6 +114,7 @@ mod snapshot;
 mod state;
 mod stats;
 mod table;
+mod unreadable;
 mod writer;
 
 #[cfg(test)]
@@ -346,14 +347,19 @@ impl Journal {
     /// `entries` of them and `bytes` of records, but one at least. Waits until there is one.
     ///
     /// What was taken is the caller's: it is not given out again until it is released, found lost, or tried again. If
-    /// this future is dropped, nothing was taken. Entries that cannot be read are counted, reported and left out.
+    /// this future is dropped, nothing was taken. Entries that cannot be read are counted, reported and left out. Those
+    /// that the disk did not give are read again later.
     pub async fn take(&self, entries: usize, bytes: u64) -> Vec<Stored> {
         let shared = &self.0.shared;
         loop {
             let appended = shared.appended.notified();
             tokio::pin!(appended);
             appended.as_mut().enable(); // before looking, or what comes in between would go unnoticed
-            let next = shared.table().take(entries, bytes);
+            let (next, read_again) = {
+                let mut table = shared.table();
+                table.offer_unreadable(Instant::now());
+                (table.take(entries, bytes), table.unreadable.next())
+            };
             let located = match next {
                 Ok(located) => located,
                 Err(sleeper) => {
@@ -363,7 +369,10 @@ impl Journal {
                 }
             };
             if located.is_empty() {
-                appended.await;
+                match read_again {
+                    Some(at) => drop(tokio::time::timeout_at(at.into(), appended).await),
+                    None => appended.await,
+                }
                 continue;
             }
             let mut taken = Taken { shared, places: located.iter().map(|entry| entry.place).collect() };
@@ -385,7 +394,11 @@ impl Journal {
             let mut read = self.read_each(located).await.into_iter();
             fetched.iter_mut().filter(|entry| entry.is_none()).for_each(|entry| *entry = read.next().flatten());
         }
-        fetched.into_iter().flatten().collect()
+        let fetched: Vec<_> = fetched.into_iter().flatten().collect();
+        let mut table = self.0.shared.table();
+        fetched.iter().for_each(|entry| table.forget_unreadable(entry.place));
+        drop(table);
+        fetched
     }
 
     /// Reads entries from disk, away from the threads that serve requests; nothing for one that cannot be read.
@@ -405,17 +418,18 @@ impl Journal {
             Ok(_) | Err(ReadError::Unknown) => {}
             Err(ReadError::Damaged) => {
                 let mut table = self.0.shared.table();
+                table.unreadable.forget(place);
                 if table.entry(place).is_some_and(|(segment, index)| segment.make_hole(index)) {
                     table.counters.damaged_records += 1;
                     drop(table);
                     tracing::error!(%place, "an entry of the journal is damaged and lost; the others are delivered");
                 }
             }
-            // Its bytes may be well. It stays as it is, its segment with it, and is read again at the next start.
+            // Its bytes may be well. It stays as it is, its segment with it, and is read again.
             Err(ReadError::Disk(error)) => {
-                self.0.shared.table().counters.unreadable_records += 1;
-                tracing::error!(%place, %error, "the disk does not give an entry of the journal; restart the gateway \
-                    once the disk is well to have it delivered");
+                let again_after = self.0.shared.table().refused(place, &error.to_string());
+                tracing::error!(%place, ?again_after, %error, "the disk does not give an entry of the journal; it is read \
+                    again, and delivered once the disk gives it");
             }
         }
         read
@@ -510,6 +524,7 @@ impl Journal {
             if segment.confirm(index) {
                 news += 1;
                 finished |= !segment.active && segment.settled();
+                table.forget_unreadable(place);
             } else if segment.bits(index).waits() {
                 asleep.push(place);
             }
@@ -582,6 +597,12 @@ impl Journal {
         threads.as_ref().is_some_and(|(writer, keeper)| writer.is_finished() || keeper.is_finished())
     }
 
+    /// The entries that the disk does not give, and the system's words on that; `None` while it gives everything.
+    pub fn unreadable(&self) -> Option<(u64, String)> {
+        let table = self.0.shared.table();
+        Some((table.unreadable.entries(), table.unreadable.error()?.to_owned()))
+    }
+
     /// What keeps the journal from taking entries, if anything does.
     pub fn trouble(&self) -> Option<Trouble> {
         self.0.shared.table().trouble.clone()
@@ -600,6 +621,7 @@ impl Journal {
             syncs: table.counters.syncs.clone(),
             damaged_records: table.counters.damaged_records,
             unreadable_records: table.counters.unreadable_records,
+            unreadable_entries: table.unreadable.entries(),
             damaged_files: table.kept.1,
             dropped_unconfirmed: table.counters.dropped_unconfirmed,
         }

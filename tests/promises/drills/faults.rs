@@ -1,5 +1,5 @@
-//! A disk that is slow or fails: strace puts faults into the system calls of the thread that writes the journal, for a
-//! while.
+//! A disk that is slow or fails: strace puts faults into the system calls of the thread that writes the journal, or into
+//! all reads of a process, for a while.
 
 use std::collections::HashSet;
 use std::fs;
@@ -31,6 +31,23 @@ impl Faults {
     /// Begins. `fault` is what strace(1) calls an injection, such as `fdatasync:error=EIO`. `None` where this machine does
     /// not allow it.
     pub(super) async fn begin(drill: &str, world: &World, fault: &str) -> Option<Self> {
+        let thread = thread(world.gateway.process().pid());
+        Faults::attach(
+            drill,
+            world,
+            &["-e", &format!("trace={CALLS}"), "-e", &format!("inject={fault}"), "-p", &thread],
+        )
+        .await
+    }
+
+    /// Begins: the disk gives this process nothing of any file, whichever of its threads reads. `None` where this machine
+    /// does not allow it.
+    pub(super) async fn no_reads(drill: &str, world: &World, pid: u32) -> Option<Self> {
+        let fault = ["-f", "-e", "trace=pread64", "-e", "inject=pread64:error=EIO", "-p", &pid.to_string()];
+        Faults::attach(drill, world, &fault).await
+    }
+
+    async fn attach(drill: &str, world: &World, fault: &[&str]) -> Option<Self> {
         if Command::new("strace").arg("-V").output().is_err() {
             super::skipped(drill, "there is no `strace` on PATH");
             return None;
@@ -40,8 +57,7 @@ impl Faults {
             (world.folder().join(format!("seen-{tag}")), world.folder().join(format!("strace-{tag}.log")));
         let mut command = Command::new("strace");
         command.args(["-y", "-s", "0", "-o"]).arg(&seen); // paths beside descriptors, and no data
-        command.args(["-e", &format!("trace={CALLS}"), "-e", &format!("inject={fault}")]);
-        command.args(["-p", &thread(world.gateway.process().pid())]);
+        command.args(fault);
         let strace = Process::spawn("strace", command, &log, Signal::SIGTERM).unwrap();
         let attached = || async {
             let ended = !strace.is_alive();
@@ -63,6 +79,11 @@ impl Faults {
     pub(super) async fn end(self) -> usize {
         self.strace.end(Signal::SIGTERM, Duration::from_secs(10)).await.unwrap();
         never_again(&fs::read_to_string(self.seen).unwrap())
+    }
+
+    /// Ends the faults in reads.
+    pub(super) async fn end_reads(self) {
+        self.strace.end(Signal::SIGTERM, Duration::from_secs(10)).await.unwrap();
     }
 }
 
