@@ -6,7 +6,7 @@
 //! and [`pace`] what they may cost, [`said`] that every word of theirs is ours, [`secrets`] the client secrets, which may change.
 //! [`duplicate_bodies`] recognises a body that comes again. [`source`] finds the address that a request came from, [`top_sources`] counts by it.
 //! Behind the answer, [`publish`] takes entries from the journal to JetStream, and [`confirm`] looks after each until a
-//! worker has stored it. [`receipts`] says when it has. [`commands`] and [`check`] are for operators.
+//! worker has stored it. [`receipts`] says when it has. [`restarted`] keeps both going. [`commands`] and [`check`] are for operators.
 
 pub mod body;
 pub mod canonical;
@@ -24,6 +24,7 @@ pub mod publish;
 pub mod receipts;
 pub mod receive;
 pub mod reject;
+pub mod restarted;
 pub mod said;
 pub mod secrets;
 pub mod server;
@@ -51,6 +52,7 @@ use crate::journal::Journal;
 use crate::metrics::Metrics;
 use crate::publish::Publisher;
 use crate::receive::Gateway;
+use crate::restarted::restarted;
 use crate::settings::JournalSettings;
 use crate::summary::Summary;
 
@@ -171,10 +173,12 @@ impl Settling<'_> {
         shutdown: &CancellationToken,
     ) {
         let work = async {
+            let Settling { journal, publisher, metrics } = *self;
+            let reconcile = || confirm::look_after(journal, publisher, metrics, &nats.stream, confirm_after);
             tokio::join!(
-                self.publisher.run(readiness),
-                receipts::take(self.journal, self.publisher, self.metrics),
-                confirm::look_after(self.journal, self.publisher, self.metrics, &nats.stream, confirm_after),
+                publisher.run(readiness),
+                restarted("receipts", readiness, || receipts::take(journal, publisher, metrics)),
+                restarted("reconciliation", readiness, reconcile),
             );
         };
         shutdown.run_until_cancelled(Box::pin(work)).await;
