@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull};
 use futures_util::StreamExt as _;
-use world::{Connection, Post, SmallDisk, eventually};
+use world::{Connection, Post, RawClient, SmallDisk, World, eventually};
 
 use crate::load::{Load, copy, exactly_once, percentile, post, repeats, size, watchful};
 use crate::{fixture, setup};
@@ -388,4 +388,85 @@ async fn large_bodies_that_the_stream_has_no_room_for_delay_no_others() {
     let mut expected: Vec<_> = large.into_iter().map(bytes::Bytes::from).filter(|body| *body != first).collect();
     expected.sort();
     assert!(late == expected, "a body that is read again for another try is the one that came");
+}
+
+/// A stream that takes no deliveries of `error`, beside a subscriber that takes them and never answers: a publish of one
+/// gets no acknowledgement.
+async fn without_acknowledgements_of_errors(world: &World) -> RawClient {
+    let mut subscriber = RawClient::connect(world.nats.port()).await;
+    subscriber.subscribe("signals.sentry.error").await;
+    let jetstream = world.jetstream().await;
+    let mut config = jetstream.get_stream("SIGNALS").await.unwrap().cached_info().config.clone();
+    config.subjects = vec!["signals.sentry.issue".into()];
+    jetstream.update_stream(config).await.unwrap();
+    subscriber
+}
+
+/// Reads what comes, so that the server does not close the connection.
+fn read_all(mut subscriber: RawClient) {
+    tokio::spawn(async move {
+        loop {
+            subscriber.next().await;
+        }
+    });
+}
+
+/// Posts that many deliveries of `error`.
+async fn post_errors(world: &World, count: usize) -> Vec<String> {
+    let mut connection = Connection::open(world.port()).await.unwrap();
+    let mut ids = Vec::new();
+    for _ in 0..count {
+        let error = Post::signed(fixture!("error_created")).header("Sentry-Hook-Resource", "error");
+        ids.push(connection.send(&error).await.unwrap().accepted());
+    }
+    ids
+}
+
+async fn acknowledge_errors(world: &World) {
+    let jetstream = world.jetstream().await;
+    let mut config = jetstream.get_stream("SIGNALS").await.unwrap().cached_info().config.clone();
+    config.subjects = vec!["signals.sentry.*".into()];
+    jetstream.update_stream(config).await.unwrap();
+}
+
+#[tokio::test]
+async fn deliveries_that_are_tried_again_and_again_hold_up_no_others_and_are_told() {
+    let world = watchful().start().await;
+    read_all(without_acknowledgements_of_errors(&world).await);
+    let mut ids = post_errors(&world, 400).await;
+    let tried = || async {
+        let again = world.metric("gateway_publish_retries_total{cause=\"timed_out\"}").await;
+        (again >= 400.0).then_some(())
+    };
+    eventually("each to be tried in vain", tried).await;
+    let others = post(&world, 20).await;
+    for id in &others {
+        world.stored(id).await;
+    }
+    let told = || async {
+        let checks = world.gateway.ops("/readyz").await.json();
+        let check = checks.as_array()?.iter().find(|check| check["name"] == "publishing")?.clone();
+        (check["degraded"] == true && check["detail"].as_str()?.contains("400 are not acknowledged")).then_some(())
+    };
+    eventually("the gateway to say that they are not acknowledged", told).await;
+    assert_eq!(world.metric("gateway_publish_overdue{cause=\"timed_out\"}").await, 400.0);
+    acknowledge_errors(&world).await;
+    ids.extend(others);
+    exactly_once(&world, &ids, 0).await;
+    assert_eq!(world.metric("gateway_publish_overdue{cause=\"timed_out\"}").await, 0.0);
+}
+
+#[tokio::test]
+async fn publishes_without_an_answer_do_not_pile_up_in_the_client() {
+    let world = watchful().start().await;
+    read_all(without_acknowledgements_of_errors(&world).await);
+    let mut ids = post_errors(&world, 600).await;
+    let replaced = || async { (world.metric("gateway_nats_clients_replaced_total").await >= 1.0).then_some(()) };
+    eventually("a new client", replaced).await;
+    acknowledge_errors(&world).await;
+    ids.extend(post(&world, 5).await);
+    exactly_once(&world, &ids, 0).await; // receipts, too, come over the new connection
+    let log = world.gateway.log();
+    assert!(log.contains("requests to NATS had no answer"), "{log}");
+    assert!(!log.contains("lost the connection to NATS"), "the old client leaves without a word: {log}");
 }
