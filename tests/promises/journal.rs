@@ -470,3 +470,73 @@ async fn publishes_without_an_answer_do_not_pile_up_in_the_client() {
     assert!(log.contains("requests to NATS had no answer"), "{log}");
     assert!(!log.contains("lost the connection to NATS"), "the old client leaves without a word: {log}");
 }
+
+#[tokio::test]
+async fn a_drain_refuses_a_directory_that_holds_no_journal() {
+    let world = setup().workers(0).start().await;
+    for (name, make) in [("no-such", false), ("empty", true)] {
+        let dir = world.folder().join(name);
+        if make {
+            std::fs::create_dir(&dir).unwrap();
+        }
+        let named = dir.display().to_string();
+        let (code, out, err) = world.gateway_command_async(&["journal", "drain", "--dir", &named]).await;
+        assert_eq!(code, Some(1), "{out}{err}");
+        assert!(err.contains(&named) && !out.contains("can go"), "{out}{err}");
+        let found = std::fs::read_dir(&dir).map(Iterator::count);
+        assert_eq!(found.ok(), make.then_some(0), "nothing was made there");
+    }
+}
+
+#[tokio::test]
+async fn a_drain_ends_with_the_directory_and_what_became_of_its_deliveries() {
+    let mut world = setup().start().await;
+    world.nats.kill().await;
+    post(&world, 30).await;
+    world.gateway.kill().await;
+    world.nats.start_again().await.unwrap();
+    let dir = world.folder().join("gateway-0").display().to_string();
+    let (code, out, err) = world.gateway_command_async(&["journal", "drain", "--dir", &dir]).await;
+    assert_eq!(code, Some(0), "{out}{err}");
+    let last = out.lines().last().unwrap();
+    for part in [dir.as_str(), "published 30", "confirmed 30"] {
+        assert!(last.contains(part), "{part} in {last}");
+    }
+    world.until("SELECT count(*) FROM signals", 30_i64).await;
+}
+
+#[tokio::test]
+async fn a_drain_tries_what_nats_refused_under_the_limits_of_today() {
+    let small = watchful().nats(|nats| nats.max_payload = Some("64KB".into()));
+    let mut world = small.start().await;
+    let large = format!(r#"{{"data":{{"issue":{{"id":"1","title":"{}"}}}}}}"#, "x".repeat(100_000));
+    let large = world.post(large).await.accepted();
+    world.gateway.until_metric("gateway_journal_entries{state=\"set_aside\"}", 1.0).await;
+    assert_eq!(world.gateway.stop().await, Some(0));
+    // Under the same limits it is refused again, and told.
+    let (code, out, err) = world.gateway_command_async(&["journal", "drain"]).await;
+    assert_eq!(code, Some(1), "{out}{err}");
+    assert!(err.contains("1 delivery is refused by NATS"), "{out}{err}");
+    world.nats.stop().await.unwrap();
+    world.nats.options.max_payload = None;
+    world.nats.start_again().await.unwrap();
+    let (code, out, err) = world.gateway_command_async(&["journal", "drain"]).await;
+    assert_eq!(code, Some(0), "{out}{err}");
+    world.stored(&large).await;
+}
+
+#[tokio::test]
+async fn a_redrive_has_many_publishes_on_their_way_at_once() {
+    let world = setup().gateway("GATEWAY_JOURNAL_RETAIN", "1h").start().await;
+    let ids = post_errors(&world, 20).await;
+    exactly_once(&world, &ids, 0).await;
+    let mut subscriber = without_acknowledgements_of_errors(&world).await;
+    // One after the other, the second would be sent only when the first has waited for its acknowledgement in vain.
+    let _redrive = world.gateway_process(&["journal", "redrive", "--since", "1h"]);
+    let all = async {
+        for _ in 0..20 {
+            subscriber.next().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), all).await.expect("20 time-outs in a row take 100 s");
+}
