@@ -256,7 +256,7 @@ async fn drain(config: &JournalConfig, shutdown: CancellationToken) -> anyhow::R
     let outside = tokio::task::spawn_blocking(move || Outside::look(&dir)).await?;
     let dir = config.journal.dir.display();
     let outside = outside.with_context(|| format!("cannot look into the journal {dir}"))?;
-    if outside.gateway_id.is_none() {
+    if !outside.is_journal {
         bail!("{dir} is no journal: no gateway ever ran on it");
     }
     let Some(opened) = shutdown.run_until_cancelled(crate::open_journal(&config.journal)).await else {

@@ -66,7 +66,8 @@ impl Delay {
     /// All of them, in the order of their numbers.
     pub const ALL: [Delay; 4] = [Delay::TimedOut, Delay::NoStream, Delay::Full, Delay::Other];
 
-    fn as_str(self) -> &'static str {
+    /// Its name as a label.
+    pub fn as_str(self) -> &'static str {
         match self {
             Delay::TimedOut => "timed_out",
             Delay::NoStream => "no_stream",

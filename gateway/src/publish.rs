@@ -155,7 +155,12 @@ impl Publisher {
         });
         let probed = Arc::downgrade(&shared);
         readiness.probe("publishing", move || match probed.upgrade() {
-            Some(shared) => shared.overdue.state(shared.in_flight.is_full_of_retries()),
+            Some(shared) if shared.is_up() => shared.overdue.state(shared.in_flight.is_full_of_retries()),
+            Some(shared) => Err(format!(
+                "nothing is published before NATS and the stream are ready, see the checks `nats` and `stream`; {} deliveries \
+                 wait in the journal",
+                shared.journal.stats().to_publish()
+            )),
             None => Err("the publisher has ended".into()),
         });
         Ok(Publisher(shared))
@@ -185,7 +190,7 @@ impl Publisher {
 
     /// Returns `true` while NATS is connected and the stream is there and fit.
     pub fn is_up(&self) -> bool {
-        self.0.fit.borrow().as_ref().is_some_and(|fit| fit.holds())
+        self.0.is_up()
     }
 
     /// Keeps the stream there, and sees when it is fit and when what it takes has changed.
@@ -350,11 +355,14 @@ impl Shared {
         body: Option<Bytes>,
         read: impl AsyncFnOnce() -> Result<Bytes, ReadError>,
     ) -> Result<u64, NotPublished> {
-        let fit = self.fit().await;
         let body = match body {
             Some(body) => body,
-            None => Box::pin(read()).await?, // seldom, and large
+            None => {
+                self.fit().await; // nothing is read while it cannot be published
+                Box::pin(read()).await? // seldom, and large
+            }
         };
+        let fit = self.fit().await;
         let begin = Instant::now();
         let acked = async {
             // Boxed, because it lasts no longer than it takes to hand the message over, and is most of what we would hold.
@@ -425,6 +433,10 @@ impl Shared {
         let stream = ensure_stream(&linked.context, &self.nats).await?;
         let max_payload = linked.client.server_info().max_payload;
         Ok(Fit { linked, connects, stream, max_payload })
+    }
+
+    fn is_up(&self) -> bool {
+        self.fit.borrow().as_ref().is_some_and(|fit| fit.holds())
     }
 
     /// Waits until NATS is connected and the stream fit.

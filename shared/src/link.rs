@@ -1,13 +1,13 @@
 //! The connection of a program to NATS, for as long as the program runs.
 //!
-//! async-nats connects again by itself. One thing it does not survive is a panic of its own task, which a single message
+//! async-nats connects again by itself. One fault that it does not survive is a panic of its own task, which a single message
 //! can bring about ([`crate::hostile`]). The client then takes no more commands and still calls itself connected. A
 //! [`Link`] notices that the task has ended and makes a new client; subscriptions and requests of the old one are gone.
 //!
-//! Another is that a client keeps a place for the answer of each request, also when the caller has stopped waiting. Only an
-//! answer frees it (<https://github.com/nats-io/nats.rs/issues/1617>). A broker whose disk is full takes publishes and never
-//! acknowledges them, and the places would fill the memory. So after [`UNANSWERED_MAX`] time-outs a new client takes
-//! over, and the old one goes when its last user has let go of it.
+//! Another fault costs memory. The client keeps a place for the answer of each request, also when the caller has stopped
+//! waiting, and only an answer frees it (<https://github.com/nats-io/nats.rs/issues/1617>). A broker whose disk is full takes
+//! publishes and never acknowledges them. So after [`UNANSWERED_MAX`] time-outs a new client takes over. The old one
+//! ends when its last user has let go of it.
 //!
 //! The check `nats` of `/readyz` is a round trip: the server has answered a request within the last seconds.
 

@@ -3,6 +3,7 @@
 //! Each drill has a short form, run by the suite. `DRILLS=long` makes each the size that its promise speaks of:
 //! `DRILLS=long cargo test --release -p tests --test promises journal:: -- --test-threads 1`.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull};
@@ -454,6 +455,24 @@ async fn deliveries_that_are_tried_again_and_again_hold_up_no_others_and_are_tol
     assert_eq!(world.metric("gateway_publish_overdue{cause=\"timed_out\"}").await, 0.0);
 }
 
+/// Connections of this process to a port of this machine.
+fn connections(pid: u32, port: u16) -> usize {
+    let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let sockets: HashSet<_> = descriptors
+        .filter_map(|descriptor| {
+            let target = std::fs::read_link(descriptor.ok()?.path()).ok()?;
+            Some(target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned())
+        })
+        .collect();
+    // `sl local rem_address st ... inode`: 01 is ESTABLISHED (proc_pid_net(5)).
+    let table = std::fs::read_to_string(format!("/proc/{pid}/net/tcp")).unwrap();
+    let is_one = |line: &&str| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        fields[2].ends_with(&format!(":{port:04X}")) && fields[3] == "01" && sockets.contains(fields[9])
+    };
+    table.lines().skip(1).filter(is_one).count()
+}
+
 #[tokio::test]
 async fn publishes_without_an_answer_do_not_pile_up_in_the_client() {
     let world = watchful().start().await;
@@ -461,6 +480,8 @@ async fn publishes_without_an_answer_do_not_pile_up_in_the_client() {
     let mut ids = post_errors(&world, 600).await;
     let replaced = || async { (world.metric("gateway_nats_clients_replaced_total").await >= 1.0).then_some(()) };
     eventually("a new client", replaced).await;
+    let (pid, port) = (world.gateway.process().pid(), world.nats.port());
+    eventually("the old client to end", || async { (connections(pid, port) == 1).then_some(()) }).await;
     acknowledge_errors(&world).await;
     ids.extend(post(&world, 5).await);
     exactly_once(&world, &ids, 0).await; // receipts, too, come over the new connection

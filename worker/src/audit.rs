@@ -64,7 +64,7 @@ pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result
     let named = if matches.get_flag("verbose") { usize::MAX } else { NAMED };
     let mut audit = Audit { floor, named, ..Audit::default() };
     let mut progress = Progress::new(reading.total);
-    audit.all(&store, reading, &mut progress).await?;
+    Box::pin(audit.all(&store, reading, &mut progress)).await?;
     let pace = progress.pace();
     drop(progress);
     match matches.get_flag("json") {

@@ -55,7 +55,10 @@ async fn execute(arguments: &ArgMatches, config: Config) -> anyhow::Result<ExitC
     if arguments.subcommand_name() == Some("migrate") {
         return match commands::until_interrupted(&shutdown, migrate(&config)).await {
             Some(ended) => ended.map(|()| ExitCode::SUCCESS),
-            None => Ok(ExitCode::from(commands::EX_INTERRUPTED)),
+            None => {
+                operator::log_end("worker migrate", "", "interrupted");
+                Ok(ExitCode::from(commands::EX_INTERRUPTED))
+            }
         };
     }
     worker::run(config, shutdown).await?;

@@ -188,6 +188,8 @@ pub struct Outside {
     pub held_by: Option<Option<u32>>,
     /// Bytes that the journal's files take.
     pub bytes: u64,
+    /// A gateway ever ran on it, or it holds files of a journal.
+    pub is_journal: bool,
 }
 
 impl Outside {
@@ -202,9 +204,11 @@ impl Outside {
             files::Kind::Damaged => Some(files::damaged(dir, number)),
             files::Kind::Unfinished => None, // about to become marks, or left over
         };
-        let paths = files::list(dir)?.into_iter().filter_map(path);
+        let (gateway_id, files) = (files::read_gateway_id(dir)?, files::list(dir)?);
+        let is_journal = gateway_id.is_some() || !files.is_empty();
+        let paths = files.into_iter().filter_map(path);
         let bytes = paths.filter_map(|path| Some(files::taken(&path.symlink_metadata().ok()?))).sum(); // one that has just gone takes nothing
-        Ok(Outside { gateway_id: files::read_gateway_id(dir)?, held_by: files::holder(dir)?, bytes })
+        Ok(Outside { gateway_id, held_by: files::holder(dir)?, bytes, is_journal })
     }
 }
 

@@ -1,6 +1,6 @@
 //! Entries that are tried again and again: how many there are by cause, for the metrics and for `/readyz`.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use shared::ops;
@@ -12,12 +12,22 @@ use crate::metrics::{Delay, Metrics};
 /// it, and counts at once.
 const AFTER: Duration = Duration::from_secs(3);
 
-/// The entries that are tried in vain. Clones share them.
-#[derive(Debug, Clone)]
+/// The log has at most one line in this time.
+const TELL_EVERY: Duration = Duration::from_secs(60);
+
+/// The entries that are tried in vain.
+#[derive(Debug)]
 pub(super) struct Overdue {
     metrics: Metrics,
+    last: Mutex<Last>,
+}
+
+#[derive(Debug, Default)]
+struct Last {
     /// NATS's words on the last failure of each cause.
-    words: Arc<Mutex<[String; Delay::ALL.len()]>>,
+    words: [String; Delay::ALL.len()],
+    /// Time of the last log line.
+    told: Option<Instant>,
 }
 
 /// The tries of one entry. It no longer counts once this is dropped.
@@ -29,7 +39,7 @@ pub(super) struct Tries<'o> {
 
 impl Overdue {
     pub(super) fn new(metrics: Metrics) -> Self {
-        Overdue { metrics, words: Arc::default() }
+        Overdue { metrics, last: Mutex::default() }
     }
 
     /// An entry that is about to be tried.
@@ -39,10 +49,10 @@ impl Overdue {
 
     /// The check `publishing`. `is_full`: no other entries are read meanwhile.
     pub(super) fn state(&self, is_full: bool) -> ops::State {
-        let words = self.words();
+        let last = self.last();
         let cause = |delay: Delay| {
             let count = self.metrics.overdue(delay).get();
-            (count > 0).then(|| format!("{count} {}", advice(delay, &words[delay as usize])))
+            (count > 0).then(|| format!("{count} {}", advice(delay, &last.words[delay as usize])))
         };
         let causes: Vec<_> = Delay::ALL.into_iter().filter_map(cause).collect();
         if causes.is_empty() {
@@ -52,8 +62,18 @@ impl Overdue {
         Err(format!("deliveries are tried again until they are published: {}{others}", causes.join("; ")))
     }
 
-    fn words(&self) -> MutexGuard<'_, [String; Delay::ALL.len()]> {
-        self.words.lock().unwrap_or_else(PoisonError::into_inner) // nothing that holds this can panic half-way
+    fn failed(&self, delay: Delay, because: &str) {
+        let mut last = self.last();
+        because.clone_into(&mut last.words[delay as usize]);
+        if last.told.is_none_or(|told| told.elapsed() >= TELL_EVERY) {
+            last.told = Some(Instant::now());
+            let advice = advice(delay, because);
+            tracing::warn!(cause = delay.as_str(), "deliveries {advice}. Each is tried again until it is published");
+        }
+    }
+
+    fn last(&self) -> MutexGuard<'_, Last> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner) // nothing that holds this can panic half-way
     }
 }
 
@@ -80,7 +100,7 @@ impl Tries<'_> {
         if delay != Delay::TimedOut && first.elapsed() < AFTER {
             return;
         }
-        because.clone_into(&mut self.overdue.words()[delay as usize]);
+        self.overdue.failed(delay, because);
         self.count(Some(delay));
     }
 
