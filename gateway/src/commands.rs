@@ -289,19 +289,12 @@ async fn drain(config: &JournalConfig, shutdown: CancellationToken) -> anyhow::R
         println!("{}", printable(&format!("drained {dir}: {result}; {damaged}")));
         return Ok(());
     }
-    let are = |count: u64, one: &str, more: &str| match count {
-        0 => None,
-        1 => Some(format!("1 delivery {one}")),
-        _ => Some(format!("{count} deliveries {more}")),
-    };
-    let reasons = [
-        are(left, "is not confirmed yet", "are not confirmed yet"),
-        are(aside, "is refused by NATS (see the log)", "are refused by NATS (see the log)"),
-        are(unreadable, "cannot be read from the disk", "cannot be read from the disk"),
-    ];
+    let some = |count: u64, what: &str| (count > 0).then(|| format!("{count} {what}"));
+    let reasons =
+        [some(left, "not confirmed yet"), some(aside, "refused by NATS"), some(unreadable, "not given by the disk")];
     let reasons = reasons.into_iter().flatten().collect::<Vec<_>>().join(", ");
     let ended = if shutdown.is_cancelled() { "stopped" } else { "not drained" };
-    bail!("{ended}: {reasons}. They are still in the journal {dir}: keep it ({result})")
+    bail!("{ended}: {reasons}. These deliveries are still in the journal {dir}: keep it. The log says why ({result})")
 }
 
 /// Waits until nothing is left in the journal that could be confirmed, or `shutdown`.
@@ -311,6 +304,7 @@ async fn until_drained(journal: &Journal, publisher: &Publisher, shutdown: &Canc
         // The first look at the stream is what lets set-aside entries be tried again.
         looked |= publisher.is_up();
         let stats = journal.stats();
+        looked |= stats.share(State::SetAside).tally.entries == 0;
         let left = unconfirmed(&stats);
         if told != Some(left) {
             println!("{left} deliveries are not confirmed yet");

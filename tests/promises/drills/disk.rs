@@ -163,7 +163,7 @@ async fn a_drain_ends_over_what_the_disk_does_not_give() {
     world.nats.start_again().await.unwrap();
     let ran = drain.ended().await;
     assert_eq!(ran.code, Some(1), "{ran:?}");
-    assert!(ran.err.contains("3 deliveries cannot be read"), "{ran:?}");
+    assert!(ran.err.contains("3 not given by the disk"), "{ran:?}");
     faults.end_reads().await;
     world.gateway.start_again();
     exactly_once(&world, &ids, 0).await;
