@@ -2,12 +2,16 @@
 //!
 //! - `status` and `redrive` read without the lock, so also while a gateway runs on the journal.
 //! - `drain` takes the lock: it is for the journal of a gateway that is no more.
+//!
+//! Each ends within a second of SIGINT or SIGTERM, whatever NATS does.
 
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, bail};
+use bytes::Bytes;
 use clap::{Arg, ArgAction, ArgMatches, Command};
+use futures_util::{StreamExt as _, stream};
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use shared::delivery::Delivery;
@@ -21,14 +25,18 @@ use time::format_description::well_known::Rfc3339;
 use tokio_util::sync::CancellationToken;
 
 use crate::Settling;
-use crate::journal::{Journal, Listed, Share, Snapshot, State, Stored};
+use crate::journal::{Journal, Listed, Outside, ReadError, Share, Snapshot, State, Stats};
 use crate::metrics::Metrics;
-use crate::publish::Publisher;
+use crate::publish::{InFlight, Publisher};
 use crate::receipts::ReceiptKey;
 use crate::settings::JournalConfig;
 
 /// Messages that may wait in a subscription; a command on a journal has none.
 const QUEUE: usize = 64;
+/// Publishes of a redrive that are on their way at once.
+const REDRIVEN_AT_ONCE: usize = 256;
+/// Time for which a drain waits for what the disk does not give, when nothing else is left. It is read four times in it.
+const READ_AGAIN_FOR: Duration = Duration::from_secs(15);
 
 /// The command line below `gateway journal`.
 pub fn command() -> Command {
@@ -73,7 +81,8 @@ pub async fn run(arguments: &ArgMatches, mut config: JournalConfig, shutdown: Ca
     }
     match name {
         "status" => {
-            let snapshot = look(&config.journal.dir).await?;
+            let looked = shutdown.run_until_cancelled(look(&config.journal.dir)).await;
+            let snapshot = looked.context("stopped")??;
             if arguments.get_flag("json") {
                 println!("{}", printable_json(&status_json(&snapshot).to_string()))
             } else {
@@ -83,7 +92,7 @@ pub async fn run(arguments: &ArgMatches, mut config: JournalConfig, shutdown: Ca
         }
         "redrive" => {
             let since = *arguments.get_one::<SystemTime>("since").expect("clap requires it");
-            redrive(&config, since, arguments.get_flag("dry-run")).await
+            Box::pin(redrive(&config, since, arguments.get_flag("dry-run"), &shutdown)).await
         }
         _ => Box::pin(drain(&config, shutdown)).await,
     }
@@ -157,26 +166,39 @@ fn when(time: SystemTime) -> String {
 
 /// Publishes again what was received since `since` and is still in the journal, whatever became of it. Each message has a
 /// new id, so that the duplicate window does not swallow it; the delivery's own id makes it harmless.
-async fn redrive(config: &JournalConfig, since: SystemTime, dry: bool) -> anyhow::Result<()> {
-    let snapshot = look(&config.journal.dir).await?;
+async fn redrive(
+    config: &JournalConfig,
+    since: SystemTime,
+    dry: bool,
+    shutdown: &CancellationToken,
+) -> anyhow::Result<()> {
+    const NOTHING: &str = "stopped before anything was published";
+    let snapshot = shutdown.run_until_cancelled(look(&config.journal.dir)).await.context(NOTHING)??;
     let gateway = snapshot.gateway_id().unwrap_or_default().to_owned();
     let due = || snapshot.entries().filter(|entry| entry.received_at() >= since);
-    println!("{} deliveries received since {} are in the journal", due().count(), when(since));
+    let count = due().count();
+    println!("{count} deliveries received since {} are in the journal", when(since));
     if dry {
         return Ok(());
     }
     let readiness = Readiness::default();
     let link = config.nats.connect("gateway journal redrive", QUEUE, &readiness, |_| ()).await?;
     let ensure = || async { ensure_stream(&link.current().context, &config.nats).await };
-    until_ready("stream", &readiness, ensure).await;
+    shutdown.run_until_cancelled(until_ready("stream", &readiness, ensure)).await.context(NOTHING)?;
     // Made by the gateway at its first start with tags. Without it, no receipt can settle these entries.
     let key = snapshot.receipt_key().map(ReceiptKey::new);
     // The same for all of this run, and none that was used before.
     let repeat = u32::try_from(OffsetDateTime::now_utc().unix_timestamp()).unwrap_or(u32::MAX);
-    let (mut published, mut failed) = (0_u64, 0_u64);
-    for entry in due() {
-        let place = entry.place();
-        match redrive_one(&entry, &gateway, key.as_ref(), repeat, &link.current().context).await {
+    let in_flight = InFlight::new();
+    let (gateway, key, in_flight) = (&gateway, key.as_ref(), &in_flight);
+    let publishes = due().map(|entry| {
+        let linked = link.current();
+        async move { (entry.place(), redrive_one(&entry, gateway, key, repeat, &linked.context, in_flight).await) }
+    });
+    let mut publishes = stream::iter(publishes).buffer_unordered(REDRIVEN_AT_ONCE);
+    let (mut published, mut failed) = (0, 0);
+    while let Some(Some((place, ended))) = shutdown.run_until_cancelled(publishes.next()).await {
+        match ended {
             Ok(()) => published += 1,
             Err(error) => {
                 failed += 1;
@@ -184,9 +206,13 @@ async fn redrive(config: &JournalConfig, since: SystemTime, dry: bool) -> anyhow
             }
         }
     }
-    let result = format!("published {published}, failed {failed}");
+    let left = count - published - failed;
+    let result = format!("published {published}, failed {failed}, left {left}");
     operator::log_end("gateway journal redrive", &format!("--since {}", when(since)), &result);
     println!("published {published}");
+    if left > 0 {
+        bail!("stopped with {left} deliveries not published again, or without an acknowledgement; run it again");
+    }
     if failed > 0 {
         bail!("{failed} deliveries are not published; what is not stored is still the gateway's to publish");
     }
@@ -199,21 +225,40 @@ async fn redrive_one(
     key: Option<&ReceiptKey>,
     repeat: u32,
     context: &async_nats::jetstream::Context,
+    in_flight: &InFlight,
 ) -> anyhow::Result<()> {
-    let Stored { place, meta, body, .. } = tokio::task::block_in_place(|| entry.read())?;
-    let delivery = Delivery::from_journal(&meta, body)?;
+    let mut meta = Bytes::new();
+    let read = async {
+        let stored = tokio::task::block_in_place(|| entry.read())?;
+        meta = stored.meta;
+        Ok::<_, ReadError>(stored.body)
+    };
+    let body = in_flight.reread(entry.bytes(), read).await?;
+    let (place, mut delivery) = (entry.place(), Delivery::from_journal(&{ meta }, body)?);
     let receipt_to = match key {
         Some(key) => key.receipt_to(gateway, place, &delivery.id),
         None => ReceiptTo::new(gateway, place),
     };
     let headers = delivery.headers(repeat, &receipt_to);
-    context.publish_with_headers(delivery.subject(), headers, delivery.body.clone()).await?.await?;
+    let body = std::mem::take(&mut delivery.body); // the client's: its memory is free once it is written
+    context.publish_with_headers(delivery.subject(), headers, body).await?.await?;
     tracing::debug!(delivery.id = %delivery.id, trace.id = delivery.trace_id(), %place, "published a delivery again");
     Ok(())
 }
 
 /// Publishes an orphaned journal and waits until every delivery in it is confirmed.
+///
+/// What NATS refused before is tried once more, under today's limits. What the disk does not give is tried for
+/// [`READ_AGAIN_FOR`].
 async fn drain(config: &JournalConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let dir = config.journal.dir.clone();
+    // Opening makes a journal where there is none, and the operator may have mistyped the directory.
+    let outside = tokio::task::spawn_blocking(move || Outside::look(&dir)).await?;
+    let dir = config.journal.dir.display();
+    let outside = outside.with_context(|| format!("cannot look into the journal {dir}"))?;
+    if !outside.is_journal {
+        bail!("{dir} is no journal: no gateway ever ran on it");
+    }
     let Some(opened) = shutdown.run_until_cancelled(crate::open_journal(&config.journal)).await else {
         bail!("stopped before the journal was open");
     };
@@ -223,38 +268,58 @@ async fn drain(config: &JournalConfig, shutdown: CancellationToken) -> anyhow::R
     let publisher = Publisher::connect(&config.nats, journal.clone(), &readiness, metrics.clone()).await?;
     let settling = Settling { journal: &journal, publisher: &publisher, metrics: &metrics };
     let done = CancellationToken::new();
-    let before = unconfirmed(&journal);
     let wait = async {
-        let mut told = None;
-        loop {
-            let left = unconfirmed(&journal);
-            if told != Some(left) {
-                println!("{left} deliveries are not confirmed yet");
-                told = Some(left);
-            }
-            if left == 0 || shutdown.is_cancelled() {
-                break done.cancel();
-            }
-            tokio::time::sleep(Duration::from_millis(200)).await;
-        }
+        until_drained(&journal, &publisher, &shutdown).await;
+        done.cancel();
     };
     tokio::join!(wait, settling.run(&config.nats, config.journal.confirm_after, &readiness, &done));
-    let (left, aside) = (unconfirmed(&journal), journal.stats().share(State::SetAside).tally.entries);
+    let stats = journal.stats();
+    let (left, aside, unreadable) =
+        (unconfirmed(&stats), stats.share(State::SetAside).tally.entries, stats.unreadable_entries);
     journal.close().await;
-    let confirmed = before.saturating_sub(left);
-    let filter = format!("--dir {}", config.journal.dir.display());
-    let result = format!("confirmed {confirmed}, left {left}, set aside {aside}");
-    operator::log_end("gateway journal drain", &filter, &result);
-    match (left, aside) {
-        (0, 0) => println!("the journal is empty; its directory can go"),
-        (0, aside) => bail!("{aside} deliveries are left that NATS refuses; see `gateway journal status`"),
-        (left, _) => bail!("stopped with {left} deliveries not confirmed; they are still in the journal"),
+    let counts = metrics.counts();
+    let result = format!("published {}, confirmed {}", counts.published, counts.confirmed);
+    let logged = format!("{result}, left {left}, set aside {aside}, unreadable {unreadable}");
+    operator::log_end("gateway journal drain", &format!("--dir {dir}"), &logged);
+    if left + aside + unreadable == 0 {
+        let damaged = match stats.damaged_files {
+            0 => "it is empty and can go".to_owned(),
+            files => format!("{files} damaged files are kept in it for you to look at"),
+        };
+        println!("{}", printable(&format!("drained {dir}: {result}; {damaged}")));
+        return Ok(());
     }
-    Ok(())
+    let some = |count: u64, what: &str| (count > 0).then(|| format!("{count} {what}"));
+    let reasons =
+        [some(left, "not confirmed yet"), some(aside, "refused by NATS"), some(unreadable, "not given by the disk")];
+    let reasons = reasons.into_iter().flatten().collect::<Vec<_>>().join(", ");
+    let ended = if shutdown.is_cancelled() { "stopped" } else { "not drained" };
+    bail!("{ended}: {reasons}. These deliveries are still in the journal {dir}: keep it. The log says why ({result})")
 }
 
-/// What may still be confirmed: all but what is set aside.
-fn unconfirmed(journal: &Journal) -> u64 {
-    let stats = journal.stats();
-    [State::Journalled, State::Published].map(|state| stats.share(state).tally.entries).iter().sum()
+/// Waits until nothing is left in the journal that could be confirmed, or `shutdown`.
+async fn until_drained(journal: &Journal, publisher: &Publisher, shutdown: &CancellationToken) {
+    let (mut told, mut looked, mut rest) = (None, false, None);
+    while !shutdown.is_cancelled() {
+        // The first look at the stream is what lets set-aside entries be tried again.
+        looked |= publisher.is_up();
+        let stats = journal.stats();
+        looked |= stats.share(State::SetAside).tally.entries == 0;
+        let left = unconfirmed(&stats);
+        if told != Some(left) {
+            println!("{left} deliveries are not confirmed yet");
+            told = Some(left);
+        }
+        let nothing_is_left = looked && left == 0;
+        let since = if nothing_is_left { *rest.get_or_insert_with(Instant::now) } else { Instant::now() };
+        if nothing_is_left && (stats.unreadable_entries == 0 || since.elapsed() > READ_AGAIN_FOR) {
+            return;
+        }
+        let _ = tokio::time::timeout(Duration::from_millis(200), shutdown.cancelled()).await;
+    }
+}
+
+/// Entries that may still be confirmed: all but what is set aside, and what the disk does not give.
+fn unconfirmed(stats: &Stats) -> u64 {
+    stats.to_publish() + stats.share(State::Published).tally.entries
 }

@@ -6,7 +6,7 @@
 //! and [`pace`] what they may cost, [`said`] that every word of theirs is ours, [`secrets`] the client secrets, which may change.
 //! [`duplicate_bodies`] recognises a body that comes again. [`source`] finds the address that a request came from, [`top_sources`] counts by it.
 //! Behind the answer, [`publish`] takes entries from the journal to JetStream, and [`confirm`] looks after each until a
-//! worker has stored it. [`receipts`] says when it has. [`commands`] and [`check`] are for operators.
+//! worker has stored it. [`receipts`] says when it has. [`restarted`] keeps both going. [`commands`] and [`check`] are for operators.
 
 pub mod body;
 pub mod canonical;
@@ -24,6 +24,7 @@ pub mod publish;
 pub mod receipts;
 pub mod receive;
 pub mod reject;
+pub mod restarted;
 pub mod said;
 pub mod secrets;
 pub mod server;
@@ -53,8 +54,13 @@ use crate::journal::Journal;
 use crate::metrics::Metrics;
 use crate::publish::Publisher;
 use crate::receive::Gateway;
+use crate::restarted::restarted;
 use crate::settings::JournalSettings;
 use crate::summary::Summary;
+
+/// Checks that may fail while deliveries are taken.
+const TOLERATED: [&str; 8] =
+    ["nats", "stream", "publishing", "receipts", "reconciliation", "journal_reads", "secrets", "connections"];
 
 /// Serves until `shutdown`. Then `/readyz` says 503 while deliveries are still taken, so that load balancers turn to others;
 /// after `GATEWAY_SHUTDOWN_DELAY` the listener closes, what is in flight is answered, and for what is left of the grace period
@@ -68,7 +74,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let public = bind(config.listen, "GATEWAY_LISTEN")?;
     let ops = bind(config.ops_listen, "GATEWAY_OPS_LISTEN")?;
     // NATS away costs nothing but time: deliveries are taken, and wait on disk.
-    let readiness = Readiness::tolerating(&["nats", "stream", "secrets", "connections"]);
+    let readiness = Readiness::tolerating(&TOLERATED);
     let Some(opened) = shutdown.run_until_cancelled(open_journal(&config.journal)).await else {
         tracing::info!("stopped before the journal was open");
         return Ok(());
@@ -78,6 +84,14 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     readiness.probe("journal", move || match watched.trouble() {
         Some(trouble) => Err(trouble.problem.to_string()),
         None => Ok("takes deliveries".into()),
+    });
+    let watched = journal.clone();
+    readiness.probe("journal_reads", move || match watched.unreadable() {
+        Some((entries, error)) => Err(format!(
+            "the journal's disk does not give {entries} deliveries ({error}); they are read again by themselves: look at the \
+             disk and at the system's log"
+        )),
+        None => Ok("the disk gives every delivery that is read".into()),
     });
     let watched = journal.clone();
     readiness.vital(move || match watched.is_broken() {
@@ -175,10 +189,12 @@ impl Settling<'_> {
         shutdown: &CancellationToken,
     ) {
         let work = async {
+            let Settling { journal, publisher, metrics } = *self;
+            let reconcile = || confirm::look_after(journal, publisher, metrics, &nats.stream, confirm_after);
             tokio::join!(
-                self.publisher.run(readiness),
-                receipts::take(self.journal, self.publisher, self.metrics),
-                confirm::look_after(self.journal, self.publisher, self.metrics, &nats.stream, confirm_after),
+                publisher.run(readiness),
+                restarted("receipts", readiness, || receipts::take(journal, publisher, metrics)),
+                restarted("reconciliation", readiness, reconcile),
             );
         };
         shutdown.run_until_cancelled(Box::pin(work)).await;

@@ -10,6 +10,9 @@ use shared::text::printable_lines;
 use shared::{core_dumps, shutdown, telemetry};
 use tokio::runtime::Runtime;
 
+/// The exit code of a command that SIGINT or SIGTERM has ended.
+const EX_INTERRUPTED: u8 = 130;
+
 fn main() -> ExitCode {
     core_dumps::forbid();
     let about = "Takes Sentry's webhooks, verifies them, makes them durable, and answers";
@@ -24,13 +27,7 @@ fn main() -> ExitCode {
     };
     telemetry::tell_suppressed();
     match ended {
-        Ok(well) => {
-            if well {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
-            }
-        }
+        Ok(exit) => exit,
         Err(error) => {
             eprintln!("gateway: {}", printable_lines(&format!("{error:#}")));
             if error.is::<BadSettings>() { ExitCode::from(EX_USAGE) } else { ExitCode::FAILURE }
@@ -38,13 +35,12 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether all is well; so the next two.
-fn serve(arguments: &ArgMatches) -> anyhow::Result<bool> {
+fn serve(arguments: &ArgMatches) -> anyhow::Result<ExitCode> {
     let config = Config::load(&settings::flags_then_environment(arguments))?;
     config.logs.start();
     keep_freed_memory();
     run(async { gateway::run(config, shutdown::on_signal()?).await })?;
-    Ok(true)
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Has the allocator keep what bodies leave behind, for the next bodies. Of its own accord glibc gives all but 128 KiB of it
@@ -55,23 +51,28 @@ fn keep_freed_memory() {
     drop(std::hint::black_box(Vec::<u8>::with_capacity(1 << 20)));
 }
 
-fn look(arguments: &ArgMatches) -> anyhow::Result<bool> {
+fn look(arguments: &ArgMatches) -> anyhow::Result<ExitCode> {
     let config = Config::load(&settings::flags_then_environment(arguments))?;
-    Runtime::new()?.block_on(check::run(arguments, &config))
+    let looked = run(async { Ok(shutdown::on_signal()?.run_until_cancelled(check::run(arguments, &config)).await) })?;
+    Ok(match looked.transpose()? {
+        Some(true) => ExitCode::SUCCESS,
+        Some(false) => ExitCode::FAILURE,
+        None => ExitCode::from(EX_INTERRUPTED),
+    })
 }
 
-fn operate(journal: &ArgMatches) -> anyhow::Result<bool> {
+fn operate(journal: &ArgMatches) -> anyhow::Result<ExitCode> {
     // Flags are global: the innermost command has them all.
     let innermost = journal.subcommand().map_or(journal, |(_, command)| command);
     let config = JournalConfig::load(&settings::flags_then_environment(innermost))?;
     config.logs.start();
     run(async { commands::run(journal, config, shutdown::on_signal()?).await })?;
-    Ok(true)
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Runs `program` to its end. Does not wait for blocking threads: when a start was stopped, one of them may still wait for
 /// the journal's disk.
-fn run(program: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+fn run<T>(program: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let runtime = Runtime::new()?;
     let ended = runtime.block_on(program);
     runtime.shutdown_background();

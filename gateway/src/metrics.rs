@@ -63,9 +63,11 @@ pub enum Delay {
 }
 
 impl Delay {
-    const ALL: [Delay; 4] = [Delay::TimedOut, Delay::NoStream, Delay::Full, Delay::Other];
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Delay; 4] = [Delay::TimedOut, Delay::NoStream, Delay::Full, Delay::Other];
 
-    fn as_str(self) -> &'static str {
+    /// Its name as a label.
+    pub fn as_str(self) -> &'static str {
         match self {
             Delay::TimedOut => "timed_out",
             Delay::NoStream => "no_stream",
@@ -149,6 +151,7 @@ pub struct Metrics {
     in_flight: Gauge,
     refusals: Each<Counter>,
     retries: Each<Counter>,
+    overdue: Each<Gauge>,
     confirmed: Counter,
     receipts_refused: Each<Counter>,
     repeats: Each<Counter>,
@@ -209,6 +212,10 @@ impl Metrics {
         let help = "Publishes that failed and are tried again, by cause (timed_out, no_stream, full, other)";
         let retries = Each::register(registry, "gateway_publish_retries", help, None, delayed, Counter::default);
 
+        let delayed = labels("cause", Delay::ALL.map(Delay::as_str));
+        let help = "Entries whose publish has failed for seconds and is tried again, by cause (timed_out, no_stream, full, other)";
+        let overdue = Each::register(registry, "gateway_publish_overdue", help, None, delayed, Gauge::default);
+
         let help = "Deliveries that a worker has confirmed as stored";
         let confirmed = counter(registry, "gateway_confirmed", help);
         let reasons = labels("reason", Refused::ALL.map(Refused::as_str));
@@ -244,6 +251,7 @@ impl Metrics {
             in_flight,
             refusals,
             retries,
+            overdue,
             confirmed,
             receipts_refused,
             repeats,
@@ -301,6 +309,11 @@ impl Metrics {
     /// A publish failed and is tried again.
     pub fn delayed(&self, delay: Delay) {
         self.retries.at(place(&Delay::ALL, delay)).inc();
+    }
+
+    /// The entries whose publish has failed for seconds, for this cause.
+    pub fn overdue(&self, delay: Delay) -> &Gauge {
+        self.overdue.at(place(&Delay::ALL, delay))
     }
 
     /// That many deliveries are known to be stored that were not before.
@@ -481,6 +494,8 @@ impl Collector for OfJournal {
         gauge("gateway_journal_limit", help, Some(&Unit::Bytes), stats.max_bytes_on_disk as f64)?;
         let help = "Deliveries that wait to be written to the journal";
         gauge("gateway_journal_waiting", help, Some(&Unit::Bytes), stats.bytes_waiting as f64)?;
+        let help = "Entries that the journal's disk does not give; they are read again by themselves";
+        gauge("gateway_journal_unreadable_entries", help, None, stats.unreadable_entries as f64)?;
         let help = "Damaged journal files kept for people to look at";
         gauge("gateway_journal_damaged_files", help, None, stats.damaged_files as f64)?;
         let trouble = f64::from(u8::from(self.0.trouble().is_some()));

@@ -9,13 +9,15 @@
 //!   only the worker's receipt lets an entry go (see [`crate::confirm`]).
 //! - Nothing is read from disk while NATS cannot take it, and entries on their way are bounded, as are bodies in memory,
 //!   so memory does not grow with the backlog.
+//! - Nothing is published before the stream was looked at and is fit. A look holds for its connection, and until the next
+//!   one, five seconds later: a stream that was made unfit meanwhile gets no more. Entries sleep until then.
 
 mod in_flight;
+mod overdue;
 
 use std::collections::HashSet;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,14 +31,16 @@ use futures_util::{FutureExt as _, StreamExt as _};
 use shared::delivery::{Delivery, NotADelivery};
 use shared::link::{Link, Linked};
 use shared::ops::Readiness;
-use shared::stream::{NatsSettings, covers, ensure_stream, tell_differences, until_ready};
+use shared::stream::{NatsSettings, NotReady, covers, ensure_stream, tell_differences};
 use tokio::sync::{Notify, watch};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::journal::{Journal, Place, ReadError, Refusal, State, Stored};
+use crate::journal::{Journal, Place, ReadError, Refusal, Stored};
 use crate::metrics::{Delay, Metrics};
 use crate::receipts::{self, ReceiptKey};
-use in_flight::{InFlight, READ_ENTRIES, READ_KIB};
+pub(crate) use in_flight::InFlight;
+use in_flight::{READ_ENTRIES, READ_KIB, Slot};
+use overdue::Overdue;
 
 /// How many bytes of records are read from the journal in one go.
 const READ_BYTES: u64 = READ_KIB as u64 * 1024;
@@ -58,6 +62,8 @@ const FULL: [ErrorCode; 5] = [
 ];
 /// How often the stream and the server's limits are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Pause after a look that failed, doubled each time up to [`LOOK_EVERY`].
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Publishes what is in a journal. Clones share one connection.
 #[derive(Clone)]
@@ -70,13 +76,39 @@ struct Shared {
     /// From which the tags of receipts follow.
     key: ReceiptKey,
     metrics: Metrics,
-    /// The stream as it was last seen, or none while it is not known to be there and fit.
-    fit: watch::Sender<Option<Arc<stream::Config>>>,
-    /// Something speaks against the stream's being there.
+    /// The last look at the stream, or none while the stream is not known to be there and fit.
+    fit: watch::Sender<Option<Arc<Fit>>>,
+    /// Something speaks against the last look.
     doubt: Notify,
     /// Subjects that this account may not publish to, as the server said on this connection.
     denied: Arc<Mutex<HashSet<String>>>,
     in_flight: InFlight,
+    overdue: Overdue,
+}
+
+/// A look at a stream that may be published to.
+#[derive(Debug)]
+struct Fit {
+    linked: Arc<Linked>,
+    /// Which connection of that client's it was: a look holds for one.
+    connects: u64,
+    stream: stream::Config,
+    max_payload: usize,
+}
+
+impl Fit {
+    fn holds(&self) -> bool {
+        self.linked.is_up() && self.linked.connects() == self.connects
+    }
+}
+
+/// A look at the stream that came to nothing.
+#[derive(Debug, thiserror::Error)]
+enum LookFailed {
+    #[error("not connected to NATS, see the check `nats`")]
+    NotConnected,
+    #[error(transparent)]
+    NotReady(#[from] NotReady),
 }
 
 /// Why an entry is not published.
@@ -109,17 +141,29 @@ impl Publisher {
         let observe = move |event: &Event| note_denied(event, &noted);
         let link = nats.connect("gateway", SUBSCRIPTION_QUEUE, readiness, observe).await?;
         readiness.set("stream", Err("not looked at yet".into()));
-        Ok(Publisher(Arc::new(Shared {
+        let shared = Arc::new(Shared {
             key: ReceiptKey::new(journal.receipt_key()),
             journal,
             nats: nats.clone(),
             link,
+            overdue: Overdue::new(metrics.clone()),
             metrics,
             fit: watch::Sender::new(None),
             doubt: Notify::new(),
             denied,
             in_flight: InFlight::new(),
-        })))
+        });
+        let probed = Arc::downgrade(&shared);
+        readiness.probe("publishing", move || match probed.upgrade() {
+            Some(shared) if shared.is_up() => shared.overdue.state(shared.in_flight.is_full_of_retries()),
+            Some(shared) => Err(format!(
+                "nothing is published before NATS and the stream are ready, see the checks `nats` and `stream`; {} deliveries \
+                 wait in the journal",
+                shared.journal.stats().to_publish()
+            )),
+            None => Err("the publisher has ended".into()),
+        });
+        Ok(Publisher(shared))
     }
 
     /// The connection.
@@ -136,37 +180,66 @@ impl Publisher {
         published.expect("publishing does not end, and what panics in it is caught there");
     }
 
-    /// Waits until the journal holds nothing that could be published now, or NATS is away.
+    /// Waits until the journal holds nothing that could be published now, or NATS is away. What the disk does not give is
+    /// not waited for.
     pub async fn drained(&self) {
-        while self.is_up() && self.0.journal.stats().share(State::Journalled).tally.entries > 0 {
+        while self.is_up() && self.0.journal.stats().to_publish() > 0 {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 
-    /// Whether NATS can be asked anything.
+    /// Returns `true` while NATS is connected and the stream is there and fit.
     pub fn is_up(&self) -> bool {
-        self.0.link.current().is_up() && self.0.fit.borrow().is_some()
+        self.0.is_up()
     }
 
-    /// Keeps the stream there and fit, and sees when what it takes has changed.
+    /// Keeps the stream there, and sees when it is fit and when what it takes has changed.
     async fn keep_stream(&self, readiness: &Readiness) {
         let shared = &self.0;
-        let mut known = None;
+        let mut changes = shared.link.changes();
+        let (mut known, mut told, mut again) = (None, None, LOOK_AGAIN);
         loop {
-            let ensure = || async { ensure_stream(&shared.link.current().context, &shared.nats).await };
-            let config = until_ready("stream", readiness, ensure).await;
-            let (linked, replaced) = (shared.link.current(), shared.link.replaced());
-            let connects = linked.client.statistics().connects.load(Ordering::Relaxed);
-            let limits = (config.clone(), linked.client.server_info().max_payload, connects, replaced);
-            if known.as_ref() != Some(&limits) {
-                tell_differences(&config, &shared.nats);
-                shared.retry_set_aside();
-                known = Some(limits);
-            }
-            shared.fit.send_replace(Some(Arc::new(config)));
-            // At most as often as that, but soon when a publish finds no stream.
+            changes.mark_unchanged();
+            let looked = tokio::select! {
+                looked = shared.look() => looked,
+                _ = changes.changed() => Err(LookFailed::NotConnected), // a look does not outlive its connection
+            };
+            let pause = match looked {
+                Ok(fit) => {
+                    let limits = (fit.stream.clone(), fit.max_payload, fit.connects, shared.link.replaced());
+                    if known.as_ref() != Some(&limits) {
+                        tell_differences(&fit.stream, &shared.nats);
+                        shared.retry_set_aside();
+                        known = Some(limits);
+                    }
+                    if told.take().is_some() {
+                        tracing::info!("the stream is ready; deliveries are published");
+                    }
+                    readiness.set("stream", Ok("ready".into()));
+                    shared.fit.send_replace(Some(Arc::new(fit)));
+                    again = LOOK_AGAIN;
+                    LOOK_EVERY
+                }
+                Err(error) => {
+                    shared.fit.send_replace(None);
+                    let words = error.to_string();
+                    if matches!(error, LookFailed::NotReady(_)) && told.as_ref() != Some(&words) {
+                        tracing::warn!("nothing is published until the stream is ready: {words}");
+                        told = Some(words.clone());
+                    }
+                    readiness.set("stream", Err(words));
+                    let pause = again;
+                    again = LOOK_EVERY.min(again * 2);
+                    pause
+                }
+            };
+            // Soon when the connection changes, or when a publish finds no stream.
             tokio::select! {
-                () = tokio::time::sleep(LOOK_EVERY) => {}
+                () = tokio::time::sleep(pause) => {}
+                _ = changes.changed() => {
+                    shared.fit.send_replace(None);
+                    again = LOOK_AGAIN;
+                }
                 () = shared.doubt.notified() => { shared.fit.send_replace(None); }
             }
         }
@@ -180,17 +253,17 @@ impl Shared {
         loop {
             let next = async {
                 let room = self.in_flight.for_a_read().await;
-                self.link_is_up().await;
+                self.fit().await;
                 (room, self.journal.take(READ_ENTRIES as usize, READ_BYTES).await)
             };
             let (mut room, taken) = beside(&mut on_their_way, next).await;
             let several = taken.len() > 1 && !is_backlog(&taken);
             for entry in taken {
                 let share = self.in_flight.share(&mut room, entry.body);
-                let (room, body) = beside(&mut on_their_way, share).await;
+                let (slot, body) = beside(&mut on_their_way, share).await;
                 let (entry, counted) = (Stored { body, ..entry }, self.metrics.publishing());
-                let publishing = self.isolated(entry.place, self.publish(entry));
-                on_their_way.push(publishing.inspect(move |()| drop((room, counted))));
+                let publishing = self.isolated(entry.place, self.publish(entry, slot));
+                on_their_way.push(publishing.inspect(move |()| drop(counted)));
             }
             if several {
                 beside(&mut on_their_way, tokio::time::sleep(GATHER)).await;
@@ -212,7 +285,7 @@ impl Shared {
     }
 
     /// One entry, until it is settled one way or the other.
-    async fn publish(&self, entry: Stored) {
+    async fn publish(&self, entry: Stored, mut slot: Slot) {
         let Stored { place, meta, body, repeats, .. } = entry;
         let bytes = body.len();
         let told = |error: &NotADelivery| tracing::error!(%place, %error, "an entry of the journal is set aside");
@@ -232,6 +305,7 @@ impl Shared {
             .without_max_times();
         let subject = delivery.subject();
         let mut body = Some(body);
+        let mut tries = self.overdue.tries();
         let again = || self.in_flight.reread(bytes, async move { Ok(self.journal.read(place).await?.body) });
         // The client takes headers and body as its own.
         let try_once = || {
@@ -242,8 +316,10 @@ impl Shared {
             .retry(backoff)
             .when(|error| matches!(error, NotPublished::Later(..)))
             .notify(|error, _| {
-                if let NotPublished::Later(delay, _) = error {
+                if let NotPublished::Later(delay, because) = error {
                     self.metrics.delayed(*delay);
+                    tries.failed(*delay, because);
+                    self.in_flight.set_apart(&mut slot);
                 }
                 tracing::debug!(delivery.id = %id, trace.id = trace, %error, "not published yet, will try again");
             })
@@ -279,15 +355,18 @@ impl Shared {
         body: Option<Bytes>,
         read: impl AsyncFnOnce() -> Result<Bytes, ReadError>,
     ) -> Result<u64, NotPublished> {
-        let (linked, stream) = self.link_is_up().await;
         let body = match body {
             Some(body) => body,
-            None => Box::pin(read()).await?, // seldom, and large
+            None => {
+                self.fit().await; // nothing is read while it cannot be published
+                Box::pin(read()).await? // seldom, and large
+            }
         };
+        let fit = self.fit().await;
         let begin = Instant::now();
         let acked = async {
             // Boxed, because it lasts no longer than it takes to hand the message over, and is most of what we would hold.
-            let publish = Box::pin(linked.context.publish_with_headers(subject.to_owned(), headers, body));
+            let publish = Box::pin(fit.linked.context.publish_with_headers(subject.to_owned(), headers, body));
             publish.await?.await // within ACK_WITHIN, or TimedOut
         };
         match acked.await {
@@ -295,26 +374,29 @@ impl Shared {
                 self.metrics.published(begin.elapsed());
                 Ok(ack.sequence)
             }
-            Err(error) => Err(self.judge(&error, subject, &stream)),
+            Err(error) => Err(self.judge(&error, subject, &fit)),
         }
     }
 
     /// Whether waiting can help.
-    fn judge(&self, error: &PublishError, subject: &str, stream: &stream::Config) -> NotPublished {
+    fn judge(&self, error: &PublishError, subject: &str, fit: &Fit) -> NotPublished {
         let because = || format!("{error}{}", cause(error));
         match error.kind() {
             PublishErrorKind::MaxPayloadExceeded => NotPublished::Never(Refusal::TooLarge, because()),
             PublishErrorKind::Other if api_code(error) == Some(ErrorCode::STREAM_MESSAGE_EXCEEDS_MAXIMUM) => {
                 NotPublished::Never(Refusal::TooLarge, because())
             }
-            PublishErrorKind::StreamNotFound if !stream.subjects.iter().any(|pattern| covers(pattern, subject)) => {
+            PublishErrorKind::StreamNotFound if !fit.stream.subjects.iter().any(|pattern| covers(pattern, subject)) => {
                 NotPublished::Never(Refusal::Subject, format!("the stream does not take the subject {subject}"))
             }
             PublishErrorKind::StreamNotFound => {
                 self.doubt.notify_one();
                 NotPublished::Later(Delay::NoStream, because())
             }
-            PublishErrorKind::TimedOut => self.timed_out(subject),
+            PublishErrorKind::TimedOut => {
+                fit.linked.note_unanswered();
+                self.timed_out(subject)
+            }
             PublishErrorKind::WrongLastMessageId
             | PublishErrorKind::WrongLastSequence
             | PublishErrorKind::BrokenPipe
@@ -341,17 +423,38 @@ impl Shared {
         }
     }
 
-    /// Waits until NATS is connected and the stream fit. Gives the client, and the stream as it was last seen.
-    async fn link_is_up(&self) -> (Arc<Linked>, Arc<stream::Config>) {
+    /// Looks at the stream, and makes it where it is missing.
+    async fn look(&self) -> Result<Fit, LookFailed> {
+        let linked = self.link.current();
+        let connects = linked.connects();
+        if !linked.is_up() {
+            return Err(LookFailed::NotConnected);
+        }
+        let stream = ensure_stream(&linked.context, &self.nats).await?;
+        let max_payload = linked.client.server_info().max_payload;
+        Ok(Fit { linked, connects, stream, max_payload })
+    }
+
+    fn is_up(&self) -> bool {
+        self.fit.borrow().as_ref().is_some_and(|fit| fit.holds())
+    }
+
+    /// Waits until NATS is connected and the stream fit.
+    async fn fit(&self) -> Arc<Fit> {
         loop {
-            let stream = self.fit.borrow().clone();
-            let linked = self.link.current();
-            if let Some(stream) = stream.filter(|_| linked.is_up()) {
-                return (linked, stream);
+            let fit = self.fit.borrow().clone();
+            if let Some(fit) = &fit
+                && fit.holds()
+            {
+                return fit.clone();
             }
-            let _ = self.fit.subscribe().wait_for(Option::is_some).await; // the sender is ours, so it is there
-            // The client tells of a connection by event only; a look now and then is simpler and costs nothing.
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            let mut changed = self.fit.subscribe();
+            if fit.is_some() {
+                // The look was on a connection that is gone. The first to see that withdraws it.
+                self.fit.send_if_modified(|now| now.take_if(|fit| !fit.holds()).is_some());
+                self.doubt.notify_one();
+            }
+            let _ = changed.wait_for(Option::is_some).await; // the sender is ours, so it is there
         }
     }
 }
@@ -412,7 +515,7 @@ mod tests {
     use prometheus_client::registry::Registry;
 
     use super::*;
-    use crate::journal::{Entry, Limits};
+    use crate::journal::{Entry, Limits, State};
     use crate::settings::JournalConfig;
 
     /// A journal in `dir`, and a publisher of it that no broker answers.
@@ -448,6 +551,22 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_entry_that_waits_for_nats_sleeps() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_journal, publisher) = publisher(dir.path()).await;
+        // As after a connection that is gone.
+        let (linked, stream) = (publisher.link().current(), stream::Config::default());
+        publisher.0.fit.send_replace(Some(Arc::new(Fit { linked, connects: 1, stream, max_payload: 1 })));
+        let (mut waiting, mut polls) = (pin!(publisher.0.fit()), 0);
+        let counted = std::future::poll_fn(|context| {
+            polls += 1;
+            waiting.as_mut().poll(context)
+        });
+        tokio::time::timeout(Duration::from_millis(500), counted).await.unwrap_err();
+        assert!(polls <= 2, "polled {polls} times: there may be thousands of these");
+    }
+
+    #[tokio::test]
     async fn an_entry_on_its_way_holds_little_and_nothing_of_what_was_understood() {
         struct Watched(Bytes, #[expect(dead_code)] Arc<()>);
         impl AsRef<[u8]> for Watched {
@@ -462,7 +581,9 @@ mod tests {
         let mut taken = journal.take(1, 1 << 16).await.remove(0);
         let held = Arc::new(());
         taken.meta = Bytes::from_owner(Watched(meta, held.clone()));
-        let mut publishing = pin!(publisher.0.isolated(taken.place, publisher.0.publish(taken)));
+        let in_flight = InFlight::new();
+        let (slot, _) = in_flight.share(&mut in_flight.for_a_read().await, Bytes::new()).await;
+        let mut publishing = pin!(publisher.0.isolated(taken.place, publisher.0.publish(taken, slot)));
         assert!(size_of_val(&*publishing) < 2048, "there are hundreds of these: {} bytes", size_of_val(&*publishing));
         assert_eq!(Arc::strong_count(&held), 2);
         assert!(publishing.as_mut().now_or_never().is_none(), "it waits for NATS");

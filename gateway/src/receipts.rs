@@ -11,6 +11,7 @@
 //! Receipts may be lost, late or repeated, and may be meant for another journal: see [`crate::confirm`].
 
 use std::fmt;
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
@@ -78,9 +79,15 @@ pub async fn take(journal: &Journal, publisher: &Publisher, metrics: &Metrics) {
     let mut told = Told { since: None, refused: [0; Refused::ALL.len()] };
     loop {
         let linked = publisher.link().current();
+        let mut succeeded = pin!(publisher.link().succeeded(&linked));
         // Fails only where the client has ended, and will be replaced.
         if let Ok(mut receipts) = linked.client.subscribe(receipt::subject(journal.gateway_id())).await {
-            while let Some(message) = receipts.next().await {
+            loop {
+                let message = tokio::select! {
+                    message = receipts.next() => message,
+                    () = &mut succeeded => None, // another client hears them from now on
+                };
+                let Some(message) = message else { break };
                 take_message(journal, &key, metrics, &message.payload, &mut told).await;
                 told.tell();
                 tokio::task::yield_now().await;

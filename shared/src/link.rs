@@ -1,20 +1,25 @@
 //! The connection of a program to NATS, for as long as the program runs.
 //!
-//! async-nats connects again by itself. One thing it does not survive is a panic of its own task, which a single message
+//! async-nats connects again by itself. One fault that it does not survive is a panic of its own task, which a single message
 //! can bring about ([`crate::hostile`]). The client then takes no more commands and still calls itself connected. A
 //! [`Link`] notices that the task has ended and makes a new client; subscriptions and requests of the old one are gone.
+//!
+//! Another fault costs memory. The client keeps a place for the answer of each request, also when the caller has stopped
+//! waiting, and only an answer frees it (<https://github.com/nats-io/nats.rs/issues/1617>). A broker whose disk is full takes
+//! publishes and never acknowledges them. So after [`UNANSWERED_MAX`] time-outs a new client takes over. The old one
+//! ends when its last user has let go of it.
 //!
 //! The check `nats` of `/readyz` is a round trip: the server has answered a request within the last seconds.
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use async_nats::client::RequestErrorKind;
 use async_nats::connection::State;
 use async_nats::{Client, Event, jetstream};
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -28,6 +33,8 @@ const ASK_EVERY: Duration = Duration::from_secs(3);
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 /// Pause before a client that has ended is replaced. Hostile messages cannot make a busy loop of it.
 const REPLACE_AFTER: Duration = Duration::from_millis(200);
+/// Requests without an answer after which a client is replaced. Each costs it some 300 bytes.
+const UNANSWERED_MAX: usize = 1024;
 
 /// A connection whose client is replaced when it has ended. Clones share it.
 #[derive(Clone)]
@@ -47,8 +54,8 @@ struct Shared {
     queue: usize,
     readiness: Readiness,
     observe: Arc<dyn Fn(&Event) + Send + Sync>,
-    /// The client has a connection, perhaps a new one.
-    connected: Arc<Notify>,
+    /// Counts connections made, connections lost, and clients replaced.
+    changes: Arc<watch::Sender<u64>>,
     current: watch::Sender<Arc<Linked>>,
     replaced: AtomicU64,
 }
@@ -63,6 +70,12 @@ pub struct Linked {
     ended: CancellationToken,
     /// The same as `ended`, to be read for each publish without a lock.
     has_ended: Arc<AtomicBool>,
+    /// Requests that had no answer.
+    unanswered: AtomicUsize,
+    /// Cancelled after [`UNANSWERED_MAX`] of them.
+    worn: CancellationToken,
+    /// Another client has taken over: the events of this one are no longer told.
+    retired: Arc<AtomicBool>,
 }
 
 /// Dropped with the client's task.
@@ -90,6 +103,18 @@ impl Linked {
     pub fn is_up(&self) -> bool {
         !self.has_ended() && self.client.connection_state() == State::Connected
     }
+
+    /// Number of connections that the client has made.
+    pub fn connects(&self) -> u64 {
+        self.client.statistics().connects.load(Ordering::Relaxed)
+    }
+
+    /// Notes that a request had no answer in time.
+    pub fn note_unanswered(&self) {
+        if self.unanswered.fetch_add(1, Ordering::Relaxed) + 1 >= UNANSWERED_MAX {
+            self.worn.cancel();
+        }
+    }
 }
 
 impl fmt::Debug for Link {
@@ -108,8 +133,8 @@ impl Link {
         readiness: &Readiness,
         observe: Arc<dyn Fn(&Event) + Send + Sync>,
     ) -> anyhow::Result<Self> {
-        let connected = Arc::<Notify>::default();
-        let first = make(connection, program, queue, readiness, &observe, &connected).await?;
+        let changes = Arc::<watch::Sender<u64>>::default();
+        let first = make(connection, program, queue, readiness, &observe, &changes).await?;
         let shared = Arc::new(Shared {
             connection: connection.clone(),
             stream: stream.to_owned(),
@@ -117,7 +142,7 @@ impl Link {
             queue,
             readiness: readiness.clone(),
             observe,
-            connected,
+            changes,
             current: watch::Sender::new(Arc::new(first)),
             replaced: AtomicU64::new(0),
         });
@@ -129,6 +154,19 @@ impl Link {
     /// The client as it is now. To be asked for again after a failure: it may have been replaced.
     pub fn current(&self) -> Arc<Linked> {
         self.0.shared.current.borrow().clone()
+    }
+
+    /// Changes with each connection that is made or lost, and with each client that is replaced. The client tells of a
+    /// connection just before it calls itself connected.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.0.shared.changes.subscribe()
+    }
+
+    /// Returns once another client has taken the place of this one.
+    pub async fn succeeded(&self, linked: &Arc<Linked>) {
+        let mut current = self.0.shared.current.subscribe();
+        // The sender is ours, so it is there.
+        let _ = current.wait_for(|current| !Arc::ptr_eq(current, linked)).await;
     }
 
     /// Number of clients that were replaced.
@@ -151,27 +189,31 @@ async fn make(
     queue: usize,
     readiness: &Readiness,
     observe: &Arc<dyn Fn(&Event) + Send + Sync>,
-    connected: &Arc<Notify>,
+    changes: &Arc<watch::Sender<u64>>,
 ) -> anyhow::Result<Linked> {
     let (ended, has_ended) = (CancellationToken::new(), Arc::<AtomicBool>::default());
     // The client's task owns the sender of events. When the task ends, however it ends, the library drops the callback
     // for events, and the guard with it.
     let guard = Ended(ended.clone(), has_ended.clone());
-    let (observe, connected) = (observe.clone(), connected.clone());
+    let (observe, changes) = (observe.clone(), changes.clone());
     let on_event = move |event: &Event| {
         let _ = &guard;
-        if matches!(event, Event::Connected) {
-            connected.notify_one();
+        if matches!(event, Event::Connected | Event::Disconnected) {
+            changes.send_modify(|changes| *changes += 1);
         }
         observe(event);
     };
-    let client = connection.connect(program, queue, readiness, on_event).await?;
-    Ok(Linked { context: jetstream(client.clone()), client, ended, has_ended })
+    let retired = Arc::<AtomicBool>::default();
+    let client = connection.connect(program, queue, readiness, &retired, on_event).await?;
+    let context = jetstream(client.clone());
+    let (unanswered, worn) = (AtomicUsize::new(0), CancellationToken::new());
+    Ok(Linked { client, context, ended, has_ended, unanswered, worn, retired })
 }
 
 impl Shared {
-    /// Asks for answers, and replaces the client when it has ended. Never returns.
+    /// Asks for answers, and replaces the client when it has ended or keeps too many places for answers. Never returns.
     async fn keep(&self) {
+        let mut changes = self.changes.subscribe();
         loop {
             let linked = self.current.borrow().clone();
             let asking = async {
@@ -179,31 +221,43 @@ impl Shared {
                     // A request does not outlive its connection: on a new one, another is made.
                     tokio::select! {
                         () = self.ask(&linked) => {}
-                        () = self.connected.notified() => continue,
+                        _ = changes.changed() => continue,
                     }
-                    let _ = timeout(ASK_EVERY, self.connected.notified()).await;
+                    let _ = timeout(ASK_EVERY, changes.changed()).await;
                 }
             };
             tokio::select! {
-                () = linked.ended() => {}
+                () = linked.ended() => {
+                    self.readiness.set("nats", Err("the client has ended; a new one is being made".into()));
+                }
+                () = linked.worn.cancelled() => {}
                 () = asking => {}
             }
-            self.readiness.set("nats", Err("the client has ended; a new one is being made".into()));
             sleep(REPLACE_AFTER).await;
-            let made =
-                make(&self.connection, &self.program, self.queue, &self.readiness, &self.observe, &self.connected);
-            match made.await {
-                Ok(new) => {
-                    self.replaced.fetch_add(1, Ordering::Relaxed);
-                    tracing::error!(
-                        "the NATS client had ended, most likely over a message that it could not read; a new one takes \
-                         its place"
-                    );
-                    self.current.send_replace(Arc::new(new));
-                }
-                Err(error) => tracing::error!("cannot make a new NATS client, will try again: {error:#}"),
-            }
+            self.replace(&linked).await;
         }
+    }
+
+    async fn replace(&self, old: &Linked) {
+        let made = make(&self.connection, &self.program, self.queue, &self.readiness, &self.observe, &self.changes);
+        let new = match made.await {
+            Ok(new) => new,
+            Err(error) => return tracing::error!("cannot make a new NATS client, will try again: {error:#}"),
+        };
+        if old.has_ended() {
+            tracing::error!(
+                "the NATS client had ended, most likely over a message that it could not read; a new one takes its place"
+            );
+        } else {
+            tracing::warn!(
+                "{UNANSWERED_MAX} requests to NATS had no answer; a new connection takes the place of the old one. Look at \
+                 the server's log, and at the space on its disk"
+            );
+        }
+        old.retired.store(true, Ordering::Relaxed);
+        self.replaced.fetch_add(1, Ordering::Relaxed);
+        self.current.send_replace(Arc::new(new));
+        self.changes.send_modify(|changes| *changes += 1);
     }
 
     /// Asks the server for something that both programs may ask for, and sets the check `nats`. Any answer will do, also

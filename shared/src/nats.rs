@@ -8,7 +8,8 @@
 use std::fmt;
 use std::future::ready;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
@@ -160,17 +161,20 @@ impl Connection {
         options
     }
 
-    /// A client that connects in the background. `queue` messages may wait in each of its subscriptions.
+    /// A client that connects in the background. `queue` messages may wait in each of its subscriptions. `observe` sees
+    /// every event. Once `retired` is set, the client says no more: another one has taken its place.
     pub(crate) async fn connect(
         &self,
         program: &str,
         queue: usize,
         readiness: &Readiness,
+        retired: &Arc<AtomicBool>,
         observe: impl Fn(&Event) + Send + Sync + 'static,
     ) -> anyhow::Result<Client> {
         readiness.set("nats", Err("not connected yet".into()));
-        let told = std::sync::Arc::new(Told::default());
+        let told = Arc::new(Told::default());
         let (on_event, before_attempt) = ((told.clone(), readiness.clone()), (told, readiness.clone(), self.clone()));
+        let (retired, was_retired) = (retired.clone(), retired.clone());
         let options = self
             .options(program)
             .subscription_capacity(queue)
@@ -182,13 +186,17 @@ impl Connection {
                 let (told, readiness, connection) = &before_attempt;
                 let failed = servers.iter().filter_map(|server| Some((&server.addr, server.last_error.as_deref()?)));
                 let failed: Vec<_> = failed.map(|(server, error)| connection.explain(server, error)).collect();
-                told.failures(&failed.join("; "), readiness);
+                if !was_retired.load(Ordering::Relaxed) {
+                    told.failures(&failed.join("; "), readiness);
+                }
                 ready(None) // the client chooses
             })
             .event_callback(move |event| {
                 let (told, readiness) = &on_event;
-                told.event(&event, readiness);
-                observe(&event);
+                if !retired.load(Ordering::Relaxed) {
+                    told.event(&event, readiness);
+                    observe(&event);
+                }
                 ready(())
             });
         options.connect(&self.servers[..]).await.context("cannot set up the NATS client")

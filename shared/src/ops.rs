@@ -97,7 +97,7 @@ impl Readiness {
     }
 
     /// Every check by name, and whether it is well.
-    pub(crate) fn states(&self) -> Vec<(&'static str, bool)> {
+    pub fn states(&self) -> Vec<(&'static str, bool)> {
         self.look().1.iter().map(|check| (check.name, check.ok)).collect()
     }
 

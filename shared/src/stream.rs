@@ -335,7 +335,9 @@ pub(crate) fn compare_streams(found: &stream::Config, wanted: &stream::Config) -
     comparison.check("max_age", &found.max_age, &wanted.max_age, None);
     comparison.check("duplicate_window", &found.duplicate_window, &wanted.duplicate_window, None);
     comparison.check("max_messages", &unlimited(found.max_messages), &-1, None);
-    comparison.check("max_messages_per_subject", &unlimited(found.max_messages_per_subject), &-1, None);
+    // With discard `new` alone, a subject at its limit still drops its oldest message.
+    let drops = (!found.discard_new_per_subject).then_some("a full subject would drop what nobody has read");
+    comparison.check("max_messages_per_subject", &unlimited(found.max_messages_per_subject), &-1, drops);
     comparison.check("max_message_size", &unlimited(found.max_message_size.into()), &-1, None);
     comparison.differences
 }
@@ -436,6 +438,9 @@ mod tests {
         assert!(breaks(stream::Config { subjects: vec!["elsewhere.>".into()], ..base() }));
         assert!(!breaks(stream::Config { subjects: vec!["signals.sentry.issue".into()], ..base() }));
         assert!(breaks(stream::Config { no_ack: true, ..base() }));
+        let per_subject = stream::Config { max_messages_per_subject: 1, ..base() };
+        assert!(breaks(per_subject.clone()));
+        assert!(!breaks(stream::Config { discard_new_per_subject: true, ..per_subject }));
         assert!(!breaks(stream::Config { max_bytes: 1, ..base() }));
         assert!(!breaks(stream::Config { num_replicas: 3, ..base() }));
         assert!(!breaks(stream::Config { max_message_size: 1, ..base() }));

@@ -1,9 +1,73 @@
-//! The worker's commands tell the state of things, and say clearly what is wrong with how they were called.
+//! The commands tell the state of things, say clearly what is wrong with how they were called, and end when they are told
+//! to.
 
+use nix::sys::signal::Signal;
 use shared::delivery::Delivery;
 use shared::receipt::ReceiptTo;
+use world::{Running, World, eventually};
 
+use crate::load::post;
 use crate::{fixture, setup};
+
+/// Each command, asked to stop once it handles signals, ends within its time.
+async fn every_command_ends(world: &World, state: &str, worker: &[&[&str]]) {
+    let stop = async |mut running: Running, signal| {
+        running.signal(signal).await;
+        let ended = tokio::time::timeout(std::time::Duration::from_secs(20), running.ended()).await;
+        ended.unwrap_or_else(|_| panic!("{state}: it goes on after {signal}: {}", running.out()))
+    };
+    for (arguments, signal) in worker.iter().zip([Signal::SIGINT, Signal::SIGTERM].into_iter().cycle()) {
+        let ran = stop(world.worker_process(arguments), signal).await;
+        assert_eq!(ran.code, Some(130), "{state}: worker {arguments:?} after {signal}: {ran:?}");
+    }
+    for (arguments, begun, signal) in [
+        (&["journal", "redrive", "--since", "1h"][..], "3 deliveries", Signal::SIGINT),
+        (&["journal", "redrive", "--since", "1h"], "3 deliveries", Signal::SIGTERM),
+        (&["journal", "drain"], "3 deliveries are not confirmed yet", Signal::SIGINT),
+    ] {
+        let running = world.gateway_process(arguments);
+        eventually(begun, || async { running.out().contains(begun).then_some(()) }).await;
+        let ran = stop(running, signal).await;
+        assert_eq!(ran.code, Some(1), "{state}: gateway {arguments:?} after {signal}: {ran:?}");
+        assert!(ran.err.contains("stopped"), "{state}: {ran:?}");
+    }
+}
+
+#[tokio::test]
+async fn every_command_ends_at_a_signal_while_the_servers_hang() {
+    let world = setup().own_postgres().start().await;
+    world.nats.process().freeze().unwrap();
+    world.postgres.as_ref().unwrap().process().freeze().unwrap();
+    post(&world, 3).await;
+    world.gateway.kill().await;
+    let worker: [&[&str]; 8] = [
+        &["audit"],
+        &["replay"],
+        &["replay", "--dry-run"],
+        &["status"],
+        &["check"],
+        &["dead-letters", "list"],
+        &["dead-letters", "retry", "--all"],
+        &["migrate"],
+    ];
+    every_command_ends(&world, "hanging", &worker).await;
+    let mut check = world.gateway_process(&["check"]);
+    check.signal(Signal::SIGTERM).await;
+    assert_eq!(check.ended().await.code, Some(130));
+    world.nats.process().thaw().unwrap();
+    world.postgres.as_ref().unwrap().process().thaw().unwrap();
+}
+
+#[tokio::test]
+async fn every_command_ends_at_a_signal_while_the_servers_are_away() {
+    let world = setup().own_postgres().start().await;
+    world.nats.kill().await;
+    world.postgres.as_ref().unwrap().kill().await;
+    post(&world, 3).await;
+    world.gateway.kill().await;
+    // The others end by themselves at the first refused connection.
+    every_command_ends(&world, "away", &[&["audit"], &["replay"], &["status"]]).await;
+}
 
 #[tokio::test]
 async fn status_tells_what_it_can() {

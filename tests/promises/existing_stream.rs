@@ -2,8 +2,9 @@
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy};
-use world::{Post, eventually};
+use world::{Post, World, eventually};
 
+use crate::load::post;
 use crate::{fixture, setup};
 
 fn config() -> Config {
@@ -52,6 +53,65 @@ async fn a_stream_that_would_break_a_promise_is_named_and_not_used_until_it_is_m
     assert_eq!(found.cached_info().state.messages, 0, "and nothing is published into it");
     jetstream.update_stream(config()).await.unwrap();
     world.stored(&id).await;
+}
+
+/// Waits until the gateway names this setting of the stream, and posts: nothing may be published.
+async fn nothing_is_published_while(world: &World, setting: &str) -> Vec<String> {
+    let stream = world.jetstream().await.get_stream("SIGNALS").await.unwrap();
+    let before = stream.cached_info().state.last_sequence;
+    eventually("the gateway to say what is wrong", || async {
+        let checks = world.gateway.ops("/readyz").await.json();
+        let check = checks.as_array()?.iter().find(|check| check["name"] == "stream")?.clone();
+        (check["ok"] == false && check["detail"].as_str()?.contains(setting)).then_some(())
+    })
+    .await;
+    let ids = post(world, 20).await; // published, the first would be on the stream long before the last is answered
+    let state = stream.get_info().await.unwrap().state;
+    assert_eq!(state.last_sequence, before, "published to a stream that drops what nobody has read");
+    ids
+}
+
+#[tokio::test]
+async fn a_stream_that_is_made_unfit_while_the_gateway_runs_is_not_published_to() {
+    let world = setup().start().await;
+    let mut ids = vec![world.post(fixture!("issue_created")).await.accepted()];
+    world.stored(&ids[0]).await;
+    let jetstream = world.jetstream().await;
+    let fit = jetstream.get_stream("SIGNALS").await.unwrap().cached_info().config.clone();
+    for (setting, unfit) in [
+        ("discard", Config { discard: DiscardPolicy::Old, ..fit.clone() }),
+        ("max_messages_per_subject", Config { max_messages_per_subject: 1, ..fit.clone() }),
+    ] {
+        jetstream.update_stream(unfit).await.unwrap();
+        ids.extend(nothing_is_published_while(&world, setting).await);
+        jetstream.update_stream(fit.clone()).await.unwrap();
+        for id in &ids {
+            world.stored(id).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn after_an_outage_nothing_is_published_before_the_stream_is_looked_at() {
+    let mut world = setup().start().await;
+    let mut ids = vec![world.post(fixture!("issue_created")).await.accepted()];
+    world.stored(&ids[0]).await;
+    let fit = world.jetstream().await.get_stream("SIGNALS").await.unwrap().cached_info().config.clone();
+    world.nats.stop().await.unwrap();
+    ids.extend(post(&world, 20).await);
+    // The gateway sees the broker again only when its stream is another one.
+    world.gateway.process().freeze().unwrap();
+    world.nats.start_again().await.unwrap();
+    let jetstream = world.jetstream().await;
+    jetstream.update_stream(Config { discard: DiscardPolicy::Old, ..fit.clone() }).await.unwrap();
+    world.gateway.process().thaw().unwrap();
+    ids.extend(nothing_is_published_while(&world, "discard").await);
+    let state = jetstream.get_stream("SIGNALS").await.unwrap().cached_info().state.clone();
+    assert_eq!(state.last_sequence, 1, "nothing came by the old look at the stream");
+    jetstream.update_stream(fit).await.unwrap();
+    for id in &ids {
+        world.stored(id).await;
+    }
 }
 
 #[tokio::test]

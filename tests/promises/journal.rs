@@ -3,11 +3,12 @@
 //! Each drill has a short form, run by the suite. `DRILLS=long` makes each the size that its promise speaks of:
 //! `DRILLS=long cargo test --release -p tests --test promises journal:: -- --test-threads 1`.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull};
 use futures_util::StreamExt as _;
-use world::{Connection, Post, SmallDisk, eventually};
+use world::{Connection, Post, RawClient, SmallDisk, World, eventually};
 
 use crate::load::{Load, copy, exactly_once, percentile, post, repeats, size, watchful};
 use crate::{fixture, setup};
@@ -410,4 +411,175 @@ async fn a_backlog_of_more_segments_than_files_may_be_open_is_taken_and_publishe
     assert_eq!(code, Some(0), "{status}{errors}");
     world.nats.start_again().await.unwrap();
     exactly_once(&world, &ids, 0).await;
+}
+
+/// A stream that takes no deliveries of `error`, beside a subscriber that takes them and never answers: a publish of one
+/// gets no acknowledgement.
+async fn without_acknowledgements_of_errors(world: &World) -> RawClient {
+    let mut subscriber = RawClient::connect(world.nats.port()).await;
+    subscriber.subscribe("signals.sentry.error").await;
+    let jetstream = world.jetstream().await;
+    let mut config = jetstream.get_stream("SIGNALS").await.unwrap().cached_info().config.clone();
+    config.subjects = vec!["signals.sentry.issue".into()];
+    jetstream.update_stream(config).await.unwrap();
+    subscriber
+}
+
+/// Reads what comes, so that the server does not close the connection.
+fn read_all(mut subscriber: RawClient) {
+    tokio::spawn(async move {
+        loop {
+            subscriber.next().await;
+        }
+    });
+}
+
+/// Posts that many deliveries of `error`.
+async fn post_errors(world: &World, count: usize) -> Vec<String> {
+    let mut connection = Connection::open(world.port()).await.unwrap();
+    let mut ids = Vec::new();
+    for _ in 0..count {
+        let error = Post::signed(fixture!("error_created")).header("Sentry-Hook-Resource", "error");
+        ids.push(connection.send(&error).await.unwrap().accepted());
+    }
+    ids
+}
+
+async fn acknowledge_errors(world: &World) {
+    let jetstream = world.jetstream().await;
+    let mut config = jetstream.get_stream("SIGNALS").await.unwrap().cached_info().config.clone();
+    config.subjects = vec!["signals.sentry.*".into()];
+    jetstream.update_stream(config).await.unwrap();
+}
+
+#[tokio::test]
+async fn deliveries_that_are_tried_again_and_again_hold_up_no_others_and_are_told() {
+    let world = watchful().start().await;
+    read_all(without_acknowledgements_of_errors(&world).await);
+    let mut ids = post_errors(&world, 400).await;
+    let tried = || async {
+        let again = world.metric("gateway_publish_retries_total{cause=\"timed_out\"}").await;
+        (again >= 400.0).then_some(())
+    };
+    eventually("each to be tried in vain", tried).await;
+    let others = post(&world, 20).await;
+    for id in &others {
+        world.stored(id).await;
+    }
+    let told = || async {
+        let checks = world.gateway.ops("/readyz").await.json();
+        let check = checks.as_array()?.iter().find(|check| check["name"] == "publishing")?.clone();
+        (check["degraded"] == true && check["detail"].as_str()?.contains("400 are not acknowledged")).then_some(())
+    };
+    eventually("the gateway to say that they are not acknowledged", told).await;
+    assert_eq!(world.metric("gateway_publish_overdue{cause=\"timed_out\"}").await, 400.0);
+    acknowledge_errors(&world).await;
+    ids.extend(others);
+    exactly_once(&world, &ids, 0).await;
+    assert_eq!(world.metric("gateway_publish_overdue{cause=\"timed_out\"}").await, 0.0);
+}
+
+/// Connections of this process to a port of this machine.
+fn connections(pid: u32, port: u16) -> usize {
+    let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let sockets: HashSet<_> = descriptors
+        .filter_map(|descriptor| {
+            let target = std::fs::read_link(descriptor.ok()?.path()).ok()?;
+            Some(target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned())
+        })
+        .collect();
+    // `sl local rem_address st ... inode`: 01 is ESTABLISHED (proc_pid_net(5)).
+    let table = std::fs::read_to_string(format!("/proc/{pid}/net/tcp")).unwrap();
+    let is_one = |line: &&str| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        fields[2].ends_with(&format!(":{port:04X}")) && fields[3] == "01" && sockets.contains(fields[9])
+    };
+    table.lines().skip(1).filter(is_one).count()
+}
+
+#[tokio::test]
+async fn publishes_without_an_answer_do_not_pile_up_in_the_client() {
+    let world = watchful().start().await;
+    read_all(without_acknowledgements_of_errors(&world).await);
+    let mut ids = post_errors(&world, 600).await;
+    let replaced = || async { (world.metric("gateway_nats_clients_replaced_total").await >= 1.0).then_some(()) };
+    eventually("a new client", replaced).await;
+    let (pid, port) = (world.gateway.process().pid(), world.nats.port());
+    eventually("the old client to end", || async { (connections(pid, port) == 1).then_some(()) }).await;
+    acknowledge_errors(&world).await;
+    ids.extend(post(&world, 5).await);
+    exactly_once(&world, &ids, 0).await; // receipts, too, come over the new connection
+    let log = world.gateway.log();
+    assert!(log.contains("requests to NATS had no answer"), "{log}");
+    assert!(!log.contains("lost the connection to NATS"), "the old client leaves without a word: {log}");
+}
+
+#[tokio::test]
+async fn a_drain_refuses_a_directory_that_holds_no_journal() {
+    let world = setup().workers(0).start().await;
+    for (name, make) in [("no-such", false), ("empty", true)] {
+        let dir = world.folder().join(name);
+        if make {
+            std::fs::create_dir(&dir).unwrap();
+        }
+        let named = dir.display().to_string();
+        let (code, out, err) = world.gateway_command_async(&["journal", "drain", "--dir", &named]).await;
+        assert_eq!(code, Some(1), "{out}{err}");
+        assert!(err.contains(&named) && !out.contains("can go"), "{out}{err}");
+        let found = std::fs::read_dir(&dir).map(Iterator::count);
+        assert_eq!(found.ok(), make.then_some(0), "nothing was made there");
+    }
+}
+
+#[tokio::test]
+async fn a_drain_ends_with_the_directory_and_what_became_of_its_deliveries() {
+    let mut world = setup().start().await;
+    world.nats.kill().await;
+    post(&world, 30).await;
+    world.gateway.kill().await;
+    world.nats.start_again().await.unwrap();
+    let dir = world.folder().join("gateway-0").display().to_string();
+    let (code, out, err) = world.gateway_command_async(&["journal", "drain", "--dir", &dir]).await;
+    assert_eq!(code, Some(0), "{out}{err}");
+    let last = out.lines().last().unwrap();
+    for part in [dir.as_str(), "published 30", "confirmed 30"] {
+        assert!(last.contains(part), "{part} in {last}");
+    }
+    world.until("SELECT count(*) FROM signals", 30_i64).await;
+}
+
+#[tokio::test]
+async fn a_drain_tries_what_nats_refused_under_the_limits_of_today() {
+    let small = watchful().nats(|nats| nats.max_payload = Some("64KB".into()));
+    let mut world = small.start().await;
+    let large = format!(r#"{{"data":{{"issue":{{"id":"1","title":"{}"}}}}}}"#, "x".repeat(100_000));
+    let large = world.post(large).await.accepted();
+    world.gateway.until_metric("gateway_journal_entries{state=\"set_aside\"}", 1.0).await;
+    assert_eq!(world.gateway.stop().await, Some(0));
+    // Under the same limits it is refused again, and told.
+    let (code, out, err) = world.gateway_command_async(&["journal", "drain"]).await;
+    assert_eq!(code, Some(1), "{out}{err}");
+    assert!(err.contains("1 refused by NATS"), "{out}{err}");
+    world.nats.stop().await.unwrap();
+    world.nats.options.max_payload = None;
+    world.nats.start_again().await.unwrap();
+    let (code, out, err) = world.gateway_command_async(&["journal", "drain"]).await;
+    assert_eq!(code, Some(0), "{out}{err}");
+    world.stored(&large).await;
+}
+
+#[tokio::test]
+async fn a_redrive_has_many_publishes_on_their_way_at_once() {
+    let world = setup().gateway("GATEWAY_JOURNAL_RETAIN", "1h").start().await;
+    let ids = post_errors(&world, 20).await;
+    exactly_once(&world, &ids, 0).await;
+    let mut subscriber = without_acknowledgements_of_errors(&world).await;
+    // One after the other, the second would be sent only when the first has waited for its acknowledgement in vain.
+    let _redrive = world.gateway_process(&["journal", "redrive", "--since", "1h"]);
+    let all = async {
+        for _ in 0..20 {
+            subscriber.next().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), all).await.expect("20 time-outs in a row take 100 s");
 }

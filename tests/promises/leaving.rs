@@ -52,6 +52,34 @@ async fn who_has_connected_before_the_listener_closes_is_answered() {
     assert_eq!(world.gateway.stop().await, Some(0), "{}", world.gateway.log());
 }
 
+#[tokio::test]
+async fn programs_whose_servers_are_away_or_hang_do_not_spend_their_grace_on_them() {
+    for hang in [false, true] {
+        let setup = setup().own_postgres().gateway("SHUTDOWN_GRACE", "50s").worker("SHUTDOWN_GRACE", "50s");
+        let world = setup.start().await;
+        world.stored(&world.post(BODY).await.accepted()).await;
+        let postgres = world.postgres.as_ref().unwrap();
+        if hang {
+            world.nats.process().freeze().unwrap();
+            postgres.process().freeze().unwrap();
+        } else {
+            world.nats.kill().await;
+            postgres.kill().await;
+        }
+        for _ in 0..3 {
+            world.post(BODY).await.accepted();
+        }
+        for program in [&world.gateway, &world.workers[0]] {
+            assert_eq!(program.stop().await, Some(0), "{}", program.log());
+            assert!(!program.log().contains("the grace period is over"), "hanging: {hang}: {}", program.log());
+        }
+        if hang {
+            world.nats.process().thaw().unwrap();
+            postgres.process().thaw().unwrap();
+        }
+    }
+}
+
 /// The command that makes a program process 1 of a namespace of its own, as a container does.
 #[cfg(target_os = "linux")]
 const AS_PROCESS_1: &[&str] = &["unshare", "--pid", "--fork", "--kill-child"];

@@ -50,6 +50,8 @@ async fn nats_away_changes_nothing_for_the_sender() {
     for _ in 0..20 {
         ids.push(world.post(fixture!("issue_created")).await.accepted());
     }
+    let checks = world.gateway.ops("/readyz").await.json().to_string();
+    assert!(checks.contains("see the checks `nats` and `stream`"), "{checks}");
     world.nats.start_again().await.unwrap();
     for id in &ids {
         world.stored(id).await;

@@ -192,6 +192,18 @@ impl World {
         (output.status.code(), text(output.stdout), text(output.stderr))
     }
 
+    /// Starts the gateway's program with these arguments and this world's settings. Ends when it is dropped.
+    pub fn gateway_process(&self, arguments: &[&str]) -> Running {
+        let mut command = (self.gateway.command)();
+        command.args(arguments);
+        Running::start(command, self.folder())
+    }
+
+    /// Starts the worker's program with these arguments and this world's settings. Ends when it is dropped.
+    pub fn worker_process(&self, arguments: &[&str]) -> Running {
+        Running::start(self.worker_command(arguments).into_std(), self.folder())
+    }
+
     /// A folder of this world's own.
     pub fn folder(&self) -> &std::path::Path {
         self.scratch.path()
@@ -330,6 +342,59 @@ impl Drop for World {
                 eprintln!("{}", program.process.last_words());
             }
         }
+    }
+}
+
+/// A command that runs.
+pub struct Running {
+    child: tokio::process::Child,
+    out: std::path::PathBuf,
+    err: std::path::PathBuf,
+}
+
+impl Running {
+    fn start(command: std::process::Command, folder: &std::path::Path) -> Running {
+        let tag = uuid::Uuid::new_v4().simple().to_string();
+        let (out, err) = (folder.join(format!("{tag}.out")), folder.join(format!("{tag}.err")));
+        let file = |path| std::fs::File::create(path).unwrap();
+        let mut command = tokio::process::Command::from(command);
+        command.kill_on_drop(true).stdin(Stdio::null()).stdout(file(&out)).stderr(file(&err));
+        Running { child: command.spawn().unwrap(), out, err }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id().expect("it has not been waited for")
+    }
+
+    /// What it has written to stdout so far.
+    pub fn out(&self) -> String {
+        std::fs::read_to_string(&self.out).unwrap()
+    }
+
+    /// Sends this signal once the program handles it. Before that the signal would end any program.
+    pub async fn signal(&self, signal: Signal) {
+        let pid = self.pid();
+        eventually(&format!("{signal} to be handled"), || async {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap().trim().to_owned();
+            let caught = u64::from_str_radix(&caught, 16).unwrap();
+            (caught & 1 << (signal as i32 - 1) != 0).then_some(())
+        })
+        .await;
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.try_into().unwrap()), signal).unwrap();
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// When it does not end for a minute.
+    pub async fn ended(&mut self) -> Ran {
+        let ended = tokio::time::timeout(PATIENCE, self.child.wait()).await;
+        let read = |path: &std::path::Path| std::fs::read_to_string(path).unwrap();
+        let (out, err) = (read(&self.out), read(&self.err));
+        let ended = ended.unwrap_or_else(|_| panic!("it did not end: {out}{err}")).unwrap();
+        Ran { code: ended.code(), out, err }
     }
 }
 

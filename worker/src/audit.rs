@@ -52,7 +52,6 @@ pub(crate) fn command() -> Command {
 }
 
 pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result<Ending> {
-    let interruption = commands::interruption()?;
     let link = commands::link(config).await?;
     let store = commands::store(config).await?;
     let since = matches.get_one::<OffsetDateTime>("since").map_or(From::Oldest, |since| From::Time(*since));
@@ -65,11 +64,7 @@ pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result
     let named = if matches.get_flag("verbose") { usize::MAX } else { NAMED };
     let mut audit = Audit { floor, named, ..Audit::default() };
     let mut progress = Progress::new(reading.total);
-    let Some(done) = interruption.run_until_cancelled(Box::pin(audit.all(&store, reading, &mut progress))).await else {
-        eprintln!("interrupted");
-        return Ok(Ending::Interrupted);
-    };
-    done?;
+    Box::pin(audit.all(&store, reading, &mut progress)).await?;
     let pace = progress.pace();
     drop(progress);
     match matches.get_flag("json") {

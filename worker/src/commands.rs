@@ -23,10 +23,10 @@ use serde_json::Value;
 use shared::link::Link;
 use shared::ops::Readiness;
 use shared::settings::duration;
-use shared::shutdown;
 use shared::text::{printable_json, printable_lines};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use tokio_util::sync::CancellationToken;
 
 use crate::store::{Store, StoreError};
 use crate::{Config, audit, check, dead_letters, replay, status};
@@ -39,6 +39,11 @@ const SUBSCRIPTION_QUEUE: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Connections to the database that a command uses at once.
 const CONNECTIONS: usize = 4;
+
+/// Time in which an interrupted command may say how far it has come.
+const WIND_UP: Duration = Duration::from_millis(500);
+/// The exit code of a command that was interrupted.
+pub const EX_INTERRUPTED: u8 = 130;
 
 /// How a command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,20 +68,25 @@ fn own_first(command: Command) -> Command {
 }
 
 /// Runs the command that `arguments`, the whole program's, name. None where they name none of these.
-pub async fn execute(arguments: &ArgMatches, config: &Config) -> Option<ExitCode> {
+pub async fn execute(arguments: &ArgMatches, config: &Config, interruption: &CancellationToken) -> Option<ExitCode> {
     let (name, matches) = arguments.subcommand()?;
-    let ended = match name {
-        "check" => check::run(config, matches).await,
-        "dead-letters" => dead_letters::command::run(config, matches).await,
-        "replay" => replay::run(config, matches).await,
-        "audit" => audit::run(config, matches).await,
-        "status" => status::run(config, matches).await,
-        _ => return None,
-    };
-    Some(match ended {
+    if !all().iter().any(|command| command.get_name() == name) {
+        return None;
+    }
+    let command = Box::pin(async {
+        match name {
+            "check" => check::run(config, matches).await,
+            "dead-letters" => dead_letters::command::run(config, matches, interruption).await,
+            "replay" => replay::run(config, matches, interruption).await,
+            "audit" => audit::run(config, matches).await,
+            _ => status::run(config, matches).await,
+        }
+    });
+    let ended = until_interrupted(interruption, command).await;
+    Some(match ended.unwrap_or(Ok(Ending::Interrupted)) {
         Ok(Ending::Well) => ExitCode::SUCCESS,
         Ok(Ending::LookAtIt) => ExitCode::from(1),
-        Ok(Ending::Interrupted) => ExitCode::from(130),
+        Ok(Ending::Interrupted) => ExitCode::from(EX_INTERRUPTED),
         // Whoever read our output has read enough, as `head` does.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
@@ -85,6 +95,22 @@ pub async fn execute(arguments: &ArgMatches, config: &Config) -> Option<ExitCode
             ExitCode::from(2)
         }
     })
+}
+
+/// Runs a command, at most [`WIND_UP`] longer than until it is interrupted, whatever it waits for. None where it did not
+/// end by itself. What it had not committed, the database rolls back.
+pub async fn until_interrupted<T>(interruption: &CancellationToken, command: impl Future<Output = T>) -> Option<T> {
+    let too_long = async {
+        interruption.cancelled().await;
+        tokio::time::sleep(WIND_UP).await;
+    };
+    tokio::select! {
+        ended = command => Some(ended),
+        () = too_long => {
+            let _ = writeln!(std::io::stderr(), "interrupted");
+            None
+        }
+    }
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
@@ -168,11 +194,6 @@ pub(crate) fn show_time(at: OffsetDateTime) -> String {
 /// 1234567 as `1,234,567`.
 pub(crate) fn count(number: u64) -> String {
     indicatif::HumanCount(number).to_string()
-}
-
-/// Cancelled by the first SIGINT or SIGTERM.
-pub(crate) fn interruption() -> anyhow::Result<tokio_util::sync::CancellationToken> {
-    shutdown::on_signal().context("cannot listen for signals")
 }
 
 /// How far a command is, on stderr: a bar on a terminal, a line now and then anywhere else.

@@ -6,6 +6,7 @@ use clap::{ArgMatches, Command};
 use shared::settings::{self, EX_USAGE};
 use shared::text::printable_lines;
 use shared::{core_dumps, operator, shutdown, telemetry};
+use tokio::runtime::Runtime;
 use worker::{Config, commands};
 
 fn main() -> ExitCode {
@@ -30,27 +31,38 @@ fn main() -> ExitCode {
         config.logs.filter = format!("warn,{}=info", operator::TARGET);
     }
     config.logs.start();
-    let exit = execute(&arguments, config);
+    let exit = start(&arguments, config).unwrap_or_else(|error| {
+        eprintln!("worker: {}", printable_lines(&format!("{error:#}")));
+        ExitCode::FAILURE
+    });
     telemetry::tell_suppressed();
     exit
 }
 
-#[tokio::main]
-async fn execute(arguments: &ArgMatches, config: Config) -> ExitCode {
-    if let Some(exit) = commands::execute(arguments, &config).await {
-        return exit;
+/// Runs the worker or a command to its end. Does not wait for blocking threads: a resolver that hangs holds one of them.
+fn start(arguments: &ArgMatches, config: Config) -> anyhow::Result<ExitCode> {
+    let runtime = Runtime::new()?;
+    let ended = runtime.block_on(execute(arguments, config));
+    runtime.shutdown_background();
+    ended
+}
+
+async fn execute(arguments: &ArgMatches, config: Config) -> anyhow::Result<ExitCode> {
+    let shutdown = shutdown::on_signal()?;
+    if let Some(exit) = commands::execute(arguments, &config, &shutdown).await {
+        return Ok(exit);
     }
-    let ended = match arguments.subcommand_name() {
-        Some("migrate") => migrate(&config).await,
-        _ => run(config).await,
-    };
-    match ended {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("worker: {}", printable_lines(&format!("{error:#}")));
-            ExitCode::FAILURE
-        }
+    if arguments.subcommand_name() == Some("migrate") {
+        return match commands::until_interrupted(&shutdown, migrate(&config)).await {
+            Some(ended) => ended.map(|()| ExitCode::SUCCESS),
+            None => {
+                operator::log_end("worker migrate", "", "interrupted");
+                Ok(ExitCode::from(commands::EX_INTERRUPTED))
+            }
+        };
     }
+    worker::run(config, shutdown).await?;
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn migrate(config: &Config) -> anyhow::Result<()> {
@@ -63,8 +75,4 @@ async fn migrate(config: &Config) -> anyhow::Result<()> {
     operator::log_end("worker migrate", "", &result);
     print!("{}", ended?);
     Ok(())
-}
-
-async fn run(config: Config) -> anyhow::Result<()> {
-    worker::run(config, shutdown::on_signal()?).await
 }

@@ -21,6 +21,7 @@ use sha2::{Digest as _, Sha256};
 use shared::operator;
 use shared::text::printable;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::Config;
 use crate::commands::{self, Ending, Progress, count, patiently};
@@ -35,9 +36,12 @@ pub(crate) use options::command;
 /// How many batches are looked up and read at once.
 const AT_ONCE: usize = 3;
 
-pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result<Ending> {
+pub(crate) async fn run(
+    config: &Config,
+    matches: &ArgMatches,
+    interruption: &CancellationToken,
+) -> anyhow::Result<Ending> {
     let options = Options::of(matches);
-    let interruption = commands::interruption()?;
     let link = commands::link(config).await?;
     let store = commands::store(config).await?;
     let reading = Reading::open(link, &config.nats.stream, &options.span).await?;

@@ -96,15 +96,15 @@ impl Journal {
                 }
                 Ok(())
             }
-            // Let go meanwhile, or woken by another caller.
-            Err(_) if !shared.table().give_up(sleeper) => Ok(()),
             Err(error) => {
+                // `None`: let go meanwhile, or woken by another caller.
+                let Some(again_after) = shared.table().give_up(sleeper, &error.to_string()) else { return Ok(()) };
                 tracing::error!(
                     file = %file.display(),
                     entries = sleeper.previous.entries,
+                    ?again_after,
                     %error,
-                    "the disk does not give a segment of the journal; restart the gateway once the disk is well to \
-                     have it delivered"
+                    "the disk does not give a segment of the journal; it is read again, and delivered once the disk gives it"
                 );
                 Err(error)
             }

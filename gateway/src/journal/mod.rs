@@ -96,9 +96,9 @@
 //!
 //! A damaged segment is left as it is, delivered as far as it is intact, and renamed to `.damaged` when it would
 //! otherwise be removed. A record found damaged later, when it is read, is treated alike; one that the disk then does
-//! not give keeps its segment until a start that can read it. An index found damaged when its segment is woken is no
-//! loss then either: the records are read. Where the disk does not give those, all of the segment waits for such a
-//! start. Only one thing cannot be told apart: damage in the very last batch before a crash looks like a torn tail, and
+//! not give keeps its segment and is read again later ([`unreadable`]). An index found damaged when its segment is woken
+//! is no loss then either: the records are read. Where the disk does not give those, all of the segment is read again
+//! later. Only one thing cannot be told apart: damage in the very last batch before a crash looks like a torn tail, and
 //! is reported as one.
 //!
 //! Then what is not known to be confirmed is published again, the oldest first, and a new segment is begun: none is
@@ -122,6 +122,7 @@ mod stall;
 mod state;
 mod stats;
 mod table;
+mod unreadable;
 mod writer;
 
 #[cfg(test)]
@@ -210,6 +211,8 @@ pub struct Outside {
     pub held_by: Option<Option<u32>>,
     /// Bytes that the journal's files take.
     pub bytes: u64,
+    /// A gateway ever ran on it, or it holds files of a journal.
+    pub is_journal: bool,
 }
 
 impl Outside {
@@ -224,9 +227,11 @@ impl Outside {
             files::Kind::Damaged => Some(files::damaged(dir, number)),
             files::Kind::Unfinished => None, // about to become marks, or left over
         };
-        let paths = files::list(dir)?.into_iter().filter_map(path);
+        let (gateway_id, files) = (files::read_gateway_id(dir)?, files::list(dir)?);
+        let is_journal = gateway_id.is_some() || !files.is_empty();
+        let paths = files.into_iter().filter_map(path);
         let bytes = paths.filter_map(|path| Some(files::taken(&path.symlink_metadata().ok()?))).sum(); // one that has just gone takes nothing
-        Ok(Outside { gateway_id: files::read_gateway_id(dir)?, held_by: files::holder(dir)?, bytes })
+        Ok(Outside { gateway_id, held_by: files::holder(dir)?, bytes, is_journal })
     }
 }
 
@@ -390,14 +395,19 @@ impl Journal {
     /// `entries` of them and `bytes` of records, but one at least. Waits until there is one.
     ///
     /// What was taken is the caller's: it is not given out again until it is released, found lost, or tried again. If
-    /// this future is dropped, nothing was taken. Entries that cannot be read are counted, reported and left out.
+    /// this future is dropped, nothing was taken. Entries that cannot be read are counted, reported and left out. Those
+    /// that the disk did not give are read again later.
     pub async fn take(&self, entries: usize, bytes: u64) -> Vec<Stored> {
         let shared = &self.0.shared;
         loop {
             let appended = shared.appended.notified();
             tokio::pin!(appended);
             appended.as_mut().enable(); // before looking, or what comes in between would go unnoticed
-            let next = shared.table().take(entries, bytes);
+            let (next, read_again) = {
+                let mut table = shared.table();
+                table.offer_unreadable(Instant::now());
+                (table.take(entries, bytes), table.unreadable.next())
+            };
             let located = match next {
                 Ok(located) => located,
                 Err(sleeper) => {
@@ -407,7 +417,10 @@ impl Journal {
                 }
             };
             if located.is_empty() {
-                appended.await;
+                match read_again {
+                    Some(at) => drop(tokio::time::timeout_at(at.into(), appended).await),
+                    None => appended.await,
+                }
                 continue;
             }
             let mut taken = Taken { shared, places: located.iter().map(|entry| entry.place).collect() };
@@ -429,7 +442,11 @@ impl Journal {
             let mut read = self.read_each(located).await.into_iter();
             fetched.iter_mut().filter(|entry| entry.is_none()).for_each(|entry| *entry = read.next().flatten());
         }
-        fetched.into_iter().flatten().collect()
+        let fetched: Vec<_> = fetched.into_iter().flatten().collect();
+        let mut table = self.0.shared.table();
+        fetched.iter().for_each(|entry| table.forget_unreadable(entry.place));
+        drop(table);
+        fetched
     }
 
     /// Reads entries from disk, away from the threads that serve requests; nothing for one that cannot be read.
@@ -449,22 +466,23 @@ impl Journal {
             Ok(_) | Err(ReadError::Unknown) => {}
             Err(ReadError::Damaged) => {
                 let mut table = self.0.shared.table();
+                table.unreadable.forget(place);
                 if table.entry(place).is_some_and(|(segment, index)| segment.make_hole(index)) {
                     table.counters.damaged_records += 1;
                     drop(table);
                     tracing::error!(%place, "an entry of the journal is damaged and lost; the others are delivered");
                 }
             }
-            // Its bytes may be well. It stays as it is, its segment with it, and is read again at the next start.
+            // Its bytes may be well. It stays as it is, its segment with it, and is read again.
             Err(ReadError::Disk(error)) => {
                 let mut table = self.0.shared.table();
                 if table.entry(place).is_none() {
                     return Err(ReadError::Unknown); // let go meanwhile, and its file with it
                 }
-                table.counters.unreadable_records += 1;
+                let again_after = table.refused(place, &error.to_string());
                 drop(table);
-                tracing::error!(%place, %error, "the disk does not give an entry of the journal; restart the gateway \
-                    once the disk is well to have it delivered");
+                tracing::error!(%place, ?again_after, %error, "the disk does not give an entry of the journal; it is read \
+                    again, and delivered once the disk gives it");
             }
         }
         read
@@ -559,6 +577,7 @@ impl Journal {
             if segment.confirm(index) {
                 news += 1;
                 finished |= !segment.active && segment.settled();
+                table.forget_unreadable(place);
             } else if segment.bits(index).waits() {
                 asleep.push(place);
             }
@@ -631,6 +650,12 @@ impl Journal {
         threads.as_ref().is_some_and(|(writer, keeper)| writer.is_finished() || keeper.is_finished())
     }
 
+    /// The entries that the disk does not give, and the system's words on that; `None` while it gives everything.
+    pub fn unreadable(&self) -> Option<(u64, String)> {
+        let table = self.0.shared.table();
+        Some((table.unreadable.entries(), table.unreadable.error()?.to_owned()))
+    }
+
     /// What keeps the journal from taking entries, if anything does.
     pub fn trouble(&self) -> Option<Trouble> {
         let hangs = self
@@ -677,6 +702,7 @@ impl Journal {
             syncs: table.counters.syncs.clone(),
             damaged_records: table.counters.damaged_records,
             unreadable_records: table.counters.unreadable_records,
+            unreadable_entries: table.unreadable.entries(),
             damaged_files: table.kept.1,
             dropped_unconfirmed: table.counters.dropped_unconfirmed,
         }

@@ -7,11 +7,9 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use nix::errno::Errno;
 
 use super::access;
 use super::direct::{Blocks, SegmentFile};
@@ -29,11 +27,6 @@ const BUFFER_BYTES: usize = RUN_BYTES + AROUND;
 /// Unused buffers for such runs that are kept: as many as are in use at once, with as much memory as bodies may take on
 /// their way to NATS, one that is being read, and one that is still being written.
 const BUFFERS_KEPT: usize = 6;
-
-/// Pauses and tries where this process, or the system, has no file descriptor left. Connections take them and give them
-/// back, and an entry that cannot be read would wait for the next start.
-const DESCRIPTOR_PAUSE: Duration = Duration::from_millis(50);
-const DESCRIPTOR_TRIES: usize = 100;
 
 /// An entry as it was appended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -117,19 +110,7 @@ impl Drop for Lent {
 /// # Errors
 /// Fails when the system does.
 pub(super) fn open(path: &Path) -> io::Result<File> {
-    let mut tries = DESCRIPTOR_TRIES;
-    loop {
-        match access::open(OpenOptions::new().read(true), path) {
-            Err(error) if tries > 0 && is_out_of_descriptors(&error) => thread::sleep(DESCRIPTOR_PAUSE),
-            opened => return opened,
-        }
-        tries -= 1;
-    }
-}
-
-fn is_out_of_descriptors(error: &io::Error) -> bool {
-    let number = error.raw_os_error().map(Errno::from_raw);
-    matches!(number, Some(Errno::EMFILE | Errno::ENFILE))
+    access::open(OpenOptions::new().read(true), path)
 }
 
 /// Reads and checks these records, each for itself: what is wrong with one is not held against another. Blocks.

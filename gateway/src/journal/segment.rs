@@ -276,8 +276,8 @@ impl Segment {
         }
     }
 
-    /// The disk does not give what would wake it. Nobody gets its entries, as if somebody had them already: they stay
-    /// where they are until a start that can read them. Whether that was news.
+    /// The disk does not give what would wake it. Nobody gets its entries, as if somebody had them already, until
+    /// [`Segment::offer_again`]. Whether that was news.
     pub(super) fn give_up(&mut self) -> bool {
         let news = self.counts.waiting > 0;
         if let Rows::Asleep(alike) = &mut self.rows
@@ -287,6 +287,21 @@ impl Segment {
             self.counts.waiting = 0;
         }
         news
+    }
+
+    /// Offers an entry again that was taken and that the disk did not give; all of them while the segment sleeps. Returns
+    /// `false` where nothing waits for that any more.
+    pub(super) fn offer_again(&mut self, index: usize) -> bool {
+        let waited = self.counts.waiting;
+        match &mut self.rows {
+            Rows::Awake(_) => self.release(index),
+            Rows::Asleep(alike) if *alike == Bits::HELD => {
+                *alike = Bits::NEW;
+                self.counts.waiting = self.entries;
+            }
+            Rows::Asleep(_) => {}
+        }
+        self.counts.waiting > waited
     }
 
     /// What is known of each entry; `None` while it sleeps.

@@ -180,6 +180,11 @@ impl Listed<'_> {
         from_seconds(self.columns.received[self.index])
     }
 
+    /// Bytes that its record takes.
+    pub fn bytes(&self) -> usize {
+        usize::try_from(self.columns.length(self.index, self.segment.end)).unwrap_or(usize::MAX)
+    }
+
     /// Its header block and body. Blocks.
     ///
     /// # Errors

@@ -80,6 +80,8 @@ pub struct Stats {
     pub damaged_records: u64,
     /// How often since the start the disk did not give a record.
     pub unreadable_records: u64,
+    /// Entries that the disk has not given, and that are read again later.
+    pub unreadable_entries: u64,
     /// Damaged files kept for people.
     pub damaged_files: usize,
     /// Published entries let go without a receipt since the start, to make room.
@@ -90,6 +92,11 @@ impl Stats {
     /// The share of one state.
     pub fn share(&self, state: State) -> Share {
         self.shares[state as usize]
+    }
+
+    /// Entries that can be published now: all that are journalled but those that the disk does not give.
+    pub fn to_publish(&self) -> u64 {
+        self.share(State::Journalled).tally.entries.saturating_sub(self.unreadable_entries)
     }
 
     /// What is answered 202 and not known to be stored.

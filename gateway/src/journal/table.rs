@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::asleep::{Found, Sleeper};
 use super::direct::SegmentFile;
@@ -13,6 +13,7 @@ use super::place::Place;
 use super::segment::{Columns, Segment};
 use super::state::{Refusal, State};
 use super::stats::{Counters, Trouble};
+use super::unreadable::Unreadable;
 
 /// A file made ready for the writer before it needs one.
 #[derive(Debug)]
@@ -44,6 +45,7 @@ pub(super) struct Table {
     pub(super) kept: (u64, usize),
     pub(super) trouble: Option<Trouble>,
     pub(super) counters: Counters,
+    pub(super) unreadable: Unreadable,
 }
 
 /// What a reader needs to fetch one entry, without the table.
@@ -173,17 +175,46 @@ impl Table {
         let Some(segment) = self.asleep(sleeper) else { return false };
         let lost = found.damage.map_or(0, |(lost, _)| lost);
         segment.wake(found);
+        let first = segment.place(0);
+        self.unreadable.forget(first);
         self.counters.damaged_records += u64::from(lost);
         true
     }
 
-    /// The disk does not give what would wake this segment. Returns `false` when the segment is awake, or gone.
-    pub(super) fn give_up(&mut self, sleeper: &Sleeper) -> bool {
-        let Some(segment) = self.asleep(sleeper) else { return false };
+    /// The disk does not give what would wake this segment. Returns the wait before its entries are offered again, which is
+    /// zero where none of them waits to be published. `None` when the segment is awake, or gone.
+    pub(super) fn give_up(&mut self, sleeper: &Sleeper, error: &str) -> Option<Duration> {
+        let segment = self.asleep(sleeper)?;
         // At first that is each of its entries; later it is the one that somebody wants to read nevertheless.
-        let refused = if segment.give_up() { segment.entries() } else { 1 };
-        self.counters.unreadable_records += refused as u64;
-        true
+        let all = segment.entries() as u64;
+        let refused = if segment.give_up() { all } else { 1 };
+        let first = segment.place(0);
+        let waits = segment.tally(State::Journalled).entries > 0;
+        self.counters.unreadable_records += refused;
+        Some(if waits { self.unreadable.refused(first, all, Instant::now(), error) } else { Duration::ZERO })
+    }
+
+    /// The disk does not give this entry. Returns the wait before it is offered again.
+    pub(super) fn refused(&mut self, place: Place, error: &str) -> Duration {
+        self.counters.unreadable_records += 1;
+        self.unreadable.refused(place, 1, Instant::now(), error)
+    }
+
+    /// The disk gave this entry, or nobody needs it any more.
+    pub(super) fn forget_unreadable(&mut self, place: Place) {
+        if self.unreadable.entries() > 0 {
+            self.unreadable.forget(place);
+        }
+    }
+
+    /// Offers again what the disk did not give some time ago.
+    pub(super) fn offer_unreadable(&mut self, now: Instant) {
+        while let Some(place) = self.unreadable.take_due(now) {
+            let offered = self.entry(place).is_some_and(|(segment, index)| segment.offer_again(index));
+            if !offered {
+                self.unreadable.forget(place); // it was confirmed, or its segment went
+            }
+        }
     }
 
     fn asleep(&mut self, sleeper: &Sleeper) -> Option<&mut Segment> {

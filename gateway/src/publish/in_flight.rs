@@ -1,12 +1,18 @@
 //! How much may be on its way to NATS at once: entries until each is settled, and bodies for as long as they are in memory.
+//!
+//! Entries that are tried again have room of their own. Large ones that a full stream refuses, say, leave the room for
+//! reads to the small ones behind them, which may still fit. Only where [`RETRIES`] and nearly [`ENTRIES`] are tried again at
+//! once, no others are read until one of them goes.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Entries on their way at once.
+/// Entries on their way at once, those apart that are tried again.
 const ENTRIES: usize = 512;
+/// Entries that are tried again at once. Each takes some 2 KB of memory, and its tries take the broker's time.
+const RETRIES: usize = 2048;
 /// Bodies in memory at once, in KiB: a body's room is free again as soon as it is written to NATS. One that is larger than
 /// all of it goes alone.
 const KIB: u32 = 4 * 1024;
@@ -18,8 +24,9 @@ pub(super) const READ_KIB: u32 = 1024;
 const OPEN: &str = "these semaphores are never closed";
 
 /// The room that there is.
-pub(super) struct InFlight {
+pub(crate) struct InFlight {
     entries: Arc<Semaphore>,
+    retries: Arc<Semaphore>,
     kib: Arc<Semaphore>,
 }
 
@@ -27,6 +34,13 @@ pub(super) struct InFlight {
 pub(super) struct Room {
     entries: OwnedSemaphorePermit,
     kib: OwnedSemaphorePermit,
+}
+
+/// The room of one entry, until it is settled.
+pub(super) struct Slot {
+    _permit: OwnedSemaphorePermit,
+    /// It is in the room of entries that are tried again.
+    apart: bool,
 }
 
 /// A body and its room, until the last who looks at it is done.
@@ -42,8 +56,9 @@ impl AsRef<[u8]> for Held {
 }
 
 impl InFlight {
-    pub(super) fn new() -> Self {
-        InFlight { entries: Arc::new(Semaphore::new(ENTRIES)), kib: Arc::new(Semaphore::new(KIB as usize)) }
+    pub(crate) fn new() -> Self {
+        let semaphore = |permits| Arc::new(Semaphore::new(permits));
+        InFlight { entries: semaphore(ENTRIES), retries: semaphore(RETRIES), kib: semaphore(KIB as usize) }
     }
 
     /// Waits for room for what is read from the journal in one go. Only then is it read: what has been read and waits is
@@ -57,9 +72,24 @@ impl InFlight {
         self.kib.clone().acquire_many_owned(kib).await.expect(OPEN)
     }
 
+    /// Moves an entry whose try has failed to the room of those that are tried again. It stays where it is while there is
+    /// none.
+    pub(super) fn set_apart(&self, slot: &mut Slot) {
+        if !slot.apart
+            && let Ok(permit) = self.retries.clone().try_acquire_owned()
+        {
+            *slot = Slot { _permit: permit, apart: true };
+        }
+    }
+
+    /// Returns `true` when no entry can be read before one that is tried again is settled.
+    pub(super) fn is_full_of_retries(&self) -> bool {
+        self.retries.available_permits() == 0 && self.entries.available_permits() < READ_ENTRIES as usize
+    }
+
     /// Takes the share of one entry out of `room`, which is for a read with no more entries: its own room until it is
     /// settled, and the body, which brings its room with it. Waits where too little is left for the body.
-    pub(super) async fn share(&self, room: &mut Room, body: Bytes) -> (OwnedSemaphorePermit, Bytes) {
+    pub(super) async fn share(&self, room: &mut Room, body: Bytes) -> (Slot, Bytes) {
         let entry = room.entries.split(1).expect("a read has no more entries than there is room for");
         let kib = kib_of(body.len());
         let share = match room.kib.split(kib as usize) {
@@ -70,11 +100,11 @@ impl InFlight {
                 self.kib(kib).await
             }
         };
-        (entry, Bytes::from_owner(Held { body, _room: share }))
+        (Slot { _permit: entry, apart: false }, Bytes::from_owner(Held { body, _room: share }))
     }
 
     /// What `read` gives, a body of that many bytes, with its room. It begins once there is room.
-    pub(super) async fn reread<E>(
+    pub(crate) async fn reread<E>(
         &self,
         bytes: usize,
         read: impl Future<Output = Result<Bytes, E>>,
@@ -128,6 +158,26 @@ mod tests {
         assert!(in_flight.for_a_read().now_or_never().is_none(), "one is still on its way");
         drop(one);
         assert!(in_flight.for_a_read().now_or_never().is_some());
+    }
+
+    #[tokio::test]
+    async fn what_is_tried_again_leaves_the_room_for_reads() {
+        let in_flight = InFlight::new();
+        let mut slots = Vec::new();
+        for _ in 0..(RETRIES + ENTRIES) / READ_ENTRIES as usize {
+            let mut room = in_flight.for_a_read().now_or_never().expect("room for a read");
+            for _ in 0..READ_ENTRIES {
+                let (mut slot, _) = in_flight.share(&mut room, body(0)).await;
+                in_flight.set_apart(&mut slot);
+                in_flight.set_apart(&mut slot); // each time that it fails
+                slots.push(slot);
+            }
+        }
+        assert!(in_flight.for_a_read().now_or_never().is_none() && in_flight.is_full_of_retries());
+        slots.truncate(RETRIES + ENTRIES - READ_ENTRIES as usize);
+        assert!(in_flight.for_a_read().now_or_never().is_some() && !in_flight.is_full_of_retries());
+        drop(slots);
+        assert_eq!((in_flight.left().0, in_flight.retries.available_permits()), (ENTRIES, RETRIES));
     }
 
     #[tokio::test]

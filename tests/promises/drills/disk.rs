@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use world::{Answer, Setup, World, eventually};
 
 use super::faults::{Faults, KEEPER};
-use crate::load::{Load, exactly_once, percentile, size, watchful};
+use crate::load::{Load, exactly_once, percentile, post, size, watchful};
 
 #[tokio::test]
 async fn a_slow_disk_delays_and_refuses_nothing() {
@@ -152,6 +152,75 @@ async fn a_disk_of_64_mb_that_fills_up_refuses_loses_nothing_and_heals() {
     accepted.push(eventually("room on the disk", room).await.accepted());
     world.gateway.ready().await;
     exactly_once(&world, &accepted, 0).await;
+}
+
+/// Deliveries that wait on disk, and of which memory holds nothing; NATS is away.
+async fn on_disk_alone(world: &mut World, count: usize) -> Vec<String> {
+    world.nats.kill().await;
+    let ids = post(world, count).await;
+    world.gateway.kill().await;
+    ids
+}
+
+#[tokio::test]
+async fn what_the_disk_does_not_give_for_a_moment_is_delivered_without_a_restart() {
+    const DRILL: &str = "what_the_disk_does_not_give_for_a_moment_is_delivered_without_a_restart";
+    let mut world = watchful().start().await;
+    let ids = on_disk_alone(&mut world, 3).await;
+    world.gateway.start_again();
+    world.gateway.ready().await;
+    let Some(faults) = Faults::no_reads(DRILL, &world, world.gateway.process().pid()).await else { return };
+    world.nats.start_again().await.unwrap();
+    let read_in_vain =
+        || async { (world.metric("gateway_journal_unreadable_records_total").await >= 3.0).then_some(()) };
+    eventually("the disk to refuse the entries", read_in_vain).await;
+    faults.end_reads().await;
+    for id in &ids {
+        world.stored(id).await;
+    }
+    exactly_once(&world, &ids, 0).await;
+}
+
+#[tokio::test]
+async fn what_the_disk_does_not_give_is_told_and_holds_no_stop_up() {
+    const DRILL: &str = "what_the_disk_does_not_give_is_told_and_holds_no_stop_up";
+    let mut world = watchful().gateway("SHUTDOWN_GRACE", "50s").start().await;
+    let ids = on_disk_alone(&mut world, 3).await;
+    world.gateway.start_again();
+    world.gateway.ready().await;
+    let Some(faults) = Faults::no_reads(DRILL, &world, world.gateway.process().pid()).await else { return };
+    world.nats.start_again().await.unwrap();
+    let told = || async {
+        let checks = world.gateway.ops("/readyz").await.json();
+        let check = checks.as_array()?.iter().find(|check| check["name"] == "journal_reads")?.clone();
+        (check["degraded"] == true && check["detail"].as_str()?.contains("3 deliveries")).then_some(())
+    };
+    eventually("the gateway to say what it cannot read", told).await;
+    assert_eq!(world.metric("gateway_journal_unreadable_entries").await, 3.0);
+    assert_eq!(world.gateway.stop().await, Some(0));
+    let log = world.gateway.log();
+    assert!(!log.contains("the grace period is over"), "{log}");
+    faults.end_reads().await;
+    world.gateway.start_again();
+    exactly_once(&world, &ids, 0).await;
+}
+
+#[tokio::test]
+async fn a_drain_ends_over_what_the_disk_does_not_give() {
+    const DRILL: &str = "a_drain_ends_over_what_the_disk_does_not_give";
+    let mut world = watchful().start().await;
+    let ids = on_disk_alone(&mut world, 3).await;
+    let mut drain = world.gateway_process(&["journal", "drain"]);
+    let waiting = "3 deliveries are not confirmed yet";
+    eventually("the drain to begin", || async { drain.out().contains(waiting).then_some(()) }).await;
+    let Some(faults) = Faults::no_reads(DRILL, &world, drain.pid()).await else { return };
+    world.nats.start_again().await.unwrap();
+    let ran = drain.ended().await;
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+    assert!(ran.err.contains("3 not given by the disk"), "{ran:?}");
+    faults.end_reads().await;
+    world.gateway.start_again();
+    exactly_once(&world, &ids, 0).await;
 }
 
 /// Posts until the disk is full. Gives what was accepted.

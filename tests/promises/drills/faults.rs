@@ -1,4 +1,5 @@
-//! A disk that is slow or fails: strace puts faults into the system calls of the journal's threads, for a while.
+//! A disk that is slow or fails: strace puts faults into the system calls of the journal's threads, or into all reads of a
+//! process, for a while.
 
 use std::collections::HashSet;
 use std::fs;
@@ -37,6 +38,22 @@ impl Faults {
 
     /// The same in the threads of these names.
     pub(super) async fn begin_in(threads: &[&str], drill: &str, world: &World, fault: &str) -> Option<Self> {
+        let (trace, inject) = (format!("trace={CALLS}"), format!("inject={fault}"));
+        let threads: Vec<_> = threads.iter().map(|name| thread(world.gateway.process().pid(), name)).collect();
+        let attach = threads.iter().flat_map(|thread| ["-p", thread]);
+        let arguments: Vec<_> = ["-e", &trace, "-e", &inject].into_iter().chain(attach).collect();
+        Faults::attach(drill, world, &arguments, threads.len()).await
+    }
+
+    /// Begins: the disk gives this process nothing of any file, whichever of its threads reads. `None` where this machine
+    /// does not allow it.
+    pub(super) async fn no_reads(drill: &str, world: &World, pid: u32) -> Option<Self> {
+        let fault = ["-f", "-e", "trace=pread64", "-e", "inject=pread64:error=EIO", "-p", &pid.to_string()];
+        Faults::attach(drill, world, &fault, 1).await
+    }
+
+    /// Starts strace with these arguments, and waits until it is attached to so many threads or processes.
+    async fn attach(drill: &str, world: &World, arguments: &[&str], count: usize) -> Option<Self> {
         if Command::new("strace").arg("-V").output().is_err() {
             world::skipped(drill, "there is no `strace` on PATH");
             return None;
@@ -46,10 +63,7 @@ impl Faults {
             (world.folder().join(format!("seen-{tag}")), world.folder().join(format!("strace-{tag}.log")));
         let mut command = Command::new("strace");
         command.args(["-y", "-s", "0", "-o"]).arg(&seen); // paths beside descriptors, and no data
-        command.args(["-e", &format!("trace={CALLS}"), "-e", &format!("inject={fault}")]);
-        for name in threads {
-            command.args(["-p", &thread(world.gateway.process().pid(), name)]);
-        }
+        command.args(arguments);
         let strace = Process::spawn("strace", command, &log, Signal::SIGTERM).unwrap();
         let attached = || async {
             let ended = !strace.is_alive();
@@ -58,7 +72,7 @@ impl Faults {
                 assert!(said.contains("not permitted") || said.contains("denied"), "{said}");
                 return Some(false);
             }
-            (said.matches(" attached").count() == threads.len()).then_some(true)
+            (said.matches(" attached").count() >= count).then_some(true)
         };
         if eventually("strace to be attached", attached).await {
             return Some(Faults { strace, seen });
@@ -78,6 +92,11 @@ impl Faults {
     pub(super) async fn end(self) -> usize {
         self.strace.end(Signal::SIGTERM, Duration::from_secs(10)).await.unwrap();
         never_again(&fs::read_to_string(self.seen).unwrap())
+    }
+
+    /// Ends the faults in reads.
+    pub(super) async fn end_reads(self) {
+        self.strace.end(Signal::SIGTERM, Duration::from_secs(10)).await.unwrap();
     }
 }
 

@@ -7,6 +7,7 @@ use shared::operator;
 use shared::text::printable;
 use time::OffsetDateTime;
 use tokio_postgres::Row;
+use tokio_util::sync::CancellationToken;
 
 use crate::Config;
 use crate::commands::{self, Ending, flag, patiently, print, print_json, show_time, time_option};
@@ -68,14 +69,18 @@ pub(crate) fn command() -> Command {
         ))
 }
 
-pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result<Ending> {
+pub(crate) async fn run(
+    config: &Config,
+    matches: &ArgMatches,
+    interruption: &CancellationToken,
+) -> anyhow::Result<Ending> {
     let store = commands::store(config).await?;
     let (name, matches) = matches.subcommand().context("list, show, retry or discard")?;
     match name {
         "list" => list(&store, &Filter::of(matches), matches.get_flag("json")).await,
         "show" => show(&store, matches).await,
-        "retry" => each("worker dead-letters retry", &store, &Filter::of(matches), retry).await,
-        _ => each("worker dead-letters discard", &store, &Filter::of(matches), discard).await,
+        "retry" => each("worker dead-letters retry", &store, &Filter::of(matches), retry, interruption).await,
+        _ => each("worker dead-letters discard", &store, &Filter::of(matches), discard, interruption).await,
     }
 }
 
@@ -237,8 +242,8 @@ async fn each(
     store: &Store,
     filter: &Filter,
     act: impl AsyncFn(&Store, &str) -> Result<(bool, String), StoreError>,
+    interruption: &CancellationToken,
 ) -> anyhow::Result<Ending> {
-    let interruption = commands::interruption()?;
     let ids: Vec<String> = match &filter.ids {
         Some(ids) => ids.clone(),
         None => patiently(|| filter.letters(store)).await?.into_iter().map(|letter| letter.delivery_id).collect(),

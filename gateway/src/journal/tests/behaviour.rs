@@ -411,7 +411,9 @@ async fn a_record_that_the_disk_does_not_give_is_not_given_up() {
         taken.extend(journal.take(1, MIB).await); // one by one: nothing but unreadable ones must not end the wait
     }
     assert!(is_waiting(journal.take(1, MIB)).await, "not tried again and again");
-    assert_eq!(journal.stats().unreadable_records, 8 - there as u64);
+    let (entries, _) = journal.unreadable().unwrap();
+    assert_eq!(entries, 8 - there as u64);
+    assert_eq!((journal.stats().unreadable_entries, journal.stats().to_publish()), (entries, there as u64));
     for stored in &taken {
         journal.mark_published(stored.place, 1);
     }
@@ -420,6 +422,36 @@ async fn a_record_that_the_disk_does_not_give_is_not_given_up() {
     drop(journal);
     let (_journal, recovered) = open(dir.path(), limits(3)).await;
     assert_eq!((recovered.unpublished, recovered.damages.len()), (8 - there as u64, 0));
+}
+
+#[tokio::test]
+async fn a_record_that_the_disk_gives_again_is_offered_again() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(3)).await;
+    let places = append_all(&journal, &(0..8).map(|id| entry(id, 200)).collect::<Vec<_>>()).await;
+    journal.0.shared.recent.forget();
+    wake_all(&mut journal.0.shared.table());
+    let number = places[0].segment;
+    let there: Vec<_> = places.iter().copied().filter(|place| place.segment == number).collect();
+    // A directory cannot be read as a file.
+    let put = |path: &Path| journal.0.shared.table().segments.get_mut(&number).unwrap().path = path.into();
+    put(dir.path());
+    let mut taken = Vec::new();
+    while taken.len() < places.len() - there.len() {
+        taken.extend(journal.take(1, MIB).await);
+    }
+    assert!(is_waiting(journal.take(1, MIB)).await);
+    assert_eq!(journal.unreadable().unwrap().0, there.len() as u64);
+    assert_eq!(journal.mark_confirmed(&there[..1]).await, 1, "its receipt may come all the same");
+    assert_eq!(journal.unreadable().map_or(0, |(entries, _)| entries), there.len() as u64 - 1);
+    put(&files::segment(dir.path(), number));
+    let mut again = Vec::new();
+    while again.len() < there.len() - 1 {
+        again.extend(journal.take(1, MIB).await.into_iter().map(|stored| stored.place));
+    }
+    again.sort();
+    assert_eq!(again, there[1..]);
+    assert!(journal.unreadable().is_none());
 }
 
 #[tokio::test]
