@@ -1,7 +1,13 @@
 //! The worker's commands tell the state of things, and say clearly what is wrong with how they were called.
 
+use std::time::Duration;
+
+use async_nats::jetstream::AckKind;
+use async_nats::jetstream::consumer::PullConsumer;
+use futures_util::StreamExt as _;
 use shared::delivery::Delivery;
 use shared::receipt::ReceiptTo;
+use world::eventually;
 
 use crate::{fixture, setup};
 
@@ -111,4 +117,44 @@ async fn a_wrong_call_is_64_and_a_server_that_is_away_is_2() {
         assert_eq!(ran.code, Some(2), "{away:?}: {ran:?}");
         assert!(ran.err.contains(&format!("worker {}: ", away[0])), "{away:?}: {ran:?}");
     }
+}
+
+/// One message is with a worker, and its neighbours are acknowledged: those cannot be pending, too.
+#[tokio::test]
+async fn an_audit_beside_a_held_message_tells_what_is_missing_above_it() {
+    let mut world = setup().start().await;
+    world.workers[0].kill().await;
+    let mut ids = Vec::new();
+    for _ in 0..41 {
+        ids.push(world.post(fixture!("issue_created")).await.accepted());
+    }
+    world.on_stream(41).await;
+    let stream = world.jetstream().await.get_stream("SIGNALS").await.unwrap();
+    let consumer: PullConsumer = stream.get_consumer("worker").await.unwrap();
+    let mut held = consumer.batch().max_messages(1).expires(Duration::from_secs(5)).messages().await.unwrap();
+    let held = held.next().await.unwrap().unwrap();
+    world.workers[0].start_again();
+    let others = async || {
+        held.ack_with(AckKind::Progress).await.unwrap();
+        let info = stream.consumer_info("worker").await.unwrap();
+        (info.num_pending == 0 && info.num_ack_pending == 1 && info.ack_floor.stream_sequence == 0).then_some(())
+    };
+    eventually("the others to be acknowledged", others).await;
+    world.workers[0].kill().await;
+    let audit = world.worker(&["audit", "--json"]).await;
+    assert_eq!((audit.code, &audit.json()["pending"]), (Some(0), &1.into()), "{audit:?}");
+    world.execute("TRUNCATE ingest.deliveries, signals, issues").await;
+    // One more that no worker has been given.
+    world.post(fixture!("issue_created")).await.accepted();
+    world.on_stream(42).await;
+    held.ack_with(AckKind::Progress).await.unwrap();
+
+    let audit = world.worker(&["audit", "--json"]).await;
+    let counts = audit.json();
+    let number = |what: &str| counts[what].as_u64().unwrap();
+    assert_eq!((audit.code, ["messages", "pending", "missing"].map(number)), (Some(1), [42, 2, 40]), "{counts}");
+    assert_eq!(counts["missing_among_first"][0]["delivery_id"], ids[0].as_str(), "{counts}");
+    let audit = world.worker(&["audit"]).await;
+    assert!(audit.out.contains("40 of these 41") && audit.out.contains(&ids[1]), "{audit:?}");
+    assert!(audit.out.contains("worker replay --from-seq 1"), "{audit:?}");
 }
