@@ -158,3 +158,23 @@ async fn an_audit_beside_a_held_message_tells_what_is_missing_above_it() {
     assert!(audit.out.contains("40 of these 41") && audit.out.contains(&ids[1]), "{audit:?}");
     assert!(audit.out.contains("worker replay --from-seq 1"), "{audit:?}");
 }
+
+#[tokio::test]
+async fn the_last_hour_is_counted_without_reading_the_whole_ledger() {
+    let world = setup().workers(0).start().await;
+    assert_eq!(world.worker(&["migrate"]).await.code, Some(0));
+    world
+        .execute(
+            "INSERT INTO ingest.deliveries (delivery_id, state, severity, stream_sequence, stored_at)
+                 SELECT 'd' || n, 'stored', 'high', n, now() - (200001 - n) * interval '1 minute'
+                 FROM generate_series(1, 200000) AS n",
+        )
+        .await;
+    world.execute("VACUUM ANALYZE ingest.deliveries").await;
+    let status = world.worker(&["status", "--json"]).await;
+    assert_eq!(status.json()["postgresql"]["stored_in_the_last_hour"]["high"], 59, "{status:?}");
+    let counted = "EXPLAIN SELECT count(*) FILTER (WHERE severity = 'high') FROM ingest.deliveries
+        WHERE state = 'stored' AND stored_at > now() - interval '1 hour'";
+    let plan: Vec<String> = world.query(counted, &[]).await.iter().map(|row| row.get(0)).collect();
+    assert!(plan.iter().any(|line| line.contains("deliveries_stored_at")), "{plan:#?}");
+}
