@@ -236,29 +236,34 @@ pub fn lies_beyond(consumer: &consumer::Info, last_sequence: u64) -> bool {
     consumer.delivered.stream_sequence.max(consumer.ack_floor.stream_sequence) > last_sequence
 }
 
-/// Moves a consumer that lies beyond the stream's end back to it, or to what it has not acknowledged yet if that is
-/// earlier: what is delivered twice by this is known to the ledger. Whether it had to be moved.
+/// Moves a consumer that lies beyond the stream's end back to the stream's first message. Returns `true` where it did.
+///
+/// Nothing tells which messages came after the files went back in time: sequences are used again. So all are delivered
+/// again. The ledger knows those that are stored, which costs time and changes nothing. Where the stream has grown past
+/// the consumer's position before the first look, nothing can be seen here: the gateway publishes again what has no
+/// receipt.
 async fn mend_position(stream: &stream::Stream, consumer: &consumer::Info) -> Result<bool, NotReady> {
     let owner = &stream.cached_info().config.name;
     let failed = |error: &dyn fmt::Display| NotReady::Nats(format!("cannot look at stream {owner}: {error}"));
-    let last_sequence = stream.get_info().await.map_err(|error| failed(&error))?.state.last_sequence;
-    if !lies_beyond(consumer, last_sequence) {
+    let state = stream.get_info().await.map_err(|error| failed(&error))?.state;
+    if !lies_beyond(consumer, state.last_sequence) {
         return Ok(false);
     }
-    let next = consumer.ack_floor.stream_sequence.min(last_sequence) + 1;
+    let (was, next) = (consumer.delivered.stream_sequence, state.first_sequence.max(1));
     stream.reset_consumer(CONSUMER, Some(next)).await.map_err(|error| {
         NotReady::Nats(format!(
-            "consumer {CONSUMER} is at {} and stream {owner} ends at {last_sequence}; it cannot be reset ({error}). \
-             Delete it with the nats command: it is made again and reads the whole stream, of which the ledger knows \
-             what is stored",
-            consumer.delivered.stream_sequence
+            "consumer {CONSUMER} is at {was} and stream {owner} ends at {}; it cannot be reset ({error}). \
+             Delete it (`nats consumer rm {owner} {CONSUMER}`): it is made again and reads the whole stream, of which the \
+             ledger knows what is stored",
+            state.last_sequence
         ))
     })?;
     tracing::warn!(
-        was = consumer.delivered.stream_sequence,
-        stream_ends = last_sequence,
+        was,
+        stream_ends = state.last_sequence,
         next,
-        "the stream has gone back in time (an older copy of its files?); moved the consumer back, so that it skips none"
+        "the stream has gone back in time (an older copy of its files?); moved the consumer back: it reads all that the \
+         stream has, from sequence {next} on, and the ledger knows what is stored"
     );
     Ok(true)
 }

@@ -83,6 +83,31 @@ async fn a_consumer_beyond_the_streams_end_skips_nothing() {
     assert_eq!(world.value::<i64>("SELECT count(*) FROM signals").await, 3);
 }
 
+#[tokio::test]
+async fn what_was_published_before_a_consumer_was_moved_back_is_not_skipped() {
+    let mut world = setup().start().await;
+    for _ in 0..3 {
+        post_and_store(&world).await;
+    }
+    world.all_acknowledged().await;
+    world.workers[0].kill().await;
+    // A stream of earlier files takes new deliveries before any worker looks.
+    stream(&world).await.reset_consumer("worker", Some(1_000)).await.unwrap();
+    let mut ids = Vec::new();
+    for _ in 0..3 {
+        ids.push(world.post(fixture!("issue_created")).await.accepted());
+    }
+    world.on_stream(6).await;
+    world.workers[0].start_again();
+    for id in &ids {
+        world.stored(id).await;
+    }
+    world.all_acknowledged().await;
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM signals").await, 6);
+    let log = world.workers[0].log();
+    assert!(log.contains("the stream has gone back in time") && log.contains("from sequence 1"), "{log}");
+}
+
 fn copy(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
