@@ -68,7 +68,13 @@ impl NatsSettings {
             let named = text.bytes().all(allowed).then(|| text.to_owned());
             named.ok_or_else(|| "a stream's name: letters, digits, - and _".into())
         });
-        let replicas = reader.parse(&NATS_REPLICAS, |text| settings::number(text, 1..=5));
+        let replicas = reader.parse(&NATS_REPLICAS, |text| match text {
+            "1" => Ok(1),
+            "3" => Ok(3),
+            "5" => Ok(5),
+            _ => Err("1, 3 or 5: more than half of the servers must be there, so 2 and 4 outlast no more losses than 1 and 3"
+                .into()),
+        });
         let max_bytes = reader.parse(&NATS_MAX_BYTES, |text| {
             i64::try_from(settings::size(text)?).map_err(|_| "a size below 8 EiB".into())
         });
@@ -444,6 +450,14 @@ mod tests {
         assert!(!breaks(stream::Config { max_bytes: 1, ..base() }));
         assert!(!breaks(stream::Config { num_replicas: 3, ..base() }));
         assert!(!breaks(stream::Config { max_message_size: 1, ..base() }));
+    }
+
+    #[test]
+    fn replicas_are_an_odd_number() {
+        for (text, is_good) in [("1", true), ("2", false), ("3", true), ("4", false), ("5", true), ("7", false)] {
+            let lookup = |variable: &str| (variable == "NATS_REPLICAS").then(|| text.to_owned());
+            assert_eq!(NatsSettings::read(&mut settings::Reader::new(&lookup)).is_some(), is_good, "{text}");
+        }
     }
 
     #[test]

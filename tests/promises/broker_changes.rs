@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use async_nats::jetstream::consumer::pull;
+use async_nats::jetstream::consumer::{PullConsumer, pull};
 use async_nats::jetstream::{AckKind, stream};
 use futures_util::StreamExt as _;
 use futures_util::future::join_all;
@@ -315,6 +315,47 @@ async fn deliveries_that_others_hold_and_let_nobody_else_have_are_told() {
         world.stored(id).await;
     }
     world.workers[0].ready().await;
+}
+
+/// Kills the worker, replaces the consumer by one with these settings, and starts the worker again.
+async fn with_consumer(world: &mut World, config: pull::Config) {
+    world.workers[0].kill().await;
+    let stream = stream(world).await;
+    stream.delete_consumer("worker").await.unwrap();
+    let config = pull::Config { durable_name: Some("worker".into()), max_ack_pending: 16_384, ..config };
+    stream.create_consumer(config).await.unwrap();
+    world.workers[0].start_again();
+}
+
+/// A consumer's `backoff` takes the place of its ack wait, delivery by delivery.
+#[tokio::test]
+async fn a_batch_that_is_held_is_not_redelivered_by_a_consumer_with_a_backoff() {
+    let mut world = setup().start().await;
+    let backoff = vec![Duration::from_secs(60), Duration::from_secs(3)];
+    let config = pull::Config { filter_subject: "signals.sentry.*".into(), backoff, ..pull::Config::default() };
+    world.workers[0].kill().await;
+    world.execute("BEGIN; LOCK TABLE issues IN SHARE MODE").await; // it can be read, and nothing can be stored
+    with_consumer(&mut world, config).await;
+    world.workers[0].kill().await;
+    let id = world.post(fixture!("issue_created")).await.accepted();
+    world.on_stream(1).await;
+    // Another client takes the first delivery and hands it back. The second has three seconds.
+    let consumer: PullConsumer = stream(&world).await.get_consumer("worker").await.unwrap();
+    let mut first = consumer.batch().max_messages(1).expires(Duration::from_secs(5)).messages().await.unwrap();
+    let message = first.next().await.unwrap().unwrap();
+    message.ack_with(AckKind::Nak(None)).await.unwrap();
+    let spy = async_nats::connect(world.nats.url()).await.unwrap();
+    let mut acks = spy.subscribe("$JS.ACK.SIGNALS.worker.>").await.unwrap();
+    spy.flush().await.unwrap();
+    world.workers[0].start_again();
+    for _ in 0..6 {
+        let progress = tokio::time::timeout(Duration::from_secs(60), acks.next()).await;
+        let progress = progress.expect("progress is told several times in three seconds").unwrap();
+        assert_eq!(&progress.payload[..], b"+WPI", "{progress:?}");
+        assert!(progress.subject.starts_with("$JS.ACK.SIGNALS.worker.2."), "the second delivery still: {progress:?}");
+    }
+    world.execute("ROLLBACK").await;
+    world.stored(&id).await;
 }
 
 #[tokio::test]
