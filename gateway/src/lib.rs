@@ -66,7 +66,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let public = bind(config.listen, "GATEWAY_LISTEN")?;
     let ops = bind(config.ops_listen, "GATEWAY_OPS_LISTEN")?;
     // NATS away costs nothing but time: deliveries are taken, and wait on disk.
-    let readiness = Readiness::tolerating(&["nats", "stream", "secrets", "connections"]);
+    let readiness = Readiness::tolerating(&["nats", "stream", "stream_settings", "secrets", "connections"]);
     let Some(opened) = shutdown.run_until_cancelled(open_journal(&config.journal)).await else {
         tracing::info!("stopped before the journal was open");
         return Ok(());

@@ -29,7 +29,7 @@ use futures_util::{FutureExt as _, StreamExt as _};
 use shared::delivery::{Delivery, NotADelivery};
 use shared::link::{Link, Linked};
 use shared::ops::Readiness;
-use shared::stream::{NatsSettings, covers, ensure_stream, tell_differences, until_ready};
+use shared::stream::{NatsSettings, covers, ensure_stream, risks, tell_differences, until_ready};
 use tokio::sync::{Notify, watch};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -155,6 +155,7 @@ impl Publisher {
         loop {
             let ensure = || async { ensure_stream(&shared.link.current().context, &shared.nats).await };
             let config = until_ready("stream", readiness, ensure).await;
+            readiness.set("stream_settings", risks(&config, &shared.nats));
             let (linked, replaced) = (shared.link.current(), shared.link.replaced());
             let connects = linked.client.statistics().connects.load(Ordering::Relaxed);
             let limits = (config.clone(), linked.client.server_info().max_payload, connects, replaced);

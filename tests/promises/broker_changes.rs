@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use async_nats::jetstream::consumer::{PullConsumer, pull};
+use async_nats::jetstream::consumer::{PriorityPolicy, PullConsumer, pull};
 use async_nats::jetstream::{AckKind, stream};
 use futures_util::StreamExt as _;
 use futures_util::future::join_all;
@@ -325,6 +325,77 @@ async fn with_consumer(world: &mut World, config: pull::Config) {
     let config = pull::Config { durable_name: Some("worker".into()), max_ack_pending: 16_384, ..config };
     stream.create_consumer(config).await.unwrap();
     world.workers[0].start_again();
+}
+
+#[tokio::test]
+async fn limits_of_the_consumer_on_requests_are_held_to_and_told() {
+    let mut world = setup().start().await;
+    let limits = pull::Config {
+        filter_subject: "signals.sentry.*".into(),
+        max_batch: 10,
+        max_expires: Duration::from_millis(200),
+        max_bytes: 100_000,
+        ..pull::Config::default()
+    };
+    with_consumer(&mut world, limits).await;
+    let mut ids = Vec::new();
+    for _ in 0..30 {
+        ids.push(world.post(fixture!("issue_created")).await.accepted());
+    }
+    // Larger than one request may ask for.
+    let large = format!(r#"{{"action":"created","filling":"{}"}}"#, "x".repeat(1 << 20));
+    ids.push(world.post(large).await.accepted());
+    ids.push(world.post(fixture!("issue_created")).await.accepted());
+    for id in &ids {
+        world.stored(id).await;
+    }
+    world.all_acknowledged().await;
+    world.workers[0].ready().await;
+    assert_eq!(begun_anew(&world), 0, "{}", world.workers[0].log());
+    let (log, check) = (world.workers[0].log(), world.worker(&["check"]).await);
+    for limit in ["max_batch 10", "max_expires 200ms", "max_bytes 100000"] {
+        assert!(log.contains(limit) && check.out.contains(limit), "{limit} in {log} and in {check:?}");
+    }
+    assert_eq!(check.code, Some(0), "{check:?}");
+}
+
+#[tokio::test]
+async fn a_consumer_that_refuses_every_request_is_told_for_as_long_as_deliveries_wait() {
+    // Requests for messages go where nobody hears them. The look at the consumer still works.
+    let mappings = r#"mappings = { "$JS.API.CONSUMER.MSG.NEXT.SIGNALS.worker": "nobody.hears.this" }"#;
+    let world = setup().nats(|options| options.extra = mappings.into()).launch().await;
+    world.gateway.ready().await;
+    world.post(fixture!("issue_created")).await.accepted();
+    eventually("the worker to tell", || async {
+        let answer = world.workers[0].ops("/readyz").await;
+        (answer.status == 503 && answer.json().to_string().contains("none has moved")).then_some(())
+    })
+    .await;
+    // It goes on telling, whatever begins anew meanwhile.
+    let sessions = begun_anew(&world);
+    eventually("a few more sessions", || async {
+        assert_eq!(world.workers[0].ops("/readyz").await.status, 503);
+        (begun_anew(&world) > sessions + 5).then_some(())
+    })
+    .await;
+    assert_eq!(world.workers[0].ops("/healthz").await.status, 200, "it is alive: a restart would mend nothing");
+}
+
+#[tokio::test]
+async fn a_consumer_that_wants_groups_is_named_and_not_used() {
+    let mut world = setup().start().await;
+    let groups = pull::Config {
+        filter_subject: "signals.sentry.*".into(),
+        priority_policy: PriorityPolicy::PinnedClient,
+        priority_groups: vec!["a".into()],
+        ..pull::Config::default()
+    };
+    with_consumer(&mut world, groups).await;
+    eventually("the worker to tell", || async {
+        let answer = world.workers[0].ops("/readyz").await;
+        (answer.status == 503 && answer.json().to_string().contains("priority_policy")).then_some(())
+    })
+    .await;
 }
 
 /// A consumer's `backoff` takes the place of its ack wait, delivery by delivery.

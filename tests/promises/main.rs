@@ -34,6 +34,7 @@ mod store;
 mod tls;
 mod trace;
 mod trust;
+mod wider_stream;
 mod worker_outages;
 
 use world::{Binaries, Setup};

@@ -31,7 +31,7 @@ pub use pulled::Pulled;
 use requests::Requests;
 pub use session::{Session, pause};
 pub use unreadable::{UnreadableScan, unreadable_letter};
-pub use watch::watch;
+pub use watch::Watch;
 
 /// Pulls batches, one at a time, and takes each to its end. A worker runs several.
 pub struct Puller<'a> {
