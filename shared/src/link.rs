@@ -6,14 +6,15 @@
 //!
 //! The check `nats` of `/readyz` is a round trip: the server has answered a request within the last seconds.
 
+use std::collections::BTreeSet;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_nats::client::RequestErrorKind;
 use async_nats::connection::State;
-use async_nats::{Client, Event, jetstream};
+use async_nats::{Client, Event, ServerError, jetstream};
 use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -63,6 +64,7 @@ pub struct Linked {
     ended: CancellationToken,
     /// The same as `ended`, to be read for each publish without a lock.
     has_ended: Arc<AtomicBool>,
+    denied: Arc<Mutex<BTreeSet<String>>>,
 }
 
 /// Dropped with the client's task.
@@ -84,6 +86,12 @@ impl Linked {
     /// Returns once the client's task has ended.
     pub async fn ended(&self) {
         self.ended.cancelled().await;
+    }
+
+    /// The subjects that the server has not let this client publish to. The server's refusal answers no request: what
+    /// was asked there ends in a time-out.
+    pub fn denied(&self) -> Vec<String> {
+        self.denied.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
     /// Returns `true` while the client has a connection.
@@ -158,15 +166,26 @@ async fn make(
     // for events, and the guard with it.
     let guard = Ended(ended.clone(), has_ended.clone());
     let (observe, connected) = (observe.clone(), connected.clone());
+    let denied = Arc::<Mutex<BTreeSet<String>>>::default();
+    let refusals = denied.clone();
     let on_event = move |event: &Event| {
         let _ = &guard;
+        if let Some(subject) = refused_subject(event) {
+            refusals.lock().unwrap_or_else(PoisonError::into_inner).insert(subject.to_owned());
+        }
         if matches!(event, Event::Connected) {
             connected.notify_one();
         }
         observe(event);
     };
     let client = connection.connect(program, queue, readiness, on_event).await?;
-    Ok(Linked { context: jetstream(client.clone()), client, ended, has_ended })
+    Ok(Linked { context: jetstream(client.clone()), client, ended, has_ended, denied })
+}
+
+/// The subject of `Permissions Violation for Publish to "$JS.API.STREAM.INFO.SIGNALS"`.
+fn refused_subject(event: &Event) -> Option<&str> {
+    let Event::ServerError(ServerError::Other(text)) = event else { return None };
+    text.split_once("Permissions Violation for Publish to \"").map(|(_, subject)| subject.trim_end_matches('"'))
 }
 
 impl Shared {

@@ -7,7 +7,7 @@ use async_nats::jetstream::consumer::PullConsumer;
 use futures_util::StreamExt as _;
 use shared::delivery::Delivery;
 use shared::receipt::ReceiptTo;
-use world::eventually;
+use world::{RawClient, Setup, eventually};
 
 use crate::{fixture, setup};
 
@@ -157,6 +157,52 @@ async fn an_audit_beside_a_held_message_tells_what_is_missing_above_it() {
     let audit = world.worker(&["audit"]).await;
     assert!(audit.out.contains("40 of these 41") && audit.out.contains(&ids[1]), "{audit:?}");
     assert!(audit.out.contains("worker replay --from-seq 1"), "{audit:?}");
+}
+
+/// A broker on which any client may do everything but publish to these subjects.
+fn denying(setup: Setup, subjects: &str) -> Setup {
+    let denied = format!(
+        "authorization {{ users = [ {{ user: all, password: all, permissions: {{ publish: {{ deny: [{subjects}] }} }} }} ] }}
+        no_auth_user: all"
+    );
+    setup.nats(|options| options.extra = denied)
+}
+
+#[tokio::test]
+async fn a_status_that_may_fetch_no_message_says_so_and_not_that_nothing_is_pending() {
+    let world = denying(setup(), r#""$JS.API.STREAM.MSG.GET.>""#).start().await;
+    world.workers[0].kill().await;
+    world.post(fixture!("issue_created")).await.accepted();
+    world.on_stream(1).await;
+    let status = world.worker(&["status"]).await;
+    let named = |said: &str| said.contains("may not publish to $JS.API.STREAM.MSG.GET.SIGNALS");
+    assert!(named(&status.out) && !status.out.contains("nothing pending"), "{status:?}");
+    let status = world.worker(&["status", "--json"]).await.json();
+    assert!(named(status["nats"]["consumer"]["oldest_pending_error"].as_str().unwrap()), "{status}");
+
+    // A reader fetches singly what the client library cannot read.
+    RawClient::connect(world.nats.port())
+        .await
+        .publish("signals.sentry.issue", b"NATS/1.0\r\nbad\r\n\r\n", b"{}")
+        .await;
+    world.on_stream(2).await;
+    for command in [&["audit"][..], &["replay", "--dry-run"]] {
+        let ran = world.worker(command).await;
+        assert!(ran.code == Some(2) && named(&ran.err), "{command:?}: {ran:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_command_that_may_make_no_consumer_names_the_right_that_it_lacks() {
+    let world = denying(setup().workers(0), r#""$JS.API.CONSUMER.CREATE.>""#).start().await;
+    assert_eq!(world.worker(&["migrate"]).await.code, Some(0));
+    world.post(fixture!("issue_created")).await.accepted();
+    world.on_stream(1).await;
+    for command in [&["audit"][..], &["replay"], &["replay", "--dry-run"]] {
+        let ran = world.worker(command).await;
+        let named = ran.err.contains("may not publish to $JS.API.CONSUMER.CREATE.SIGNALS");
+        assert!(ran.code == Some(2) && named && !ran.err.contains("timed out"), "{command:?}: {ran:?}");
+    }
 }
 
 #[tokio::test]
