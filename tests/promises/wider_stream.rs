@@ -253,3 +253,20 @@ async fn making_room_removes_no_message_that_another_consumer_has_not_read() {
     assert_eq!(stream.consumer_info("github").await.unwrap().num_pending, 20, "and can be read");
     assert_eq!(world.worker(&["audit"]).await.code, Some(0));
 }
+
+/// Their messages come before the deliveries, though its subjects are Sentry's alone by now.
+#[tokio::test]
+async fn a_stream_that_others_have_used_makes_room_all_the_same() {
+    let (world, stream) = wider(setup().gateway("NATS_MAX_BYTES", "4MiB")).await;
+    publish_foreign(&world, 100).await;
+    let mut config = stream.cached_info().config.clone();
+    config.subjects = vec!["signals.sentry.*".into()];
+    world.jetstream().await.update_stream(config).await.unwrap();
+    let all = fill(&world, 4_500_000).await;
+    world.until("SELECT count(*) FROM signals", i64::try_from(all).unwrap()).await;
+    eventually("room in the stream", || async {
+        (stream.get_info().await.unwrap().state.bytes <= (4 << 20) / 10 * 8).then_some(())
+    })
+    .await;
+    assert_eq!(messages(&stream, FOREIGN).await, 100, "what others wrote stays");
+}

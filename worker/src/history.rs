@@ -28,6 +28,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const HIGH: u64 = 80;
 /// ... down to this.
 const LOW: u64 = 70;
+/// Most bytes in one purge, by the average size. The server looks at each message's subject, and takes none meanwhile.
+const STEP_BYTES: u64 = 64 << 20;
 /// The advisory lock of whoever purges (the bytes of "loophist").
 const LOCK: i64 = 0x6c6f_6f70_6869_7374;
 
@@ -116,23 +118,32 @@ impl Room<'_> {
             return Ok(0); // its position is of another stream, and says nothing of what was read in this one
         }
         let acknowledged = consumer.ack_floor.stream_sequence;
-        let (first, others) = match is_shared(&config) {
+        let (mut first, others) = match is_shared(&config) {
             false => (state.first_sequence, None),
             true => (self.first_delivery(&config).await?, self.first_unread_by_others(&state).await?),
         };
         let unread = others.as_ref().map_or(u64::MAX, |(_, sequence)| *sequence);
-        let Some(keep_from) = cut(&state, &config, first, unread.min(acknowledged + 1)) else {
-            return match others.filter(|_| cut(&state, &config, first, acknowledged + 1).is_some()) {
-                Some((name, _)) => anyhow::bail!(
-                    "consumer {name} has not read the oldest deliveries; let it read, or delete it \
-                     (`nats consumer rm {} {name}`)",
-                    config.name
-                ),
-                None => Ok(0),
-            };
-        };
-        let done = self.stream.purge().sequence(keep_from).filter(SUBJECTS).await;
-        Ok(done.context("cannot purge history")?.purged)
+        loop {
+            let Some(keep_from) = cut(&state, &config, first, unread.min(acknowledged + 1)) else { break };
+            let done =
+                self.stream.purge().sequence(keep_from).filter(SUBJECTS).await.context("cannot purge history")?;
+            if done.purged > 0 {
+                return Ok(done.purged);
+            }
+            // Others once wrote into the stream, and their messages come first.
+            let delivery = self.first_delivery(&config).await?;
+            if delivery <= first {
+                break;
+            }
+            first = delivery;
+        }
+        match others.filter(|_| cut(&state, &config, first, acknowledged + 1).is_some()) {
+            Some((name, _)) => anyhow::bail!(
+                "consumer {name} has not read the oldest deliveries; let it read, or delete it (`nats consumer rm {} {name}`)",
+                config.name
+            ),
+            None => Ok(0),
+        }
     }
 
     /// The sequence of the first delivery in a stream that begins with messages of others.
@@ -186,6 +197,7 @@ fn cut(state: &State, config: &Config, first: u64, unread: u64) -> Option<u64> {
     let average = (state.bytes / state.messages.max(1)).max(1);
     let messages = above(state.bytes, config.max_bytes) / average;
     let oldest = messages.max(above(state.messages, config.max_messages)) / 4 + 1;
+    let oldest = oldest.min(STEP_BYTES / average + 1);
     let keep_from = first.saturating_add(oldest).min(unread);
     (keep_from > first).then_some(keep_from)
 }
@@ -246,6 +258,14 @@ mod tests {
             }
             assert!((690..=700).contains(&left), "{left}");
         }
+    }
+
+    #[test]
+    fn one_step_holds_the_server_up_for_moments_only() {
+        let (gigabyte, limit) = (1 << 30, limited(10 << 30, -1));
+        let full = state(1, 1_000_000, 10 * gigabyte);
+        let messages = cut(&full, &limit, 1, u64::MAX).unwrap() - 1;
+        assert!((1..=64 << 20).contains(&(messages * 10 * gigabyte / 1_000_000 - 10_737)), "{messages}");
     }
 
     #[test]
