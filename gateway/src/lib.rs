@@ -35,8 +35,7 @@ pub mod summary;
 pub mod top_sources;
 pub mod traffic;
 
-use std::cell::OnceCell;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -59,8 +58,17 @@ use crate::settings::JournalSettings;
 use crate::summary::Summary;
 
 /// Checks that may fail while deliveries are taken.
-const TOLERATED: [&str; 8] =
-    ["nats", "stream", "publishing", "receipts", "reconciliation", "journal_reads", "secrets", "connections"];
+const TOLERATED: [&str; 9] = [
+    "nats",
+    "stream",
+    "stream_settings",
+    "publishing",
+    "receipts",
+    "reconciliation",
+    "journal_reads",
+    "secrets",
+    "connections",
+];
 
 /// Serves until `shutdown`. Then `/readyz` says 503 while deliveries are still taken, so that load balancers turn to others;
 /// after `GATEWAY_SHUTDOWN_DELAY` the listener closes, what is in flight is answered, and for what is left of the grace period
@@ -115,7 +123,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let settling = Settling { journal: &journal, publisher: &publisher, metrics: &metrics };
     let mut summary = Summary::new(metrics.clone(), journal.clone(), gateway.sources());
     let ending = server::Ending::default();
-    let stopped_at = OnceCell::new();
+    let stopped_at = OnceLock::new();
     let leave = async {
         shutdown.cancelled().await;
         let _ = stopped_at.set(Instant::now());

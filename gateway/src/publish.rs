@@ -31,7 +31,7 @@ use futures_util::{FutureExt as _, StreamExt as _};
 use shared::delivery::{Delivery, NotADelivery};
 use shared::link::{Link, Linked};
 use shared::ops::Readiness;
-use shared::stream::{NatsSettings, NotReady, covers, ensure_stream, tell_differences};
+use shared::stream::{NatsSettings, NotReady, covers, ensure_stream, risks, tell_differences};
 use tokio::sync::{Notify, watch};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -206,6 +206,7 @@ impl Publisher {
             };
             let pause = match looked {
                 Ok(fit) => {
+                    readiness.set("stream_settings", risks(&fit.stream, &shared.nats));
                     let limits = (fit.stream.clone(), fit.max_payload, fit.connects, shared.link.replaced());
                     if known.as_ref() != Some(&limits) {
                         tell_differences(&fit.stream, &shared.nats);

@@ -11,14 +11,15 @@
 //!
 //! The check `nats` of `/readyz` is a round trip: the server has answered a request within the last seconds.
 
+use std::collections::BTreeSet;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_nats::client::RequestErrorKind;
 use async_nats::connection::State;
-use async_nats::{Client, Event, jetstream};
+use async_nats::{Client, Event, ServerError, jetstream};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -76,6 +77,7 @@ pub struct Linked {
     worn: CancellationToken,
     /// Another client has taken over: the events of this one are no longer told.
     retired: Arc<AtomicBool>,
+    denied: Arc<Mutex<BTreeSet<String>>>,
 }
 
 /// Dropped with the client's task.
@@ -97,6 +99,12 @@ impl Linked {
     /// Returns once the client's task has ended.
     pub async fn ended(&self) {
         self.ended.cancelled().await;
+    }
+
+    /// The subjects that the server has not let this client publish to. The server's refusal answers no request: what
+    /// was asked there ends in a time-out.
+    pub fn denied(&self) -> Vec<String> {
+        self.denied.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
     /// Returns `true` while the client has a connection.
@@ -196,8 +204,13 @@ async fn make(
     // for events, and the guard with it.
     let guard = Ended(ended.clone(), has_ended.clone());
     let (observe, changes) = (observe.clone(), changes.clone());
+    let denied = Arc::<Mutex<BTreeSet<String>>>::default();
+    let refusals = denied.clone();
     let on_event = move |event: &Event| {
         let _ = &guard;
+        if let Some(subject) = refused_subject(event) {
+            refusals.lock().unwrap_or_else(PoisonError::into_inner).insert(subject.to_owned());
+        }
         if matches!(event, Event::Connected | Event::Disconnected) {
             changes.send_modify(|changes| *changes += 1);
         }
@@ -207,7 +220,13 @@ async fn make(
     let client = connection.connect(program, queue, readiness, &retired, on_event).await?;
     let context = jetstream(client.clone());
     let (unanswered, worn) = (AtomicUsize::new(0), CancellationToken::new());
-    Ok(Linked { client, context, ended, has_ended, unanswered, worn, retired })
+    Ok(Linked { client, context, ended, has_ended, unanswered, worn, retired, denied })
+}
+
+/// The subject of `Permissions Violation for Publish to "$JS.API.STREAM.INFO.SIGNALS"`.
+fn refused_subject(event: &Event) -> Option<&str> {
+    let Event::ServerError(ServerError::Other(text)) = event else { return None };
+    text.split_once("Permissions Violation for Publish to \"").map(|(_, subject)| subject.trim_end_matches('"'))
 }
 
 impl Shared {

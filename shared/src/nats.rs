@@ -461,8 +461,7 @@ fn reconnect_delay(attempt: usize) -> Duration {
         return Duration::ZERO;
     }
     let longest = 100 << attempt.min(4);
-    let jitter = u64::from(std::process::id()).wrapping_mul(2_654_435_761).wrapping_add(attempt as u64 * 7919) % 400;
-    Duration::from_millis(longest + jitter)
+    Duration::from_millis(longest + fastrand::u64(..400))
 }
 
 /// What was told last of why there is no connection: each thing is told once, though every attempt meets it.
@@ -502,6 +501,24 @@ impl Told {
             Event::LameDuckMode => tracing::info!("this NATS server is about to stop, moving to another"),
             // We are leaving.
             Event::Draining | Event::Closed => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    /// Every container's process may have the same id.
+    #[test]
+    fn clients_that_lost_one_server_do_not_come_back_in_step() {
+        assert_eq!(reconnect_delay(1), Duration::ZERO);
+        for attempt in 2..10 {
+            let delays: HashSet<_> = (0..100).map(|_| reconnect_delay(attempt)).collect();
+            assert!(delays.len() > 20, "{attempt}: {delays:?}");
+            assert!(delays.iter().all(|delay| (200..=2_000).contains(&delay.as_millis())), "{attempt}: {delays:?}");
         }
     }
 }

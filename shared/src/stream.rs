@@ -9,18 +9,20 @@ use std::time::Duration;
 
 use async_nats::jetstream::consumer::{self, AckPolicy, DeliverPolicy, PullConsumer, ReplayPolicy, pull};
 use async_nats::jetstream::context::{GetStreamError, GetStreamErrorKind};
-use async_nats::jetstream::stream::{self, DiscardPolicy, RetentionPolicy, StorageType};
+use async_nats::jetstream::stream::{self, DiscardPolicy, PersistenceMode, RetentionPolicy, StorageType};
 use async_nats::jetstream::{self, ErrorCode};
 use async_nats::{Client, Event};
 use backon::{ExponentialBuilder, Retryable as _};
 
 use crate::link::Link;
 use crate::nats::{CannotConnect, Connection};
-use crate::ops::Readiness;
+use crate::ops::{self, Readiness};
 use crate::settings::{self, Setting};
 
 /// Every delivery's subject begins with this; a resource's token follows.
 pub const SUBJECT_PREFIX: &str = "signals.sentry";
+/// The subjects of all deliveries. A stream may hold others beside them, which are not this project's.
+pub const SUBJECTS: &str = "signals.sentry.*";
 /// The name of the durable consumer that all workers share.
 pub const CONSUMER: &str = "worker";
 
@@ -31,6 +33,8 @@ pub const ACK_WAIT: Duration = Duration::from_secs(30);
 /// How many messages all workers together may hold un-acked: several batches each of a few dozen workers. At the limit
 /// the server delivers to nobody, so it is no tuning knob.
 const MAX_ACK_PENDING: i64 = 16_384;
+/// A stream that keeps messages for less may drop what waits through an outage of PostgreSQL.
+const MAX_AGE_LEAST: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The stream's name.
 pub const NATS_STREAM: Setting = Setting::new("NATS_STREAM", "SIGNALS", "Name of the stream");
@@ -68,7 +72,13 @@ impl NatsSettings {
             let named = text.bytes().all(allowed).then(|| text.to_owned());
             named.ok_or_else(|| "a stream's name: letters, digits, - and _".into())
         });
-        let replicas = reader.parse(&NATS_REPLICAS, |text| settings::number(text, 1..=5));
+        let replicas = reader.parse(&NATS_REPLICAS, |text| match text {
+            "1" => Ok(1),
+            "3" => Ok(3),
+            "5" => Ok(5),
+            _ => Err("1, 3 or 5: more than half of the servers must be there, so 2 and 4 outlast no more losses than 1 and 3"
+                .into()),
+        });
         let max_bytes = reader.parse(&NATS_MAX_BYTES, |text| {
             i64::try_from(settings::size(text)?).map_err(|_| "a size below 8 EiB".into())
         });
@@ -97,7 +107,7 @@ impl NatsSettings {
     pub(crate) fn stream_config(&self) -> stream::Config {
         stream::Config {
             name: self.stream.clone(),
-            subjects: vec![format!("{SUBJECT_PREFIX}.*")],
+            subjects: vec![SUBJECTS.to_owned()],
             retention: RetentionPolicy::Limits,
             storage: StorageType::File,
             discard: DiscardPolicy::New,
@@ -134,26 +144,42 @@ impl NatsSettings {
     }
 }
 
+/// The harm that a difference does to what the programs promise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Harm {
+    /// Nothing.
+    None,
+    /// It may break a promise one day. The stream or consumer is used, and the programs are degraded.
+    Risk(&'static str),
+    /// It breaks a promise. The stream or consumer is not used.
+    Breaks(&'static str),
+}
+
 /// A setting of an existing stream or consumer that is not as this program would have made it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {
-    /// Whose, such as `stream SIGNALS`.
+    /// The stream or the consumer, such as `stream SIGNALS`.
     pub owner: String,
-    /// Which.
+    /// The setting's name.
     pub setting: &'static str,
-    /// What it is.
+    /// Its value.
     pub found: String,
-    /// What it would be.
+    /// The value that this program would have given it.
     pub wanted: String,
-    /// The promise it breaks, where it does.
-    pub breaks: Option<&'static str>,
+    /// The harm that comes of it.
+    pub harm: Harm,
+    /// The command that mends it, or a sentence where no command can.
+    pub mend: String,
 }
 
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Difference { owner, setting, found, wanted, breaks } = self;
+        let Difference { owner, setting, found, wanted, harm, mend } = self;
         write!(f, "{owner} has {setting} {found}, wanted is {wanted}")?;
-        breaks.map_or(Ok(()), |promise| write!(f, " ({promise})"))
+        match harm {
+            Harm::None => Ok(()),
+            Harm::Risk(promise) | Harm::Breaks(promise) => write!(f, " ({promise}): {mend}"),
+        }
     }
 }
 
@@ -161,7 +187,7 @@ impl fmt::Display for Difference {
 #[derive(Debug, thiserror::Error)]
 pub enum NotReady {
     /// Its settings break a promise; somebody has to change them.
-    #[error("{}; change it with the nats command (nothing is changed silently) or use another name", list(.0))]
+    #[error("{}; nothing is changed silently", list(.0))]
     Unfit(Vec<Difference>),
     /// It is not there, and the other program makes it.
     #[error("{0} is not there yet")]
@@ -173,6 +199,13 @@ pub enum NotReady {
 
 fn list(differences: &[Difference]) -> String {
     differences.iter().map(Difference::to_string).collect::<Vec<_>>().join("; ")
+}
+
+/// The state of the check `stream_settings`: settings of the stream that may break a promise one day.
+pub fn risks(found: &stream::Config, nats: &NatsSettings) -> ops::State {
+    let mut differences = compare_streams(found, &nats.stream_config());
+    differences.retain(|difference| matches!(difference.harm, Harm::Risk(_)));
+    if differences.is_empty() { Ok("ready".into()) } else { Err(list(&differences)) }
 }
 
 /// Makes the stream where it is missing, checks it where it is there. Gives its settings as they are.
@@ -191,9 +224,8 @@ pub async fn ensure_stream(context: &jetstream::Context, nats: &NatsSettings) ->
         }
         Err(error) => return Err(NotReady::Nats(format!("cannot look at stream {}: {error}", nats.stream))),
     };
-    let mut differences = compare_streams(&found, &wanted);
-    differences.retain(|difference| difference.breaks.is_some());
-    if differences.is_empty() { Ok(found) } else { Err(NotReady::Unfit(differences)) }
+    let breaking = breaking(compare_streams(&found, &wanted));
+    if breaking.is_empty() { Ok(found) } else { Err(NotReady::Unfit(breaking)) }
 }
 
 /// Logs in what a stream differs from what would be made, where that does no harm.
@@ -201,6 +233,30 @@ pub fn tell_differences(found: &stream::Config, nats: &NatsSettings) {
     for difference in compare_streams(found, &nats.stream_config()) {
         tracing::warn!("{difference}; left as it is");
     }
+}
+
+/// Returns `true` while no promise breaks with this stream and this consumer.
+pub fn is_fit(stream: &stream::Config, consumer: &consumer::Config, nats: &NatsSettings) -> bool {
+    breaking(compare_streams(stream, &nats.stream_config())).is_empty()
+        && breaking(compare_consumers(consumer, stream)).is_empty()
+}
+
+/// Returns `true` for a stream that holds messages of others beside deliveries.
+pub fn is_shared(stream: &stream::Config) -> bool {
+    subjects_held(stream).any(|subject| !covers(SUBJECTS, subject))
+}
+
+/// The subjects that messages of the stream may have. What comes from other streams may have any.
+fn subjects_held(stream: &stream::Config) -> impl Iterator<Item = &str> {
+    let sourced = stream.sources.as_ref().is_some_and(|sources| !sources.is_empty());
+    stream.subjects.iter().map(String::as_str).chain(sourced.then_some(">"))
+}
+
+/// The subjects that a consumer is given.
+pub fn filters(consumer: &consumer::Config) -> Vec<&str> {
+    let one = Some(consumer.filter_subject.as_str()).filter(|filter| !filter.is_empty());
+    let filters: Vec<_> = one.into_iter().chain(consumer.filter_subjects.iter().map(String::as_str)).collect();
+    if filters.is_empty() { vec![">"] } else { filters }
 }
 
 /// Makes the durable consumer where it is missing, checks it where it is there, and mends its position where that is
@@ -218,13 +274,12 @@ pub async fn ensure_consumer(
         Err(error) => return Err(NotReady::Nats(format!("cannot look at stream {}: {error}", nats.stream))),
     };
     settle(compare_streams(&stream.cached_info().config, &nats.stream_config()))?;
-    let wanted = consumer_config();
     // Makes it, or takes it as it is: unlike CONSUMER.CREATE alone it never changes what is there.
     let consumer: PullConsumer = stream
-        .get_or_create_consumer(CONSUMER, wanted.clone())
+        .get_or_create_consumer(CONSUMER, consumer_config())
         .await
         .map_err(|error| NotReady::Nats(format!("cannot make or look at consumer {CONSUMER}: {error}")))?;
-    settle(compare_consumers(&consumer.cached_info().config, &wanted))?;
+    settle(compare_consumers(&consumer.cached_info().config, &stream.cached_info().config))?;
     let moved = mend_position(&stream, consumer.cached_info()).await?;
     Ok((stream, consumer, moved))
 }
@@ -236,39 +291,45 @@ pub fn lies_beyond(consumer: &consumer::Info, last_sequence: u64) -> bool {
     consumer.delivered.stream_sequence.max(consumer.ack_floor.stream_sequence) > last_sequence
 }
 
-/// Moves a consumer that lies beyond the stream's end back to it, or to what it has not acknowledged yet if that is
-/// earlier: what is delivered twice by this is known to the ledger. Whether it had to be moved.
+/// Moves a consumer that lies beyond the stream's end back to the stream's first message. Returns `true` where it did.
+///
+/// Nothing tells which messages came after the files went back in time: sequences are used again. So all are delivered
+/// again. The ledger knows those that are stored, which costs time and changes nothing. Where the stream has grown past
+/// the consumer's position before the first look, nothing can be seen here: the gateway publishes again what has no
+/// receipt.
 async fn mend_position(stream: &stream::Stream, consumer: &consumer::Info) -> Result<bool, NotReady> {
     let owner = &stream.cached_info().config.name;
     let failed = |error: &dyn fmt::Display| NotReady::Nats(format!("cannot look at stream {owner}: {error}"));
-    let last_sequence = stream.get_info().await.map_err(|error| failed(&error))?.state.last_sequence;
-    if !lies_beyond(consumer, last_sequence) {
+    let state = stream.get_info().await.map_err(|error| failed(&error))?.state;
+    if !lies_beyond(consumer, state.last_sequence) {
         return Ok(false);
     }
-    let next = consumer.ack_floor.stream_sequence.min(last_sequence) + 1;
+    let (was, next) = (consumer.delivered.stream_sequence, state.first_sequence.max(1));
     stream.reset_consumer(CONSUMER, Some(next)).await.map_err(|error| {
         NotReady::Nats(format!(
-            "consumer {CONSUMER} is at {} and stream {owner} ends at {last_sequence}; it cannot be reset ({error}). \
-             Delete it with the nats command: it is made again and reads the whole stream, of which the ledger knows \
-             what is stored",
-            consumer.delivered.stream_sequence
+            "consumer {CONSUMER} is at {was} and stream {owner} ends at {}; it cannot be reset ({error}). \
+             Delete it (`nats consumer rm {owner} {CONSUMER}`): it is made again and reads the whole stream, of which the \
+             ledger knows what is stored",
+            state.last_sequence
         ))
     })?;
     tracing::warn!(
-        was = consumer.delivered.stream_sequence,
-        stream_ends = last_sequence,
+        was,
+        stream_ends = state.last_sequence,
         next,
-        "the stream has gone back in time (an older copy of its files?); moved the consumer back, so that it skips none"
+        "the stream has gone back in time (an older copy of its files?); moved the consumer back: it reads all that the \
+         stream has, from sequence {next} on, and the ledger knows what is stored"
     );
     Ok(true)
 }
 
-pub(crate) fn consumer_config() -> pull::Config {
+fn consumer_config() -> pull::Config {
     pull::Config {
         durable_name: Some(CONSUMER.to_owned()),
         deliver_policy: DeliverPolicy::All,
         ack_policy: AckPolicy::Explicit,
         ack_wait: ACK_WAIT,
+        filter_subject: SUBJECTS.to_owned(),
         max_deliver: -1,
         max_ack_pending: MAX_ACK_PENDING,
         ..pull::Config::default()
@@ -281,84 +342,172 @@ pub(crate) fn is_missing(error: &GetStreamError) -> bool {
 
 /// Goes on where it is safe, having said what differs; refuses where a promise would break.
 fn settle(differences: Vec<Difference>) -> Result<(), NotReady> {
-    let (breaking, harmless): (Vec<_>, Vec<_>) = differences.into_iter().partition(|found| found.breaks.is_some());
-    for difference in harmless {
+    let breaking = breaking(differences.clone());
+    if !breaking.is_empty() {
+        return Err(NotReady::Unfit(breaking));
+    }
+    for difference in differences {
         tracing::warn!("{difference}; left as it is");
     }
-    if breaking.is_empty() { Ok(()) } else { Err(NotReady::Unfit(breaking)) }
+    Ok(())
+}
+
+/// Those that break a promise.
+fn breaking(mut differences: Vec<Difference>) -> Vec<Difference> {
+    differences.retain(|difference| matches!(difference.harm, Harm::Breaks(_)));
+    differences
 }
 
 /// Collects differences of one stream or consumer.
 struct Comparison {
     owner: String,
+    /// The command that changes a setting, without the flag.
+    edit: String,
     differences: Vec<Difference>,
 }
 
 impl Comparison {
-    fn of(owner: String) -> Self {
-        Comparison { owner, differences: Vec::new() }
+    fn of(owner: String, edit: String) -> Self {
+        Comparison { owner, edit, differences: Vec::new() }
     }
 
-    /// Notes a setting where `found` is not `wanted`.
+    /// Notes a setting where `found` is not `wanted`. `mend` is the flag that mends it, or a sentence.
     fn check<T: PartialEq + fmt::Debug>(
         &mut self,
         setting: &'static str,
         found: &T,
         wanted: &T,
-        breaks: Option<&'static str>,
+        harm: Harm,
+        mend: impl Into<String>,
     ) {
         if found != wanted {
-            let (owner, found, wanted) = (self.owner.clone(), format!("{found:?}"), format!("{wanted:?}"));
-            self.differences.push(Difference { owner, setting, found, wanted, breaks });
+            self.note(setting, format!("{found:?}"), format!("{wanted:?}"), harm, mend);
         }
     }
+
+    /// Notes a time that is not the wanted one.
+    fn check_time(&mut self, setting: &'static str, found: Duration, wanted: Duration, harm: Harm, flag: &str) {
+        if found != wanted {
+            let shown = |time| humantime::format_duration(time).to_string();
+            self.note(setting, shown(found), shown(wanted), harm, format!("{flag}={}", go_duration(wanted)));
+        }
+    }
+
+    /// Notes a difference.
+    fn note(&mut self, setting: &'static str, found: String, wanted: String, harm: Harm, mend: impl Into<String>) {
+        let mend = mend.into();
+        let mend = if mend.starts_with("--") { format!("`{} {mend}`", self.edit) } else { mend };
+        self.differences.push(Difference { owner: self.owner.clone(), setting, found, wanted, harm, mend });
+    }
+}
+
+/// A time as the nats command reads it.
+fn go_duration(time: Duration) -> String {
+    let seconds = time.as_secs();
+    if seconds > 0 && seconds.is_multiple_of(3600) { format!("{}h", seconds / 3600) } else { format!("{seconds}s") }
 }
 
 pub(crate) fn compare_streams(found: &stream::Config, wanted: &stream::Config) -> Vec<Difference> {
-    let mut comparison = Comparison::of(format!("stream {}", wanted.name));
-    let subject = &wanted.subjects[0];
-    if !found.subjects.iter().any(|pattern| covers(pattern, subject)) {
+    use Harm::{Breaks, Risk};
+    const ANOTHER: &str = "it cannot be changed: make a stream of another name, and set NATS_STREAM to that";
+    let edit = format!("nats stream edit {}", wanted.name);
+    let mut comparison = Comparison::of(format!("stream {}", wanted.name), edit);
+    if !found.subjects.iter().any(|pattern| covers(pattern, SUBJECTS)) {
         // One that takes some resources and not others is used for those; the rest is set aside by the gateway.
-        let takes_some = found.subjects.iter().any(|pattern| covers(subject, pattern));
-        let lost = (!takes_some).then_some("no delivery would be stored");
-        comparison.check("subjects", &found.subjects, &wanted.subjects, lost);
+        let takes_some = found.subjects.iter().any(|pattern| covers(SUBJECTS, pattern));
+        let harm = if takes_some { Harm::None } else { Breaks("no delivery would be stored") };
+        comparison.check("subjects", &found.subjects, &wanted.subjects, harm, format!("--subjects='{SUBJECTS}'"));
     }
-    let no_replay = Some("what is acknowledged would be deleted, and nothing could be replayed");
-    comparison.check("retention", &found.retention, &wanted.retention, no_replay);
-    comparison.check("storage", &found.storage, &wanted.storage, Some("a restart would lose what was accepted"));
-    comparison.check("discard", &found.discard, &wanted.discard, Some("a full stream would drop what nobody has read"));
-    comparison.check("no_ack", &found.no_ack, &wanted.no_ack, Some("nothing would say that a delivery is stored"));
-    comparison.check("sealed", &found.sealed, &wanted.sealed, Some("nothing more could be stored"));
-    comparison.check("mirror", &found.mirror.is_some(), &false, Some("a mirror takes no deliveries"));
-    comparison.check("replicas", &found.num_replicas, &wanted.num_replicas, None);
-    comparison.check("max_bytes", &found.max_bytes, &wanted.max_bytes, None);
-    comparison.check("max_age", &found.max_age, &wanted.max_age, None);
-    comparison.check("duplicate_window", &found.duplicate_window, &wanted.duplicate_window, None);
-    comparison.check("max_messages", &unlimited(found.max_messages), &-1, None);
-    // With discard `new` alone, a subject at its limit still drops its oldest message.
-    let drops = (!found.discard_new_per_subject).then_some("a full subject would drop what nobody has read");
-    comparison.check("max_messages_per_subject", &unlimited(found.max_messages_per_subject), &-1, drops);
-    comparison.check("max_message_size", &unlimited(found.max_message_size.into()), &-1, None);
+    let transform = found.subject_transform.as_ref().filter(|transform| overlap(&transform.source, SUBJECTS).is_some());
+    let elsewhere = Breaks("deliveries would be stored under other subjects");
+    comparison.check("subject_transform", &transform.map(|it| &it.destination), &None, elsewhere, "--no-transform");
+    let no_replay = Breaks("what is acknowledged would be deleted, and nothing could be replayed");
+    let retention = if found.retention == RetentionPolicy::WorkQueue { ANOTHER } else { "--retention=limits" };
+    comparison.check("retention", &found.retention, &wanted.retention, no_replay, retention);
+    let forgets = Breaks("a restart would lose what was accepted");
+    comparison.check("storage", &found.storage, &wanted.storage, forgets, ANOTHER);
+    let drops = Breaks("a full stream would drop what nobody has read");
+    comparison.check("discard", &found.discard, &wanted.discard, drops, "--discard=new");
+    let silent = Breaks("nothing would say that a delivery is stored");
+    comparison.check("no_ack", &found.no_ack, &wanted.no_ack, silent, "--ack");
+    comparison.check("sealed", &found.sealed, &wanted.sealed, Breaks("nothing more could be stored"), ANOTHER);
+    let mirror = found.mirror.is_some();
+    comparison.check("mirror", &mirror, &false, Breaks("a mirror takes no deliveries"), ANOTHER);
+    // The server keeps this limit by dropping the oldest, whatever `discard` says about the other limits.
+    let (harm, flags) = match found.discard_new_per_subject {
+        false => (Breaks("it would drop what no worker has read"), "--max-msgs-per-subject=-1"),
+        true => (
+            Risk("it takes no more of a resource that has as many, and workers make room only for the whole stream"),
+            "--no-discard-per-subject --max-msgs-per-subject=-1",
+        ),
+    };
+    comparison.check("max_messages_per_subject", &unlimited(found.max_messages_per_subject), &-1, harm, flags);
+    let short = !found.max_age.is_zero() && found.max_age < MAX_AGE_LEAST;
+    let harm = if short { Risk("what waits longer for PostgreSQL is dropped") } else { Harm::None };
+    let wanted_age = if short { wanted.max_age.max(MAX_AGE_LEAST) } else { wanted.max_age };
+    comparison.check_time("max_age", found.max_age, wanted_age, harm, "--max-age");
+    let stays_full = Risk("workers cannot make room: once it is full, it takes nothing until messages reach max_age");
+    comparison.check("deny_purge", &found.deny_purge, &wanted.deny_purge, stays_full, ANOTHER);
+    let unwritten = Risk("it confirms what is not written yet, which a crash of the server loses");
+    let is_async = found.persist_mode == Some(PersistenceMode::Async);
+    comparison.check("persist_mode async", &is_async, &false, unwritten, ANOTHER);
+    let rollup = Risk("a message with the header Nats-Rollup removes what no worker has read");
+    comparison.check("allow_rollup", &found.allow_rollup, &wanted.allow_rollup, rollup, "--no-allow-rollup");
+    let (replicas, bytes) = (wanted.num_replicas, wanted.max_bytes);
+    comparison.check("replicas", &found.num_replicas, &replicas, Harm::None, format!("--replicas={replicas}"));
+    comparison.check("max_bytes", &found.max_bytes, &bytes, Harm::None, format!("--max-bytes={bytes}"));
+    let window = (found.duplicate_window, wanted.duplicate_window);
+    comparison.check_time("duplicate_window", window.0, window.1, Harm::None, "--dupe-window");
+    comparison.check("max_messages", &unlimited(found.max_messages), &-1, Harm::None, "--max-msgs=-1");
+    let size = unlimited(found.max_message_size.into());
+    comparison.check("max_message_size", &size, &-1, Harm::None, "--max-msg-size=-1");
     comparison.differences
 }
 
-pub(crate) fn compare_consumers(found: &consumer::Config, wanted: &pull::Config) -> Vec<Difference> {
-    let mut comparison = Comparison::of(format!("consumer {CONSUMER}"));
-    let skips = Some("it would skip deliveries");
-    comparison.check("deliver_policy", &found.deliver_policy, &wanted.deliver_policy, skips);
-    comparison.check("filter_subject", &found.filter_subject, &wanted.filter_subject, skips);
-    comparison.check("filter_subjects", &found.filter_subjects, &wanted.filter_subjects, skips);
-    let unconfirmed = Some("a delivery could be lost with the worker that holds it");
-    comparison.check("ack_policy", &found.ack_policy, &wanted.ack_policy, unconfirmed);
-    let stops = Some("it would silently stop delivering what failed that often");
-    comparison.check("max_deliver", &found.max_deliver, &wanted.max_deliver, stops);
-    comparison.check("headers_only", &found.headers_only, &wanted.headers_only, Some("bodies would not arrive"));
-    comparison.check("push", &found.deliver_subject.is_some(), &false, Some("workers pull"));
-    comparison.check("ack_wait", &found.ack_wait, &wanted.ack_wait, None);
-    comparison.check("backoff", &found.backoff, &wanted.backoff, None);
-    comparison.check("max_ack_pending", &found.max_ack_pending, &wanted.max_ack_pending, None);
-    comparison.check("replay_policy", &found.replay_policy, &ReplayPolicy::Instant, None);
-    comparison.check("inactive_threshold", &found.inactive_threshold, &wanted.inactive_threshold, None);
+/// Compares a consumer of `stream` with the one that workers make.
+pub(crate) fn compare_consumers(found: &consumer::Config, stream: &stream::Config) -> Vec<Difference> {
+    use Harm::Breaks;
+    let wanted = consumer_config();
+    let mut comparison =
+        Comparison::of(format!("consumer {CONSUMER}"), format!("nats consumer edit {} {CONSUMER}", stream.name));
+    let anew = format!(
+        "`nats consumer rm {} {CONSUMER}`; a worker makes it again and reads the whole stream, of which the ledger knows \
+         what is stored",
+        stream.name
+    );
+    let skips = Breaks("it would skip deliveries");
+    comparison.check("deliver_policy", &found.deliver_policy, &wanted.deliver_policy, skips, &anew);
+    let (filters, only_ours) = (filters(found), format!("--filter '{SUBJECTS}'"));
+    let others = |filter: &&str| {
+        let given = subjects_held(stream).filter_map(|subject| overlap(filter, subject));
+        given.into_iter().any(|subject| !covers(SUBJECTS, &subject))
+    };
+    let shown = || format!("'{}'", filters.join(", "));
+    if !filters.iter().any(|filter| covers(filter, SUBJECTS)) {
+        comparison.note("filter", shown(), format!("'{SUBJECTS}'"), skips, only_ours);
+    } else if filters.iter().any(others) {
+        let foreign = Breaks("messages that are none of Sentry's would become signals");
+        comparison.note("filter", shown(), format!("'{SUBJECTS}'"), foreign, only_ours);
+    }
+    let unconfirmed = Breaks("a delivery could be lost with the worker that holds it");
+    comparison.check("ack_policy", &found.ack_policy, &wanted.ack_policy, unconfirmed, &anew);
+    let stops = Breaks("it would silently stop delivering what failed that often");
+    comparison.check("max_deliver", &found.max_deliver, &wanted.max_deliver, stops, "--max-deliver=-1");
+    let bodiless = Breaks("bodies would not arrive");
+    comparison.check("headers_only", &found.headers_only, &wanted.headers_only, bodiless, "--no-headers-only");
+    comparison.check("push", &found.deliver_subject.is_some(), &false, Breaks("workers pull"), &anew);
+    let groups = Breaks("it gives nothing to workers, which name no group");
+    comparison.check("priority_policy", &found.priority_policy, &wanted.priority_policy, groups, &anew);
+    comparison.check_time("ack_wait", found.ack_wait, wanted.ack_wait, Harm::None, "--wait");
+    comparison.check("backoff", &found.backoff, &wanted.backoff, Harm::None, "--backoff=none");
+    let most = wanted.max_ack_pending;
+    comparison.check("max_ack_pending", &found.max_ack_pending, &most, Harm::None, format!("--max-pending={most}"));
+    comparison.check("replay_policy", &found.replay_policy, &ReplayPolicy::Instant, Harm::None, &anew);
+    comparison.check_time("inactive_threshold", found.inactive_threshold, Duration::ZERO, Harm::None, &anew);
+    // Workers hold their requests to these.
+    comparison.check("max_batch", &found.max_batch, &0, Harm::None, &anew);
+    comparison.check("max_bytes", &found.max_bytes, &0, Harm::None, &anew);
+    comparison.check_time("max_expires", found.max_expires, Duration::ZERO, Harm::None, &anew);
     comparison.differences
 }
 
@@ -380,9 +529,40 @@ pub fn covers(pattern: &str, inner: &str) -> bool {
     }
 }
 
+/// The subjects that match both patterns, as a pattern; `None` where there is no such subject.
+pub fn overlap(one: &str, other: &str) -> Option<String> {
+    let (mut one, mut other) = (one.split('.'), other.split('.'));
+    let mut tokens = Vec::new();
+    loop {
+        match (one.next(), other.next()) {
+            (None, None) => return Some(tokens.join(".")),
+            (Some(">"), Some(token)) => {
+                return Some(tokens.into_iter().chain([token]).chain(other).collect::<Vec<_>>().join("."));
+            }
+            (Some(token), Some(">")) => {
+                return Some(tokens.into_iter().chain([token]).chain(one).collect::<Vec<_>>().join("."));
+            }
+            (Some("*"), Some(token)) => tokens.push(token),
+            (Some(token), Some(same)) if same == "*" || same == token => tokens.push(token),
+            _ => return None,
+        }
+    }
+}
+
 /// Attempts something until it works: at once, then with jittered backoff up to five seconds, without end. Says what it
 /// waits for when that changes, and keeps the state under `name` in `readiness`.
-pub async fn until_ready<T, E, F>(name: &'static str, readiness: &Readiness, mut attempt: impl FnMut() -> F) -> T
+pub async fn until_ready<T, E, F>(name: &'static str, readiness: &Readiness, attempt: impl FnMut() -> F) -> T
+where
+    E: fmt::Display,
+    F: Future<Output = Result<T, E>>,
+{
+    let ready = until_done(name, readiness, attempt).await;
+    readiness.set(name, Ok("ready".into()));
+    ready
+}
+
+/// The same, where the caller says whether all is well then.
+pub async fn until_done<T, E, F>(name: &'static str, readiness: &Readiness, mut attempt: impl FnMut() -> F) -> T
 where
     E: fmt::Display,
     F: Future<Output = Result<T, E>>,
@@ -402,7 +582,6 @@ where
         told = error;
     };
     let ready = (move || attempt()).retry(backoff).notify(note).await;
-    readiness.set(name, Ok("ready".into()));
     ready.unwrap_or_else(|_| unreachable!("a retry without a limit ends only in success"))
 }
 
@@ -426,24 +605,90 @@ mod tests {
     #[test]
     fn what_breaks_a_promise_is_told_from_what_does_not() {
         let wanted = wanted();
-        let breaks = |found: stream::Config| {
-            let differences = compare_streams(&found, &wanted);
+        let one = |found: stream::Config| {
+            let mut differences = compare_streams(&found, &wanted);
             assert_eq!(differences.len(), 1, "{differences:?}");
-            differences[0].breaks.is_some()
+            differences.remove(0)
         };
+        let breaks = |found| matches!(one(found).harm, Harm::Breaks(_));
+        let risks = |found| matches!(one(found).harm, Harm::Risk(_));
+        let harmless = |found| one(found).harm == Harm::None;
         let base = || wanted.clone();
         assert!(breaks(stream::Config { retention: RetentionPolicy::WorkQueue, ..base() }));
         assert!(breaks(stream::Config { storage: StorageType::Memory, ..base() }));
         assert!(breaks(stream::Config { discard: DiscardPolicy::Old, ..base() }));
         assert!(breaks(stream::Config { subjects: vec!["elsewhere.>".into()], ..base() }));
-        assert!(!breaks(stream::Config { subjects: vec!["signals.sentry.issue".into()], ..base() }));
         assert!(breaks(stream::Config { no_ack: true, ..base() }));
-        let per_subject = stream::Config { max_messages_per_subject: 1, ..base() };
-        assert!(breaks(per_subject.clone()));
-        assert!(!breaks(stream::Config { discard_new_per_subject: true, ..per_subject }));
-        assert!(!breaks(stream::Config { max_bytes: 1, ..base() }));
-        assert!(!breaks(stream::Config { num_replicas: 3, ..base() }));
-        assert!(!breaks(stream::Config { max_message_size: 1, ..base() }));
+        assert!(breaks(stream::Config { max_messages_per_subject: 1, ..base() }));
+        let moved = stream::SubjectTransform { source: "signals.>".into(), destination: "elsewhere.>".into() };
+        assert!(breaks(stream::Config { subject_transform: Some(moved), ..base() }));
+        let per_subject = stream::Config { max_messages_per_subject: 1, discard_new_per_subject: true, ..base() };
+        assert!(risks(per_subject));
+        assert!(risks(stream::Config { max_age: Duration::from_secs(3_600), ..base() }));
+        assert!(risks(stream::Config { deny_purge: true, ..base() }));
+        assert!(risks(stream::Config { persist_mode: Some(PersistenceMode::Async), ..base() }));
+        assert!(risks(stream::Config { allow_rollup: true, ..base() }));
+        assert!(harmless(stream::Config { subjects: vec!["signals.sentry.issue".into()], ..base() }));
+        assert!(harmless(stream::Config { max_age: Duration::ZERO, ..base() }));
+        assert!(harmless(stream::Config { max_bytes: 1, ..base() }));
+        assert!(harmless(stream::Config { max_messages: 1, ..base() }));
+        assert!(harmless(stream::Config { num_replicas: 3, ..base() }));
+        assert!(harmless(stream::Config { max_message_size: 1, ..base() }));
+        let told = one(stream::Config { max_age: Duration::from_secs(3_600), ..base() }).to_string();
+        assert!(told.contains("max_age 1h,") && told.ends_with("`nats stream edit SIGNALS --max-age=720h`"), "{told}");
+    }
+
+    #[test]
+    fn a_consumer_that_is_given_what_others_wrote_is_unfit() {
+        let unfit = |filters: &[&str], subjects: &[&str]| {
+            let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
+            let found = consumer::Config {
+                filter_subjects: owned(filters),
+                ..consumer::IntoConsumerConfig::into_consumer_config(consumer_config())
+            };
+            let found = consumer::Config { filter_subject: String::new(), ..found };
+            let differences = compare_consumers(&found, &stream::Config { subjects: owned(subjects), ..wanted() });
+            assert!(differences.iter().all(|difference| difference.setting == "filter"), "{differences:?}");
+            !differences.is_empty()
+        };
+        for good in [&["signals.sentry.*"][..], &["signals.sentry.*", "signals.sentry.issue"]] {
+            for stream in ["signals.sentry.*", "signals.sentry.issue", "signals.>", ">"] {
+                assert!(!unfit(good, &[stream]), "{good:?} {stream}");
+            }
+        }
+        assert!(!unfit(&[], &["signals.sentry.*"]), "a stream of Sentry's alone needs no filter");
+        assert!(!unfit(&[], &["signals.sentry.issue", "signals.sentry.error"]));
+        assert!(!unfit(&["signals.*.*"], &["signals.sentry.*"]));
+        assert!(!unfit(&["signals.*.*"], &["signals.sentry.*", "logs.>"]), "it is given none of the others");
+        assert!(unfit(&[], &["signals.>"]));
+        assert!(unfit(&[], &["signals.sentry.*", "logs.>"]));
+        assert!(unfit(&["signals.sentry.>"], &["signals.>"]));
+        assert!(unfit(&["signals.sentry.issue"], &["signals.sentry.*"]), "it would skip the others");
+    }
+
+    #[test]
+    fn patterns_overlap_in_what_matches_both() {
+        for (one, other, both) in [
+            ("a.*", "a.b", Some("a.b")),
+            ("a.>", "*.b.*", Some("a.b.*")),
+            (">", "a.*", Some("a.*")),
+            ("*.*", "a.>", Some("a.*")),
+            ("a.>", "a.>", Some("a.>")),
+            ("a.b", "a.c", None),
+            ("a.>", "a", None),
+            ("a.*", "a.b.c", None),
+        ] {
+            assert_eq!(overlap(one, other).as_deref(), both, "{one} {other}");
+            assert_eq!(overlap(other, one).as_deref(), both, "{other} {one}");
+        }
+    }
+
+    #[test]
+    fn replicas_are_an_odd_number() {
+        for (text, is_good) in [("1", true), ("2", false), ("3", true), ("4", false), ("5", true), ("7", false)] {
+            let lookup = |variable: &str| (variable == "NATS_REPLICAS").then(|| text.to_owned());
+            assert_eq!(NatsSettings::read(&mut settings::Reader::new(&lookup)).is_some(), is_good, "{text}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use async_nats::jetstream::consumer::pull;
+use async_nats::jetstream::consumer::{PriorityPolicy, PullConsumer, pull};
 use async_nats::jetstream::{AckKind, stream};
 use futures_util::StreamExt as _;
 use futures_util::future::join_all;
@@ -81,6 +81,31 @@ async fn a_consumer_beyond_the_streams_end_skips_nothing() {
     post_and_store(&world).await;
     world.all_acknowledged().await;
     assert_eq!(world.value::<i64>("SELECT count(*) FROM signals").await, 3);
+}
+
+#[tokio::test]
+async fn what_was_published_before_a_consumer_was_moved_back_is_not_skipped() {
+    let mut world = setup().start().await;
+    for _ in 0..3 {
+        post_and_store(&world).await;
+    }
+    world.all_acknowledged().await;
+    world.workers[0].kill().await;
+    // A stream of earlier files takes new deliveries before any worker looks.
+    stream(&world).await.reset_consumer("worker", Some(1_000)).await.unwrap();
+    let mut ids = Vec::new();
+    for _ in 0..3 {
+        ids.push(world.post(fixture!("issue_created")).await.accepted());
+    }
+    world.on_stream(6).await;
+    world.workers[0].start_again();
+    for id in &ids {
+        world.stored(id).await;
+    }
+    world.all_acknowledged().await;
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM signals").await, 6);
+    let log = world.workers[0].log();
+    assert!(log.contains("the stream has gone back in time") && log.contains("from sequence 1"), "{log}");
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -290,6 +315,119 @@ async fn deliveries_that_others_hold_and_let_nobody_else_have_are_told() {
         world.stored(id).await;
     }
     world.workers[0].ready().await;
+}
+
+/// Kills the worker, replaces the consumer by one with these settings, and starts the worker again.
+async fn with_consumer(world: &mut World, config: pull::Config) {
+    world.workers[0].kill().await;
+    let stream = stream(world).await;
+    stream.delete_consumer("worker").await.unwrap();
+    let config = pull::Config { durable_name: Some("worker".into()), max_ack_pending: 16_384, ..config };
+    stream.create_consumer(config).await.unwrap();
+    world.workers[0].start_again();
+}
+
+#[tokio::test]
+async fn limits_of_the_consumer_on_requests_are_held_to_and_told() {
+    let mut world = setup().start().await;
+    let limits = pull::Config {
+        filter_subject: "signals.sentry.*".into(),
+        max_batch: 10,
+        max_expires: Duration::from_millis(200),
+        max_bytes: 100_000,
+        ..pull::Config::default()
+    };
+    with_consumer(&mut world, limits).await;
+    let mut ids = Vec::new();
+    for _ in 0..30 {
+        ids.push(world.post(fixture!("issue_created")).await.accepted());
+    }
+    // Larger than one request may ask for.
+    let large = format!(r#"{{"action":"created","filling":"{}"}}"#, "x".repeat(1 << 20));
+    ids.push(world.post(large).await.accepted());
+    ids.push(world.post(fixture!("issue_created")).await.accepted());
+    for id in &ids {
+        world.stored(id).await;
+    }
+    world.all_acknowledged().await;
+    world.workers[0].ready().await;
+    assert_eq!(begun_anew(&world), 0, "{}", world.workers[0].log());
+    let (log, check) = (world.workers[0].log(), world.worker(&["check"]).await);
+    for limit in ["max_batch 10", "max_expires 200ms", "max_bytes 100000"] {
+        assert!(log.contains(limit) && check.out.contains(limit), "{limit} in {log} and in {check:?}");
+    }
+    assert_eq!(check.code, Some(0), "{check:?}");
+}
+
+#[tokio::test]
+async fn a_consumer_that_refuses_every_request_is_told_for_as_long_as_deliveries_wait() {
+    // Requests for messages go where nobody hears them. The look at the consumer still works.
+    let mappings = r#"mappings = { "$JS.API.CONSUMER.MSG.NEXT.SIGNALS.worker": "nobody.hears.this" }"#;
+    let world = setup().nats(|options| options.extra = mappings.into()).launch().await;
+    world.gateway.ready().await;
+    world.post(fixture!("issue_created")).await.accepted();
+    eventually("the worker to tell", || async {
+        let answer = world.workers[0].ops("/readyz").await;
+        (answer.status == 503 && answer.json().to_string().contains("none has moved")).then_some(())
+    })
+    .await;
+    // It goes on telling, whatever begins anew meanwhile.
+    let sessions = async || world.workers[0].metric(r#"worker_retries_total{class="nats_pull"}"#).await;
+    let before = sessions().await;
+    eventually("a few more sessions", || async {
+        assert_eq!(world.workers[0].ops("/readyz").await.status, 503);
+        (sessions().await > before + 5.0).then_some(())
+    })
+    .await;
+    assert_eq!(world.workers[0].ops("/healthz").await.status, 200, "it is alive: a restart would mend nothing");
+}
+
+#[tokio::test]
+async fn a_consumer_that_wants_groups_is_named_and_not_used() {
+    let mut world = setup().start().await;
+    let groups = pull::Config {
+        filter_subject: "signals.sentry.*".into(),
+        priority_policy: PriorityPolicy::PinnedClient,
+        priority_groups: vec!["a".into()],
+        ..pull::Config::default()
+    };
+    with_consumer(&mut world, groups).await;
+    eventually("the worker to tell", || async {
+        let answer = world.workers[0].ops("/readyz").await;
+        (answer.status == 503 && answer.json().to_string().contains("priority_policy")).then_some(())
+    })
+    .await;
+}
+
+/// A consumer's `backoff` takes the place of its ack wait, delivery by delivery.
+#[tokio::test]
+async fn a_batch_that_is_held_is_not_redelivered_by_a_consumer_with_a_backoff() {
+    let mut world = setup().start().await;
+    let backoff = vec![Duration::from_secs(60), Duration::from_secs(9)];
+    let config = pull::Config { filter_subject: "signals.sentry.*".into(), backoff, ..pull::Config::default() };
+    world.workers[0].kill().await;
+    world.execute("BEGIN; LOCK TABLE issues IN SHARE MODE").await; // it can be read, and nothing can be stored
+    with_consumer(&mut world, config).await;
+    world.workers[0].kill().await;
+    let id = world.post(fixture!("issue_created")).await.accepted();
+    world.on_stream(1).await;
+    // Another client takes the first delivery and hands it back. The second has nine seconds.
+    let consumer: PullConsumer = stream(&world).await.get_consumer("worker").await.unwrap();
+    let mut first = consumer.batch().max_messages(1).expires(Duration::from_secs(5)).messages().await.unwrap();
+    let message = first.next().await.unwrap().unwrap();
+    message.ack_with(AckKind::Nak(None)).await.unwrap();
+    let spy = async_nats::connect(world.nats.url()).await.unwrap();
+    let mut acks = spy.subscribe("$JS.ACK.SIGNALS.worker.>").await.unwrap();
+    spy.flush().await.unwrap();
+    world.workers[0].start_again();
+    for _ in 0..5 {
+        let progress = tokio::time::timeout(Duration::from_secs(60), acks.next()).await;
+        let progress = progress.expect("progress is told three times in nine seconds").unwrap();
+        assert_eq!(&progress.payload[..], b"+WPI", "{progress:?}");
+        assert!(progress.subject.starts_with("$JS.ACK.SIGNALS.worker.2."), "the second delivery still: {progress:?}");
+    }
+    world.execute("ROLLBACK").await;
+    world.stored(&id).await;
 }
 
 #[tokio::test]

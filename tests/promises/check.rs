@@ -328,7 +328,7 @@ const WORKER_RIGHTS: [&str; 11] = [
     "$JS.API.STREAM.MSG.GET.SIGNALS",
     "$JS.API.STREAM.PURGE.SIGNALS",
     "$JS.API.CONSUMER.INFO.SIGNALS.worker",
-    "$JS.API.CONSUMER.CREATE.SIGNALS.worker",
+    "$JS.API.CONSUMER.CREATE.SIGNALS.worker.signals.sentry.*",
     "$JS.API.CONSUMER.MSG.NEXT.SIGNALS.worker",
     "$JS.ACK.*.*.SIGNALS.worker.>",
     "$JS.API.CONSUMER.RESET.SIGNALS.worker",

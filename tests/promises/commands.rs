@@ -1,10 +1,15 @@
 //! The commands tell the state of things, say clearly what is wrong with how they were called, and end when they are told
 //! to.
 
+use std::time::Duration;
+
+use async_nats::jetstream::AckKind;
+use async_nats::jetstream::consumer::PullConsumer;
+use futures_util::StreamExt as _;
 use nix::sys::signal::Signal;
 use shared::delivery::Delivery;
 use shared::receipt::ReceiptTo;
-use world::{Running, World, eventually};
+use world::{RawClient, Running, Setup, World, eventually};
 
 use crate::load::post;
 use crate::{fixture, setup};
@@ -175,4 +180,110 @@ async fn a_wrong_call_is_64_and_a_server_that_is_away_is_2() {
         assert_eq!(ran.code, Some(2), "{away:?}: {ran:?}");
         assert!(ran.err.contains(&format!("worker {}: ", away[0])), "{away:?}: {ran:?}");
     }
+}
+
+/// One message is with a worker, and its neighbours are acknowledged: those cannot be pending, too.
+#[tokio::test]
+async fn an_audit_beside_a_held_message_tells_what_is_missing_above_it() {
+    let mut world = setup().start().await;
+    world.workers[0].kill().await;
+    let mut ids = Vec::new();
+    for _ in 0..41 {
+        ids.push(world.post(fixture!("issue_created")).await.accepted());
+    }
+    world.on_stream(41).await;
+    let stream = world.jetstream().await.get_stream("SIGNALS").await.unwrap();
+    let consumer: PullConsumer = stream.get_consumer("worker").await.unwrap();
+    let mut held = consumer.batch().max_messages(1).expires(Duration::from_secs(5)).messages().await.unwrap();
+    let held = held.next().await.unwrap().unwrap();
+    world.workers[0].start_again();
+    let others = async || {
+        held.ack_with(AckKind::Progress).await.unwrap();
+        let info = stream.consumer_info("worker").await.unwrap();
+        (info.num_pending == 0 && info.num_ack_pending == 1 && info.ack_floor.stream_sequence == 0).then_some(())
+    };
+    eventually("the others to be acknowledged", others).await;
+    world.workers[0].kill().await;
+    let audit = world.worker(&["audit", "--json"]).await;
+    assert_eq!((audit.code, &audit.json()["pending"]), (Some(0), &1.into()), "{audit:?}");
+    world.execute("TRUNCATE ingest.deliveries, signals, issues").await;
+    // One more that no worker has been given.
+    world.post(fixture!("issue_created")).await.accepted();
+    world.on_stream(42).await;
+    held.ack_with(AckKind::Progress).await.unwrap();
+
+    let audit = world.worker(&["audit", "--json"]).await;
+    let counts = audit.json();
+    let number = |what: &str| counts[what].as_u64().unwrap();
+    assert_eq!((audit.code, ["messages", "pending", "missing"].map(number)), (Some(1), [42, 2, 40]), "{counts}");
+    assert_eq!(counts["missing_among_first"][0]["delivery_id"], ids[0].as_str(), "{counts}");
+    let audit = world.worker(&["audit"]).await;
+    assert!(audit.out.contains("40 of these 41") && audit.out.contains(&ids[1]), "{audit:?}");
+    assert!(audit.out.contains("worker replay --from-seq 1"), "{audit:?}");
+}
+
+/// A broker on which any client may do everything but publish to these subjects.
+fn denying(setup: Setup, subjects: &str) -> Setup {
+    let denied = format!(
+        "authorization {{ users = [ {{ user: all, password: all, permissions: {{ publish: {{ deny: [{subjects}] }} }} }} ] }}
+        no_auth_user: all"
+    );
+    setup.nats(|options| options.extra = denied)
+}
+
+#[tokio::test]
+async fn a_status_that_may_fetch_no_message_says_so_and_not_that_nothing_is_pending() {
+    let world = denying(setup(), r#""$JS.API.STREAM.MSG.GET.>""#).start().await;
+    world.workers[0].kill().await;
+    world.post(fixture!("issue_created")).await.accepted();
+    world.on_stream(1).await;
+    let status = world.worker(&["status"]).await;
+    let named = |said: &str| said.contains("may not publish to $JS.API.STREAM.MSG.GET.SIGNALS");
+    assert!(named(&status.out) && !status.out.contains("nothing pending"), "{status:?}");
+    let status = world.worker(&["status", "--json"]).await.json();
+    assert!(named(status["nats"]["consumer"]["oldest_pending_error"].as_str().unwrap()), "{status}");
+
+    // A reader fetches singly what the client library cannot read.
+    RawClient::connect(world.nats.port())
+        .await
+        .publish("signals.sentry.issue", b"NATS/1.0\r\nbad\r\n\r\n", b"{}")
+        .await;
+    world.on_stream(2).await;
+    for command in [&["audit"][..], &["replay", "--dry-run"]] {
+        let ran = world.worker(command).await;
+        assert!(ran.code == Some(2) && named(&ran.err), "{command:?}: {ran:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_command_that_may_make_no_consumer_names_the_right_that_it_lacks() {
+    let world = denying(setup().workers(0), r#""$JS.API.CONSUMER.CREATE.>""#).start().await;
+    assert_eq!(world.worker(&["migrate"]).await.code, Some(0));
+    world.post(fixture!("issue_created")).await.accepted();
+    world.on_stream(1).await;
+    for command in [&["audit"][..], &["replay"], &["replay", "--dry-run"]] {
+        let ran = world.worker(command).await;
+        let named = ran.err.contains("may not publish to $JS.API.CONSUMER.CREATE.SIGNALS");
+        assert!(ran.code == Some(2) && named && !ran.err.contains("timed out"), "{command:?}: {ran:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_last_hour_is_counted_without_reading_the_whole_ledger() {
+    let world = setup().workers(0).start().await;
+    assert_eq!(world.worker(&["migrate"]).await.code, Some(0));
+    world
+        .execute(
+            "INSERT INTO ingest.deliveries (delivery_id, state, severity, stream_sequence, stored_at)
+                 SELECT 'd' || n, 'stored', 'high', n, now() - (200001 - n) * interval '1 minute'
+                 FROM generate_series(1, 200000) AS n",
+        )
+        .await;
+    world.execute("VACUUM ANALYZE ingest.deliveries").await;
+    let status = world.worker(&["status", "--json"]).await;
+    assert_eq!(status.json()["postgresql"]["stored_in_the_last_hour"]["high"], 59, "{status:?}");
+    let counted = "EXPLAIN SELECT count(*) FILTER (WHERE severity = 'high') FROM ingest.deliveries
+        WHERE state = 'stored' AND stored_at > now() - interval '1 hour'";
+    let plan: Vec<String> = world.query(counted, &[]).await.iter().map(|row| row.get(0)).collect();
+    assert!(plan.iter().any(|line| line.contains("deliveries_stored_at")), "{plan:#?}");
 }

@@ -1,7 +1,9 @@
 //! A stream or consumer that is there already is used as it is, or not at all; never changed.
 
+use std::time::Duration;
+
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
-use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy};
+use async_nats::jetstream::stream::{Config, DiscardPolicy, PersistenceMode, RetentionPolicy};
 use world::{Post, World, eventually};
 
 use crate::load::post;
@@ -156,4 +158,96 @@ async fn a_consumer_that_would_skip_is_named_and_not_used_until_it_is_mended() {
     assert_eq!(stream.consumer_info("worker").await.unwrap().delivered.stream_sequence, 0, "nothing was pulled");
     stream.delete_consumer("worker").await.unwrap();
     world.stored(&id).await;
+}
+
+/// The check `name` of `/readyz`: its status, degraded or not, and the detail.
+async fn check(program: &world::Program, name: &str) -> Option<(u16, bool, String)> {
+    let answer = program.ops("/readyz").await;
+    let list = answer.json();
+    let check = list.as_array()?.iter().find(|check| check["name"] == name)?.clone();
+    Some((answer.status, check["degraded"] == true, check["detail"].as_str()?.to_owned()))
+}
+
+/// Waits until gateway and worker tell this of the check, with that status.
+async fn both_tell(world: &World, check_name: &str, degraded: bool, words: &[&str]) {
+    for program in [&world.gateway, &world.workers[0]] {
+        eventually(&format!("{words:?} in {check_name}"), || async {
+            let (_, is, detail) = check(program, check_name).await?;
+            (is == degraded && words.iter().all(|word| detail.contains(word))).then_some(())
+        })
+        .await;
+    }
+}
+
+/// Limits by which a stream drops what no worker has read, or by which it fills and stays full.
+#[tokio::test]
+async fn limits_that_endanger_a_promise_are_degraded_and_named_with_the_command_that_mends_them() {
+    let world = setup().start().await;
+    let jetstream = world.jetstream().await;
+    let stream = eventually("the stream", || async { jetstream.get_stream("SIGNALS").await.ok() }).await;
+    let good = stream.cached_info().config.clone();
+    both_tell(&world, "stream_settings", false, &["ready"]).await;
+    let risky = [
+        (
+            Config { max_age: Duration::from_secs(3_600), ..good.clone() },
+            ["max_age 1h", "nats stream edit SIGNALS --max-age=720h"],
+        ),
+        (Config { allow_rollup: true, ..good.clone() }, ["allow_rollup", "nats stream edit SIGNALS --no-allow-rollup"]),
+        (
+            Config { max_messages_per_subject: 9, discard_new_per_subject: true, ..good.clone() },
+            [
+                "max_messages_per_subject 9",
+                "nats stream edit SIGNALS --no-discard-per-subject --max-msgs-per-subject=-1",
+            ],
+        ),
+    ];
+    for (config, words) in risky {
+        jetstream.update_stream(config).await.unwrap();
+        both_tell(&world, "stream_settings", true, &words).await;
+        world.gateway.ready().await;
+        world.workers[0].ready().await;
+        let (worker, (code, gateway, _)) =
+            (world.worker(&["check"]).await, world.gateway_command_async(&["check"]).await);
+        for (of, said) in [(worker.code, &worker.out), (code, &gateway)] {
+            assert_eq!(of, Some(0), "a warning: {said}");
+            assert!(said.contains(words[1]), "{words:?} in {said}");
+        }
+        jetstream.update_stream(good.clone()).await.unwrap();
+        both_tell(&world, "stream_settings", false, &["ready"]).await;
+    }
+    // Two that cannot be taken back; the second only comes with a new stream.
+    jetstream.update_stream(Config { deny_purge: true, ..good.clone() }).await.unwrap();
+    both_tell(&world, "stream_settings", true, &["deny_purge", "NATS_STREAM"]).await;
+    jetstream.delete_stream("SIGNALS").await.unwrap();
+    let async_writes = Config { persist_mode: Some(PersistenceMode::Async), ..good };
+    if jetstream.create_stream(async_writes).await.is_ok() {
+        // Otherwise the gateway was quicker and has made the stream: the unit test has this one, too.
+        both_tell(&world, "stream_settings", true, &["persist_mode", "NATS_STREAM"]).await;
+    }
+}
+
+#[tokio::test]
+async fn a_stream_that_drops_the_oldest_of_a_subject_is_not_used_until_it_is_mended() {
+    let world = setup().gateway("GATEWAY_CONFIRM_AFTER", "1s").start().await;
+    let jetstream = world.jetstream().await;
+    let stream = eventually("the stream", || async { jetstream.get_stream("SIGNALS").await.ok() }).await;
+    let good = stream.cached_info().config.clone();
+    // Although it refuses what is new when it is full.
+    jetstream.update_stream(Config { max_messages_per_subject: 9, ..good.clone() }).await.unwrap();
+    let words = ["max_messages_per_subject 9", "nats stream edit SIGNALS --max-msgs-per-subject=-1"];
+    for (program, name) in [(&world.gateway, "stream"), (&world.workers[0], "consumer")] {
+        eventually("both to say what is wrong", || async {
+            let (_, _, detail) = check(program, name).await?;
+            words.iter().all(|word| detail.contains(word)).then_some(())
+        })
+        .await;
+    }
+    let mut ids = Vec::new();
+    for _ in 0..20 {
+        ids.push(world.post(fixture!("issue_created")).await.accepted()); // safe in the journal
+    }
+    jetstream.update_stream(good).await.unwrap();
+    for id in &ids {
+        world.stored(id).await;
+    }
 }

@@ -3,14 +3,21 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
+use shared::hostile::StoredMessage;
 use tokio::task::JoinSet;
-use world::{Post, eventually};
+use world::{Post, World, eventually};
 
-use crate::setup;
+use crate::wider_stream::{FOREIGN, messages, publish_foreign, widen};
+use crate::{fixture, setup};
 
 /// `bytes` in bodies of 16 KB through a stream that holds `limit`, with a worker that stores nothing until it is full.
-async fn lag_and_catch_up(limit: u64, bytes: u64) {
+/// The messages of others, of which `foreign` are there before, stay.
+async fn lag_and_catch_up(limit: u64, bytes: u64, foreign: usize) {
     let world = setup().gateway("NATS_MAX_BYTES", &limit.to_string()).start().await;
+    if foreign > 0 {
+        widen(&world).await;
+        publish_foreign(&world, foreign).await;
+    }
     let (mut locker, connection) = tokio_postgres::connect(&world.database_url, tokio_postgres::NoTls).await.unwrap();
     tokio::spawn(connection);
     let lock = locker.transaction().await.unwrap();
@@ -37,7 +44,10 @@ async fn lag_and_catch_up(limit: u64, bytes: u64) {
     eventually("the stream to be full for a while", async || {
         let state = stream.get_info().await.unwrap().state;
         // 0: nothing has arrived yet.
-        assert!(state.first_sequence <= 1, "nothing is acknowledged, so nothing is purged: {state:?}");
+        assert!(
+            state.first_sequence <= 1 && state.messages == state.last_sequence,
+            "nothing is acknowledged, so nothing is purged: {state:?}"
+        );
         if state.bytes > limit / 100 * 95 && full.get().is_none() {
             full.set(Some(Instant::now()));
         }
@@ -51,9 +61,13 @@ async fn lag_and_catch_up(limit: u64, bytes: u64) {
     while !senders.is_empty() {
         assert!(freed.elapsed() < Duration::from_secs(300), "the senders are not done: {} are left", senders.len());
         // Looked at in this order, no message that is gone can have been unread.
-        let first = stream.get_info().await.unwrap().state.first_sequence;
+        let first = first_delivery(&world).await;
         let acknowledged = stream.consumer_info("worker").await.unwrap().ack_floor.stream_sequence;
-        assert!(first <= acknowledged + 1, "{first} is the oldest, {acknowledged} the last that was acknowledged");
+        let kept = acknowledged.max(foreign as u64) + 1; // the messages of others come first
+        assert!(
+            first == u64::MAX || first <= kept,
+            "{first} is the oldest, {acknowledged} the last that was acknowledged"
+        );
         if let Ok(Some(sent)) = tokio::time::timeout(Duration::from_millis(20), senders.join_next()).await {
             sent.unwrap();
         }
@@ -66,16 +80,88 @@ async fn lag_and_catch_up(limit: u64, bytes: u64) {
     .await;
     let state = stream.get_info().await.unwrap().state;
     assert!(state.bytes > limit / 100 * 55, "history is not cut deeper than it has to be: {state:?}");
+    assert_eq!(messages(&stream, FOREIGN).await, foreign, "what others wrote stays");
+}
+
+/// The sequence of the first delivery on the stream.
+async fn first_delivery(world: &World) -> u64 {
+    let first = StoredMessage::first(&world.jetstream().await, "SIGNALS", "signals.sentry.*", 1).await.unwrap();
+    first.map_or(u64::MAX, |message| message.sequence)
 }
 
 #[tokio::test]
 async fn a_full_stream_loses_nothing_unread_and_takes_deliveries_again_by_itself() {
-    lag_and_catch_up(4 << 20, 16 << 20).await;
+    lag_and_catch_up(4 << 20, 16 << 20, 0).await;
+}
+
+#[tokio::test]
+async fn a_full_stream_that_holds_messages_of_others_makes_room_from_deliveries_alone() {
+    lag_and_catch_up(4 << 20, 8 << 20, 50).await;
 }
 
 /// `cargo test -p tests a_full_stream_under_many_times_its_size -- --ignored`
 #[tokio::test]
 #[ignore = "takes minutes"]
 async fn a_full_stream_under_many_times_its_size() {
-    lag_and_catch_up(64 << 20, 500 << 20).await;
+    lag_and_catch_up(64 << 20, 500 << 20, 0).await;
+}
+
+/// Posts one body of 16 KB until it is accepted. Its id.
+async fn post_16_kb(world: &World) -> String {
+    let post = Post::signed(format!(r#"{{"action":"created","x":"{}"}}"#, "x".repeat(16_000)));
+    eventually("a 202", || async { Some(post.send(world.port()).await).filter(|answer| answer.status == 202) })
+        .await
+        .accepted()
+}
+
+/// No worker can ask PostgreSQL for the lock, so all of them purge: up to what is acknowledged, and no further.
+#[tokio::test]
+async fn several_workers_make_room_while_postgresql_is_down_and_never_take_what_is_unread() {
+    let limit = 4_u64 << 20;
+    let setup = setup().own_postgres().workers(3).gateway("NATS_MAX_BYTES", &limit.to_string());
+    let mut world = setup.start().await;
+    let mut ids = Vec::new();
+    for _ in 0..190 {
+        ids.push(post_16_kb(&world).await); // 75 %: nothing is purged yet
+    }
+    world.on_stream(190).await;
+    world.all_acknowledged().await;
+    world.postgres.as_ref().unwrap().kill().await;
+    for _ in 0..40 {
+        ids.push(post_16_kb(&world).await); // above 80 %
+    }
+    let stream = world.jetstream().await.get_stream("SIGNALS").await.unwrap();
+    eventually("room", async || {
+        let state = stream.get_info().await.unwrap().state;
+        assert!(state.first_sequence <= 191, "what is unread stays: {state:?}");
+        (state.last_sequence == 230 && state.bytes <= limit / 100 * 80 && state.first_sequence > 1).then_some(())
+    })
+    .await;
+    world.postgres.as_mut().unwrap().start_again().await.unwrap();
+    world.connect_sql().await;
+    for id in &ids {
+        world.stored(id).await;
+    }
+    world.all_acknowledged().await;
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM signals").await, 230);
+}
+
+#[tokio::test]
+async fn a_stream_that_is_limited_by_a_number_of_messages_takes_deliveries_again_by_itself() {
+    let world = setup().start().await;
+    let jetstream = world.jetstream().await;
+    let stream = eventually("the stream", || async { jetstream.get_stream("SIGNALS").await.ok() }).await;
+    let mut config = stream.cached_info().config.clone();
+    config.max_messages = 100;
+    jetstream.update_stream(config).await.unwrap();
+    let mut ids = Vec::new();
+    for _ in 0..250 {
+        ids.push(world.post(fixture!("error_created")).await.accepted());
+    }
+    for id in &ids {
+        world.stored(id).await;
+    }
+    world.all_acknowledged().await;
+    eventually("room", async || (stream.get_info().await.unwrap().state.messages <= 80).then_some(())).await;
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM signals").await, 250);
 }

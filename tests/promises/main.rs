@@ -35,6 +35,7 @@ mod store;
 mod tls;
 mod trace;
 mod trust;
+mod wider_stream;
 mod worker_outages;
 
 use world::{Binaries, Setup};

@@ -3,9 +3,13 @@
 //! A delivery counts once, by the message that it was stored from; another message with the same id (published again
 //! for want of a receipt, say) is a repeat. So the lines of the result add up to the messages read.
 //!
-//! The consumer's position is read first and the ledger afterwards: a worker acknowledges only what it has committed,
-//! so what was acknowledged then and is not in the ledger now is missing, and cannot have been on its way. Above the
-//! position up to which everything is acknowledged, a message without a ledger row is pending.
+//! The span is fixed first, then the consumer is looked at, then the ledger. A worker acknowledges only what it has
+//! committed: what was acknowledged then and is not in the ledger now is missing. The consumer tells three parts of the
+//! stream apart:
+//! - Up to its ack floor everything is acknowledged. A message without a ledger row is missing.
+//! - Beyond what it has delivered nothing is acknowledged. A message without a ledger row is pending.
+//! - In between it tells only how many messages are not acknowledged. At most as many can be pending; if more are without
+//!   a ledger row, the others are missing. The consumer does not tell which.
 //!
 //! Whole messages are read: a consumer that leaves the bodies out makes nats-server 2.15 panic over a header block of one
 //! byte. Only counts are kept, besides the ids that are named and 16 bytes for each delivery that
@@ -37,7 +41,7 @@ const NAMED: usize = 20;
 
 const AFTER_HELP: &str = "\
 stored      both rows are there (also where Loop has marked the issue as deleted)
-pending     not acknowledged by the consumer yet; a worker will store it
+pending     not acknowledged yet; a worker will store it
 missing     acknowledged, and not in the ledger: `worker replay` brings it back
 repeats     further messages of a delivery that is counted above
 Exit codes: 0 nothing is missing; 1 something is; 2 it could not be found out; 64 wrong arguments; 130 interrupted.";
@@ -59,10 +63,10 @@ pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result
     let name = &config.nats.stream;
     let stream = link.current().context.get_stream(name).await;
     let stream = stream.with_context(|| format!("cannot look at stream {name}"))?;
-    let floor = acknowledged(&stream).await?;
     let reading = Reading::open(link, name, &span).await?;
+    let consumer = Position::of(&stream).await?;
     let named = if matches.get_flag("verbose") { usize::MAX } else { NAMED };
-    let mut audit = Audit { floor, named, ..Audit::default() };
+    let mut audit = Audit { consumer, named, ..Audit::default() };
     let mut progress = Progress::new(reading.total);
     Box::pin(audit.all(&store, reading, &mut progress)).await?;
     let pace = progress.pace();
@@ -73,15 +77,32 @@ pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result
             print(&format!("read {} messages of stream {name} in {pace}\n{}", count(audit.messages), audit.text()))?;
         }
     }
-    Ok(if audit.missing.count == 0 { Ending::Well } else { Ending::LookAtIt })
+    Ok(if audit.missing() == 0 { Ending::Well } else { Ending::LookAtIt })
 }
 
-/// Up to which sequence the consumer has acknowledged everything: 0 where there is no consumer.
-async fn acknowledged(stream: &Stream) -> anyhow::Result<u64> {
-    match stream.consumer_info(CONSUMER).await {
-        Ok(info) => Ok(info.ack_floor.stream_sequence),
-        Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => Ok(0),
-        Err(error) => Err(error).with_context(|| format!("cannot look at consumer {CONSUMER}")),
+/// How far the consumer is.
+#[derive(Debug, Default)]
+struct Position {
+    /// Everything up to this sequence is acknowledged.
+    floor: u64,
+    /// Nothing beyond this sequence was delivered.
+    delivered: u64,
+    /// Number of messages between the two that are not acknowledged.
+    unacknowledged: u64,
+}
+
+impl Position {
+    /// Of the consumer of `stream`: at the very beginning where there is none.
+    async fn of(stream: &Stream) -> anyhow::Result<Position> {
+        match stream.consumer_info(CONSUMER).await {
+            Ok(info) => Ok(Position {
+                floor: info.ack_floor.stream_sequence,
+                delivered: info.delivered.stream_sequence,
+                unacknowledged: info.num_ack_pending as u64,
+            }),
+            Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => Ok(Position::default()),
+            Err(error) => Err(error).with_context(|| format!("cannot look at consumer {CONSUMER}")),
+        }
     }
 }
 
@@ -96,17 +117,21 @@ struct Noted {
 /// What was counted so far.
 #[derive(Debug, Default)]
 struct Audit {
-    floor: u64,
+    consumer: Position,
     /// How many ids of a kind are kept.
     named: usize,
     messages: u64,
     stored: u64,
-    pending: u64,
+    /// Not delivered yet.
+    undelivered: u64,
     dead: u64,
     discarded: u64,
     repeats: u64,
     deleted: Noted,
+    /// Missing for certain.
     missing: Noted,
+    /// Between the consumer's floor and what it has delivered: pending or missing.
+    unsettled: Noted,
     /// What is not in the ledger.
     unknown: HashSet<u128>,
 }
@@ -138,7 +163,10 @@ impl Audit {
         let Some(known) = known else {
             match self.unknown.insert(fingerprint(&id)) {
                 false => self.repeats += 1,
-                true if sequence > self.floor => self.pending += 1,
+                true if sequence > self.consumer.delivered => self.undelivered += 1,
+                true if sequence > self.consumer.floor => {
+                    self.unsettled.note(self.named, (sequence, id, received()));
+                }
                 true => self.missing.note(self.named, (sequence, id, received())),
             }
             return;
@@ -155,15 +183,24 @@ impl Audit {
         }
     }
 
+    /// How many of the unsettled must be missing: more cannot be pending than the consumer says.
+    fn missing_among(&self) -> u64 {
+        self.unsettled.count.saturating_sub(self.consumer.unacknowledged)
+    }
+
+    fn missing(&self) -> u64 {
+        self.missing.count + self.missing_among()
+    }
+
     /// What is counted, in the order in which it is told.
     fn lines(&self) -> [(&'static str, u64); 7] {
         [
             ("stored", self.stored),
-            ("pending", self.pending),
+            ("pending", self.undelivered + self.unsettled.count - self.missing_among()),
             ("dead letters", self.dead),
             ("discarded", self.discarded),
             ("deleted by a user", self.deleted.count),
-            ("missing", self.missing.count),
+            ("missing", self.missing()),
             ("repeats", self.repeats),
         ]
     }
@@ -171,20 +208,16 @@ impl Audit {
     fn text(&self) -> String {
         let mut text: String =
             self.lines().iter().map(|(name, number)| format!("{:>12}  {name}\n", count(*number))).collect();
-        for (name, noted) in [("deleted by a user", &self.deleted), ("missing", &self.missing)] {
-            if noted.count > 0 {
-                text += &format!("\n{name} (sequence, delivery, received at):\n");
-            }
-            for (sequence, id, received_at) in &noted.first {
-                text += &format!("{sequence:>12}  {}  {}\n", printable(id), show_time(*received_at));
-            }
-            let more = noted.count.saturating_sub(noted.first.len() as u64);
-            if more > 0 {
-                text += &format!("              and {} more; --verbose names them all\n", count(more));
-            }
+        text += &self.deleted.text("deleted by a user");
+        text += &self.missing.text("missing");
+        if self.missing_among() > 0 {
+            let (missing, all) = (count(self.missing_among()), count(self.unsettled.count));
+            text +=
+                &self.unsettled.text(&format!("missing are {missing} of these {all}; the others are with a worker"));
         }
-        if self.missing.count > 0 {
-            let first = self.missing.first.first().map_or(1, |(sequence, ..)| *sequence);
+        if self.missing() > 0 {
+            let among = self.unsettled.first.first().filter(|_| self.missing_among() > 0);
+            let first = self.missing.first.first().or(among).map_or(1, |(sequence, ..)| *sequence);
             text += &format!("\n`worker replay --from-seq {first}` stores what is missing.\n");
         }
         text
@@ -194,7 +227,10 @@ impl Audit {
         let mut object: serde_json::Map<String, Value> =
             self.lines().iter().map(|(name, number)| (name.replace(' ', "_"), json!(number))).collect();
         object.insert("messages".into(), json!(self.messages));
-        for (name, noted) in [("deleted_first", &self.deleted), ("missing_first", &self.missing)] {
+        let among = if self.missing_among() > 0 { &self.unsettled } else { &Noted::default() };
+        let noted =
+            [("deleted_first", &self.deleted), ("missing_first", &self.missing), ("missing_among_first", among)];
+        for (name, noted) in noted {
             let list = noted.first.iter().map(|(sequence, id, received_at)| {
                 json!({ "stream_sequence": sequence, "delivery_id": id, "received_at": show_time(*received_at) })
             });
@@ -210,6 +246,22 @@ impl Noted {
         if self.first.len() < most {
             self.first.push(one);
         }
+    }
+
+    /// The first of them under a heading; nothing where there is none.
+    fn text(&self, heading: &str) -> String {
+        if self.count == 0 {
+            return String::new();
+        }
+        let mut text = format!("\n{heading} (sequence, delivery, received at):\n");
+        for (sequence, id, received_at) in &self.first {
+            text += &format!("{sequence:>12}  {}  {}\n", printable(id), show_time(*received_at));
+        }
+        let more = self.count.saturating_sub(self.first.len() as u64);
+        if more > 0 {
+            text += &format!("              and {} more; --verbose names them all\n", count(more));
+        }
+        text
     }
 }
 
@@ -229,17 +281,24 @@ mod tests {
             (5, "c", Some(known(Fate::Dead, 5))),
             (6, "d", Some(known(Fate::Discarded, 6))),
             (7, "e", Some(known(Fate::Deleted, 7))),
-            (8, "f", None), // above the floor
+            (8, "f", None), // delivered, above the floor
             (9, "f", None),
+            (10, "g", None),
+            (11, "h", None), // not delivered
         ];
-        let mut audit = Audit { floor: 7, named: 1, ..Audit::default() };
+        let consumer = Position { floor: 7, delivered: 10, unacknowledged: 1 };
+        let mut audit = Audit { consumer, named: 1, ..Audit::default() };
         for (sequence, id, known) in &ledger {
             audit.count(*sequence, (*id).to_owned(), || OffsetDateTime::UNIX_EPOCH, known.as_ref());
         }
         let counts = audit.lines().map(|(_, number)| number);
-        assert_eq!(counts, [1, 1, 1, 1, 1, 1, 3]);
+        assert_eq!(counts, [1, 2, 1, 1, 1, 2, 3]);
         assert_eq!(counts.iter().sum::<u64>(), audit.messages);
-        assert!(audit.text().contains("worker replay --from-seq 2"), "{}", audit.text());
+        let text = audit.text();
+        assert!(text.contains("worker replay --from-seq 2") && text.contains("missing are 1 of these 2"), "{text}");
         assert_eq!(audit.json()["missing_first"][0]["delivery_id"], "b");
+        assert_eq!(audit.json()["missing_among_first"][0]["delivery_id"], "f");
+        audit.consumer.unacknowledged = 2;
+        assert_eq!(audit.lines().map(|(_, number)| number), [1, 3, 1, 1, 1, 1, 3], "all of them may be with a worker");
     }
 }

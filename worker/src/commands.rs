@@ -44,6 +44,8 @@ const CONNECTIONS: usize = 4;
 const WIND_UP: Duration = Duration::from_millis(500);
 /// The exit code of a command that was interrupted.
 pub const EX_INTERRUPTED: u8 = 130;
+/// The connection to NATS. A client that is dropped reports its connection as lost; this one lasts as long as the process.
+static LINK: OnceLock<Link> = OnceLock::new();
 
 /// How a command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,7 +93,7 @@ pub async fn execute(arguments: &ArgMatches, config: &Config, interruption: &Can
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             // Nothing is left to be told when even stderr is gone.
-            let _ = writeln!(std::io::stderr(), "worker {name}: {}", printable_lines(&format!("{error:#}")));
+            let _ = writeln!(std::io::stderr(), "worker {name}: {}", printable_lines(&words(&error)));
             ExitCode::from(2)
         }
     })
@@ -113,6 +115,16 @@ pub async fn until_interrupted<T>(interruption: &CancellationToken, command: imp
     }
 }
 
+/// An error for people. A request to NATS that this login may not send ends in a time-out: then the right is named.
+pub(crate) fn words(error: &anyhow::Error) -> String {
+    let denied = LINK.get().map(|link| link.current().denied()).unwrap_or_default();
+    let all = format!("{error:#}");
+    if denied.is_empty() || !all.contains("timed out") {
+        return all;
+    }
+    format!("{error}: this login may not publish to {}, says NATS", denied.join(", "))
+}
+
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
     io.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
@@ -131,8 +143,6 @@ pub(crate) async fn link(config: &Config) -> anyhow::Result<&'static Link> {
             Ok(Ok(_)) | Err(_) => bail!("NATS does not answer within {CONNECT_WITHIN:?}; NATS_URL says where it is"),
         },
     }
-    // A client that is dropped reports the connection as lost. This one lasts as long as the process.
-    static LINK: OnceLock<Link> = OnceLock::new();
     Ok(LINK.get_or_init(|| link))
 }
 

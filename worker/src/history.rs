@@ -1,103 +1,205 @@
 //! History: what was acknowledged stays in the stream for replays, for as long as there is room.
 //!
-//! The stream refuses what is new when it is full, rather than drop what nobody has read. So somebody has to make room:
-//! above 80 % of the stream's `max_bytes` the oldest messages are purged, down to 70 %, but never one that the consumer
-//! has not acknowledged. Only one worker does it at a time, the one that gets an advisory lock; that saves work and is
-//! no more than that. Two that purge at once, or a worker that cannot ask PostgreSQL for the lock, do no harm: each
-//! purges up to a sequence that was acknowledged, and purging that twice changes nothing.
+//! The stream refuses what is new when it is full, rather than drop what nobody has read. So workers make room:
+//! above 80 % of a limit of the stream (bytes or messages) the oldest deliveries are purged, down to 70 %, but never one
+//! that the consumer has not acknowledged. Only one worker does it at a time, the one that gets an advisory lock; that
+//! saves work and is no more than that. Two that purge at once, or a worker that cannot ask PostgreSQL for the lock, do
+//! no harm: each purges up to a sequence that was acknowledged, and purging that twice changes nothing.
+//!
+//! A stream may hold subjects of others, and others may read deliveries there. Then only deliveries are purged, and none
+//! that a consumer of the others has not read. A consumer that stands still keeps the stream full: the log names it.
 
 use std::time::Duration;
 
-use async_nats::jetstream::stream::{Info, State, Stream};
-use shared::stream::{CONSUMER, lies_beyond};
+use anyhow::Context as _;
+use async_nats::jetstream::stream::{Config, Info, State, Stream};
+use futures_util::TryStreamExt as _;
+use shared::hostile::StoredMessage;
+use shared::stream::{CONSUMER, SUBJECTS, filters, is_shared, lies_beyond, overlap};
 use tokio::time::sleep;
 
 use crate::metrics::Metrics;
-use crate::pull::Database;
+use crate::pull::{Database, Session};
 use crate::store::{SEARCH_PATH, Store, StoreError, within};
 
 /// How often the stream's size is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// Above this, in hundredths of `max_bytes`, room is made ...
+/// Above this, in hundredths of a limit, room is made ...
 const HIGH: u64 = 80;
 /// ... down to this.
 const LOW: u64 = 70;
+/// Most bytes in one purge, by the average size. The server looks at each message's subject, and takes none meanwhile.
+const STEP_BYTES: u64 = 64 << 20;
 /// The advisory lock of whoever purges (the bytes of "loophist").
 const LOCK: i64 = 0x6c6f_6f70_6869_7374;
 
 /// Makes room whenever it is needed. Never returns.
-pub async fn keep_room(stream: &Stream, store: &Store, database: &Database) {
+pub async fn keep_room(stream: &Stream, session: &Session, store: &Store, database: &Database) {
+    let room = Room { stream, session, metrics: database.metrics() };
+    let mut told = String::new();
     loop {
         sleep(LOOK_EVERY).await;
         let Ok(info) = stream.get_info().await else { continue }; // NATS is away: nothing to do
-        if !is_above(&info.state, info.config.max_bytes, HIGH) {
+        if !is_above(&info.state, &info.config, HIGH) {
+            told.clear();
             continue;
         }
-        if !database.is_up() {
-            make_room(stream, database.metrics()).await;
-        } else if let Err(error) = make_room_alone(stream, store, database.metrics()).await {
-            tracing::debug!("history waits for the lock: {error}");
+        let made = match database.is_up() {
+            false => room.make().await,
+            true => room.make_alone(store).await,
+        };
+        let Err(error) = made else { continue };
+        let error = format!("{error:#}");
+        if error != told {
+            tracing::warn!(stream = info.config.name, "cannot make room in the stream: {error}");
+            told = error;
         }
     }
 }
 
-/// The same, where no other worker is doing it. The lock goes with its transaction, so it also works behind a
-/// connection pooler, and a worker that dies holds it no longer than PostgreSQL needs to notice.
-async fn make_room_alone(stream: &Stream, store: &Store, metrics: &Metrics) -> Result<(), StoreError> {
-    let mut client = store.client().await?;
-    let tx = within(client.transaction()).await?;
-    within(tx.batch_execute(SEARCH_PATH)).await?;
-    let mine = within(tx.query_one("SELECT pg_try_advisory_xact_lock($1)", &[&LOCK])).await?;
-    if mine.try_get(0).map_err(|err| StoreError::from_sql(&err))? {
-        make_room(stream, metrics).await;
-    }
-    within(tx.rollback()).await
+/// What room is made in, and by whom.
+struct Room<'a> {
+    stream: &'a Stream,
+    session: &'a Session,
+    metrics: &'a Metrics,
 }
 
-/// Purges in small steps, looking again before each, until there is room or all that is left is unread.
-async fn make_room(stream: &Stream, metrics: &Metrics) {
-    let mut purged = 0;
-    loop {
-        // In this order: what was acknowledged before the stream was looked at lies in the stream that is seen.
-        let Ok(consumer) = stream.consumer_info(CONSUMER).await else { break };
-        let Ok(Info { state, config, .. }) = stream.get_info().await else { break };
-        if lies_beyond(&consumer, state.last_sequence) {
-            break; // its position is of another stream, and says nothing of what was read in this one
-        }
-        let Some(keep_from) = cut(&state, config.max_bytes, consumer.ack_floor.stream_sequence) else { break };
-        match stream.purge().sequence(keep_from).await {
-            Ok(done) => {
-                purged += done.purged;
-                metrics.purged(done.purged);
-            }
+impl Room<'_> {
+    /// Makes room where no other worker is doing it. The lock goes with its transaction, so it also works behind a
+    /// connection pooler, and a worker that dies holds it no longer than PostgreSQL needs to notice.
+    async fn make_alone(&self, store: &Store) -> anyhow::Result<()> {
+        let locked = async {
+            let mut client = store.client().await?;
+            let tx = within(client.transaction()).await?;
+            within(tx.batch_execute(SEARCH_PATH)).await?;
+            let mine = within(tx.query_one("SELECT pg_try_advisory_xact_lock($1)", &[&LOCK])).await?;
+            let made = match mine.try_get(0).map_err(|err| StoreError::from_sql(&err))? {
+                true => self.make().await,
+                false => Ok(()),
+            };
+            within(tx.rollback()).await?;
+            Ok::<_, StoreError>(made)
+        };
+        match locked.await {
+            Ok(made) => made,
             Err(error) => {
-                tracing::warn!(stream = config.name, "cannot purge history: {error}");
+                tracing::debug!("history waits for the lock: {error}");
+                Ok(())
+            }
+        }
+    }
+
+    /// Purges in small steps, looking again before each, until there is room or all that is left is unread.
+    ///
+    /// # Errors
+    /// Something that only an operator mends keeps the stream full.
+    async fn make(&self) -> anyhow::Result<()> {
+        let mut purged = 0;
+        let ended = loop {
+            match self.step().await {
+                Ok(0) => break Ok(()),
+                Ok(more) => purged += more,
+                Err(error) => break Err(error),
+            }
+        };
+        self.metrics.purged(purged);
+        if purged > 0 {
+            tracing::info!(messages = purged, "made room in the stream: purged the oldest of what is acknowledged");
+        }
+        ended
+    }
+
+    /// One step: the number of messages that are purged.
+    async fn step(&self) -> anyhow::Result<u64> {
+        // In this order: what was acknowledged before the stream was looked at lies in the stream that is seen.
+        let Ok(consumer) = self.stream.consumer_info(CONSUMER).await else { return Ok(0) };
+        let Ok(Info { state, config, .. }) = self.stream.get_info().await else { return Ok(0) };
+        if lies_beyond(&consumer, state.last_sequence) {
+            return Ok(0); // its position is of another stream, and says nothing of what was read in this one
+        }
+        let acknowledged = consumer.ack_floor.stream_sequence;
+        let (mut first, others) = match is_shared(&config) {
+            false => (state.first_sequence, None),
+            true => (self.first_delivery(&config).await?, self.first_unread_by_others(&state).await?),
+        };
+        let unread = others.as_ref().map_or(u64::MAX, |(_, sequence)| *sequence);
+        loop {
+            let Some(keep_from) = cut(&state, &config, first, unread.min(acknowledged + 1)) else { break };
+            let done =
+                self.stream.purge().sequence(keep_from).filter(SUBJECTS).await.context("cannot purge history")?;
+            if done.purged > 0 {
+                return Ok(done.purged);
+            }
+            // Others once wrote into the stream, and their messages come first.
+            let delivery = self.first_delivery(&config).await?;
+            if delivery <= first {
                 break;
             }
+            first = delivery;
+        }
+        match others.filter(|_| cut(&state, &config, first, acknowledged + 1).is_some()) {
+            Some((name, _)) => anyhow::bail!(
+                "consumer {name} has not read the oldest deliveries; let it read, or delete it (`nats consumer rm {} {name}`)",
+                config.name
+            ),
+            None => Ok(0),
         }
     }
-    if purged > 0 {
-        tracing::info!(messages = purged, "made room in the stream: purged the oldest of what is acknowledged");
+
+    /// The sequence of the first delivery in a stream that begins with messages of others.
+    async fn first_delivery(&self, config: &Config) -> anyhow::Result<u64> {
+        let first = StoredMessage::first(self.session.context(), &config.name, SUBJECTS, 1).await?;
+        Ok(first.map_or(u64::MAX, |message| message.sequence))
+    }
+
+    /// The first delivery that a consumer of the others may not have read, and the consumer.
+    async fn first_unread_by_others(&self, state: &State) -> anyhow::Result<Option<(String, u64)>> {
+        if state.consumer_count <= 1 {
+            return Ok(None); // that one is ours
+        }
+        let consumers = self.stream.consumers().try_collect::<Vec<_>>().await.with_context(|| {
+            let stream = &self.stream.cached_info().config.name;
+            format!(
+                "cannot see how far other consumers have read (the right to publish to $JS.API.CONSUMER.LIST.{stream})"
+            )
+        })?;
+        let behind = consumers.into_iter().filter(|consumer| {
+            consumer.name != CONSUMER
+                && (consumer.num_pending > 0 || consumer.num_ack_pending > 0)
+                && filters(&consumer.config).iter().any(|filter| overlap(filter, SUBJECTS).is_some())
+        });
+        let first = behind.min_by_key(|consumer| consumer.ack_floor.stream_sequence);
+        Ok(first.map(|consumer| (consumer.name, consumer.ack_floor.stream_sequence + 1)))
     }
 }
 
-fn is_above(state: &State, max_bytes: i64, percent: u64) -> bool {
-    // No limit is written as 0 or -1.
-    u64::try_from(max_bytes).is_ok_and(|limit| limit > 0 && state.bytes / percent >= limit.div_ceil(100))
+fn is_above(state: &State, config: &Config, percent: u64) -> bool {
+    is_over(state.bytes, config.max_bytes, percent) || is_over(state.messages, config.max_messages, percent)
 }
 
-/// The sequence below which to purge now; `None` where there is room, or nothing more that may go. A quarter of what
-/// the average size promises, because the oldest may be larger than the average, and history is not to be cut deeper
-/// than it has to be.
-fn cut(state: &State, max_bytes: i64, acknowledged: u64) -> Option<u64> {
-    if !is_above(state, max_bytes, LOW) {
+fn is_over(used: u64, limit: i64, percent: u64) -> bool {
+    // No limit is written as 0 or -1.
+    u64::try_from(limit)
+        .is_ok_and(|limit| limit > 0 && u128::from(used) * 100 >= u128::from(limit) * u128::from(percent))
+}
+
+/// The sequence below which to purge now; `None` where there is room, or nothing more that may go. `first` is the first
+/// delivery, and `unread` the first that stays in any case. A quarter of what the average size promises, because the
+/// oldest may be larger than the average, and history is not to be cut deeper than it has to be.
+fn cut(state: &State, config: &Config, first: u64, unread: u64) -> Option<u64> {
+    if !is_above(state, config, LOW) {
         return None;
     }
-    let target = u64::try_from(max_bytes).ok()? / 100 * LOW;
+    let above = |used: u64, limit: i64| match u64::try_from(limit) {
+        Ok(limit) if limit > 0 => used.saturating_sub(limit / 100 * LOW),
+        _ => 0,
+    };
     let average = (state.bytes / state.messages.max(1)).max(1);
-    let oldest = state.bytes.saturating_sub(target) / average / 4 + 1;
-    let keep_from = (state.first_sequence + oldest).min(acknowledged + 1);
-    (keep_from > state.first_sequence).then_some(keep_from)
+    let messages = above(state.bytes, config.max_bytes) / average;
+    let oldest = messages.max(above(state.messages, config.max_messages)) / 4 + 1;
+    let oldest = oldest.min(STEP_BYTES / average + 1);
+    let keep_from = first.saturating_add(oldest).min(unread);
+    (keep_from > first).then_some(keep_from)
 }
 
 #[cfg(test)]
@@ -114,32 +216,60 @@ mod tests {
         .unwrap()
     }
 
+    fn limited(max_bytes: i64, max_messages: i64) -> Config {
+        Config { max_bytes, max_messages, ..Config::default() }
+    }
+
     #[test]
     fn room_is_made_only_where_there_is_a_limit_that_is_near() {
         let full = state(1, 100, 10_000);
-        for (max_bytes, high, low) in [(-1, false, false), (0, false, false), (1_000_000, false, false)] {
-            assert_eq!((is_above(&full, max_bytes, HIGH), cut(&full, max_bytes, 100).is_some()), (high, low));
+        let (above, room) =
+            (|config: &Config| is_above(&full, config, HIGH), |config: &Config| cut(&full, config, 1, 101).is_some());
+        for none in [limited(-1, -1), limited(0, 0), limited(1_000_000, 1_000)] {
+            assert!(!above(&none) && !room(&none), "{none:?}");
         }
-        assert!(is_above(&full, 10_000, HIGH) && is_above(&full, 12_500, HIGH) && !is_above(&full, 12_600, HIGH));
-        assert!(cut(&full, 14_000, 100).is_some() && cut(&full, 14_300, 100).is_none());
+        for near in [limited(10_000, -1), limited(12_500, -1), limited(-1, 100), limited(0, 125)] {
+            assert!(above(&near) && room(&near), "{near:?}");
+        }
+        for between in [limited(12_600, -1), limited(14_000, -1), limited(-1, 140)] {
+            assert!(!above(&between) && room(&between), "{between:?}");
+        }
+        assert!(!room(&limited(14_300, 143)));
     }
 
     #[test]
     fn what_is_unread_is_never_purged() {
         for acknowledged in 0..=120 {
-            let kept_from = cut(&state(51, 100, 10_000), 10_000, acknowledged);
-            assert!(kept_from.is_none_or(|from| from <= acknowledged + 1 && from > 51), "{acknowledged} {kept_from:?}");
-            assert_eq!(kept_from.is_some(), acknowledged >= 51);
+            for config in [limited(10_000, -1), limited(-1, 100)] {
+                let kept_from = cut(&state(51, 100, 10_000), &config, 51, acknowledged + 1);
+                assert!(kept_from.is_none_or(|from| from <= acknowledged + 1 && from > 51), "{kept_from:?}");
+                assert_eq!(kept_from.is_some(), acknowledged >= 51);
+            }
         }
     }
 
     #[test]
     fn steps_of_even_messages_end_just_below_the_mark() {
-        let (mut first, mut left) = (1, 1000);
-        while let Some(keep_from) = cut(&state(first, left, left * 10), 10_000, 1000) {
-            left -= keep_from - first;
-            first = keep_from;
+        for config in [limited(10_000, -1), limited(-1, 1_000)] {
+            let (mut first, mut left) = (1, 1000);
+            while let Some(keep_from) = cut(&state(first, left, left * 10), &config, first, 1001) {
+                left -= keep_from - first;
+                first = keep_from;
+            }
+            assert!((690..=700).contains(&left), "{left}");
         }
-        assert!((690..=700).contains(&left), "{left}");
+    }
+
+    #[test]
+    fn one_step_holds_the_server_up_for_moments_only() {
+        let (gigabyte, limit) = (1 << 30, limited(10 << 30, -1));
+        let full = state(1, 1_000_000, 10 * gigabyte);
+        let messages = cut(&full, &limit, 1, u64::MAX).unwrap() - 1;
+        assert!((1..=64 << 20).contains(&(messages * 10 * gigabyte / 1_000_000 - 10_737)), "{messages}");
+    }
+
+    #[test]
+    fn a_stream_without_a_delivery_has_nothing_to_purge() {
+        assert_eq!(cut(&state(1, 100, 10_000), &limited(10_000, -1), u64::MAX, 101), None);
     }
 }

@@ -32,7 +32,7 @@ use futures_util::future::join_all;
 use prometheus_client::registry::Registry;
 use shared::link::Link;
 use shared::ops::{self, Readiness};
-use shared::stream::{self, NotReady, until_ready};
+use shared::stream::{self, NotReady, until_done, until_ready};
 use shared::telemetry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -41,7 +41,7 @@ pub use crate::settings::Config;
 
 use crate::metrics::{Anew, Metrics};
 use crate::migrate::{MigrateError, Report};
-use crate::pull::{Database, Puller, Session, UnreadableScan, pause};
+use crate::pull::{Database, Puller, Session, UnreadableScan, Watch, pause};
 use crate::store::Store;
 use crate::summary::Summary;
 
@@ -56,8 +56,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let problem = || format!("cannot listen on {}; WORKER_OPS_LISTEN sets another address", config.ops_listen);
     let ops = TcpListener::bind(config.ops_listen).await.with_context(problem)?;
     tracing::info!(ops = %ops.local_addr()?, "listening");
-    let readiness = Readiness::default();
-    for check in ["database", "consumer"] {
+    let readiness = Readiness::tolerating(&["stream_settings"]);
+    for check in ["database", "consumer", "stream_settings"] {
         readiness.set(check, Err("not looked at yet".into()));
     }
     // A connection for each batch, one to ask whether PostgreSQL answers while they wait, one for the lock of history.
@@ -109,9 +109,10 @@ async fn work(
     let database = Database::new(store.clone(), readiness, metrics.clone());
     let sessions = async {
         let (mut scan, mut lost_connection) = (UnreadableScan::default(), false);
+        let mut watch = Watch::new(&config.nats, readiness, &database);
         while !shutdown.is_cancelled() {
             let suspect = lost_connection.then_some(&mut scan);
-            lost_connection = Box::pin(session(config, link, store, &database, readiness, suspect, shutdown)).await;
+            lost_connection = Box::pin(session(config, link, store, &mut watch, suspect, shutdown)).await;
             metrics.lag(None); // nobody asks any more
             if !shutdown.is_cancelled() {
                 metrics.anew(Anew::Session);
@@ -133,11 +134,11 @@ async fn session(
     config: &Config,
     link: &Link,
     store: &Store,
-    database: &Database,
-    readiness: &Readiness,
+    watch: &mut Watch<'_>,
     suspect: Option<&mut UnreadableScan>,
     shutdown: &CancellationToken,
 ) -> bool {
+    let (database, readiness) = (watch.database, watch.readiness);
     let begin = || async {
         let linked = link.current();
         let session = Session::begin(linked.clone());
@@ -148,8 +149,9 @@ async fn session(
         }
         Ok::<_, NotReady>((session, stream, consumer))
     };
-    let begun = shutdown.run_until_cancelled(until_ready("consumer", readiness, begin));
+    let begun = shutdown.run_until_cancelled(until_done("consumer", readiness, begin));
     let Some((session, stream, consumer)) = begun.await else { return false };
+    watch.begin(&stream.cached_info().config, consumer.cached_info());
     if let Some(scan) = suspect {
         let bury = Box::pin(scan.bury(&stream, &session, database)); // large, and seldom
         if let Some(Err(error)) = shutdown.run_until_cancelled(bury).await {
@@ -161,7 +163,7 @@ async fn session(
         puller.run(shutdown).await.unwrap_or_else(|error| {
             database.metrics().anew(Anew::Pull);
             tracing::warn!("pulling again: {error:#}");
-            session.end();
+            session.fail(format!("{error:#}"));
             Vec::new()
         })
     });
@@ -169,13 +171,13 @@ async fn session(
         let unstored: Vec<_> = join_all(pulling).await.into_iter().flatten().collect();
         session.hand_back(&unstored).await
     };
-    let watching = async {
-        tokio::join!(pull::watch(&stream, &session, database, readiness), history::keep_room(&stream, store, database))
-    };
+    let watching =
+        async { tokio::join!(watch.run(&stream, &session), history::keep_room(&stream, &session, store, database)) };
     tokio::select! {
         () = pulling => {}
         _ = watching => {}
     }
+    watch.end(&session);
     session.has_lost_connection()
 }
 

@@ -119,7 +119,7 @@ impl Metrics {
         let retries = Each::register(registry, "worker_retries", help, None, classes, Counter::default);
         let help = "Acks of stored deliveries that NATS did not confirm; they may come again, which is harmless";
         let acks_unconfirmed = counter(registry, "worker_acks_unconfirmed", help);
-        let help = "Messages in a worker's inbox that are none of the stream's: another program sent them";
+        let help = "Messages in a worker's inbox that are no deliveries: another program sent them, or they are on another subject";
         let ignored = counter(registry, "worker_messages_ignored", help);
         let help = "Messages of the stream that NATS's client library cannot read; they became dead letters";
         let unreadable = counter(registry, "worker_messages_unreadable", help);
@@ -182,7 +182,7 @@ impl Metrics {
         self.acks_unconfirmed.inc_by(deliveries as u64);
     }
 
-    /// Counts a message in an inbox that is none of the stream's.
+    /// Counts a message in an inbox that is no delivery.
     pub fn ignored(&self) {
         self.ignored.inc();
     }

@@ -31,7 +31,7 @@ pub use pulled::Pulled;
 use requests::Requests;
 pub use session::{Session, pause};
 pub use unreadable::{UnreadableScan, unreadable_letter};
-pub use watch::watch;
+pub use watch::Watch;
 
 /// Pulls batches, one at a time, and takes each to its end. A worker runs several.
 pub struct Puller<'a> {
@@ -110,10 +110,12 @@ impl Puller<'_> {
         receipt::send(self.session.client(), &stored).await;
     }
 
-    /// Three times within the consumer's ack wait, which somebody may have set to less than ours.
+    /// Three times within the consumer's ack wait, which somebody may have set to less than ours. A `backoff` takes the
+    /// place of the ack wait: its first time counts for the first delivery, its second for the second.
     fn progress_every(&self) -> Duration {
-        let ack_wait = self.consumer.cached_info().config.ack_wait;
-        if ack_wait.is_zero() { ACK_WAIT } else { ack_wait }.div_f64(3.0).max(Duration::from_millis(10))
+        let config = &self.consumer.cached_info().config;
+        let waits = config.backoff.iter().copied().chain([config.ack_wait]).filter(|wait| !wait.is_zero());
+        waits.min().unwrap_or(ACK_WAIT).div_f64(3.0).max(Duration::from_millis(10))
     }
 }
 

@@ -21,7 +21,7 @@ use futures_util::{FutureExt as _, StreamExt as _};
 use shared::delivery::{Delivery, DeliveryId, Resource};
 use shared::hostile::StoredMessage;
 use shared::link::Link;
-use shared::stream::SUBJECT_PREFIX;
+use shared::stream::{SUBJECT_PREFIX, SUBJECTS};
 use time::OffsetDateTime;
 
 use crate::dead_letters::DeadLetter;
@@ -158,7 +158,7 @@ impl Reading {
         let (newest, newest_at) = (state.last_sequence, state.last_timestamp);
         let subject = match &span.resource {
             Some(resource) => format!("{SUBJECT_PREFIX}.{}", resource.as_str()),
-            None => format!("{SUBJECT_PREFIX}.*"),
+            None => SUBJECTS.to_owned(),
         };
         let from = match span.from {
             From::Oldest => DeliverPolicy::All,
@@ -276,7 +276,11 @@ impl Reading {
                 self.ended = true; // what was to come may have been purged
                 return Ok(None);
             }
-            Err(_) => {
+            Err(error) => {
+                let get = format!("$JS.API.STREAM.MSG.GET.{name}");
+                if linked.denied().contains(&get) {
+                    return Err(error).context("cannot fetch the next message by itself");
+                }
                 // NATS is away, and waited for; a stream that is gone is not.
                 if let Err(error) = linked.context.get_stream(name).await
                     && is_final(&error)

@@ -6,11 +6,13 @@ use std::time::Duration;
 use anyhow::Context as _;
 use async_nats::jetstream::consumer::Info;
 use async_nats::jetstream::context::ConsumerInfoErrorKind;
+use async_nats::jetstream::stream::Stream;
 use clap::{ArgMatches, Command};
+use futures_util::TryStreamExt as _;
 use indicatif::{HumanBytes, HumanDuration};
 use serde_json::{Value, json};
 use shared::hostile::StoredMessage;
-use shared::stream::{CONSUMER, SUBJECT_PREFIX};
+use shared::stream::{CONSUMER, SUBJECTS, is_shared};
 use shared::text::printable;
 use time::OffsetDateTime;
 
@@ -19,8 +21,7 @@ use crate::commands::{self, Ending, count, flag, print, print_json, show_time};
 use crate::severity::Severity;
 use crate::store::{Store, StoreError, query};
 
-/// Both are asked for at once; the ledger has no index on time (every insert would pay for it), so this reads the whole
-/// of it, on several cores where PostgreSQL sees fit. Its rows are short.
+/// Both are asked for at once. The ledger has a BRIN index on `stored_at`: only its newest part is read.
 const COUNTS: &str = "\
     SELECT (SELECT count(*) FROM ingest.dead_letters),
            count(*) FILTER (WHERE severity = 'critical'),
@@ -59,16 +60,19 @@ pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result
 struct Nats {
     stream: String,
     messages: u64,
+    /// How many of the messages are deliveries, where others write into the stream, too.
+    deliveries: Option<u64>,
     bytes: u64,
     max_bytes: Option<u64>,
     /// When the stream stored the oldest and the newest message that it has; none where it is empty.
     span: Option<(OffsetDateTime, OffsetDateTime)>,
     consumer: Option<Info>,
-    oldest_pending: Option<OffsetDateTime>,
+    /// When the stream stored the oldest message that is pending; none where nothing is. Or why it is not known.
+    oldest_pending: Result<Option<OffsetDateTime>, String>,
 }
 
 async fn nats(config: &Config) -> Result<Nats, String> {
-    ask_nats(config).await.map_err(|error| format!("{error:#}"))
+    ask_nats(config).await.map_err(|error| commands::words(&error))
 }
 
 async fn ask_nats(config: &Config) -> anyhow::Result<Nats> {
@@ -85,20 +89,29 @@ async fn ask_nats(config: &Config) -> anyhow::Result<Nats> {
     let oldest_pending = match consumer.as_ref().filter(|info| info.num_pending > 0 || info.num_ack_pending > 0) {
         Some(info) => {
             let next = info.ack_floor.stream_sequence + 1;
-            let oldest = StoredMessage::first(&context, name, &format!("{SUBJECT_PREFIX}.*"), next).await;
-            oldest.ok().flatten().map(|message| message.stored_at)
+            let oldest = StoredMessage::first(&context, name, SUBJECTS, next).await;
+            let stored_at = oldest.map(|message| message.map(|message| message.stored_at));
+            stored_at.context("cannot fetch it").map_err(|error| commands::words(&error))
         }
-        None => None,
+        None => Ok(None),
     };
+    let deliveries = if is_shared(settings) { Some(deliveries(&stream).await?) } else { None };
     Ok(Nats {
         stream: name.clone(),
         messages: state.messages,
+        deliveries,
         bytes: state.bytes,
         max_bytes: u64::try_from(settings.max_bytes).ok(),
         span: (state.messages > 0).then_some((state.first_timestamp, state.last_timestamp)),
         consumer,
         oldest_pending,
     })
+}
+
+/// The number of messages whose subject is a delivery's.
+async fn deliveries(stream: &Stream) -> anyhow::Result<u64> {
+    let subjects = stream.info_with_subjects(SUBJECTS).await.context("cannot count the deliveries")?;
+    Ok(subjects.try_fold(0, async |sum, (_, messages)| Ok(sum + messages as u64)).await?)
 }
 
 impl Nats {
@@ -108,6 +121,7 @@ impl Nats {
             "stream": {
                 "name": self.stream,
                 "messages": self.messages,
+                "deliveries": self.deliveries.unwrap_or(self.messages),
                 "bytes": self.bytes,
                 "max_bytes": self.max_bytes,
                 "oldest_at": time(self.span.map(|(oldest, _)| oldest)),
@@ -117,8 +131,9 @@ impl Nats {
                 "not_delivered": info.num_pending,
                 "not_acknowledged": info.num_ack_pending,
                 "redelivered": info.num_redelivered,
-                "oldest_pending_at": time(self.oldest_pending),
-                "oldest_pending_seconds": self.oldest_pending.map(|at| age(at).as_secs()),
+                "oldest_pending_at": time(self.oldest_pending.clone().ok().flatten()),
+                "oldest_pending_seconds": self.oldest_pending.clone().ok().flatten().map(|at| age(at).as_secs()),
+                "oldest_pending_error": self.oldest_pending.as_ref().err(),
             })),
         })
     }
@@ -129,6 +144,9 @@ impl Nats {
             format!(" of {} ({} %)", HumanBytes(most), bytes.saturating_mul(100) / most.max(1))
         });
         let mut text = format!("stream      {stream}: {} messages, {}{limit}\n", count(*messages), HumanBytes(*bytes));
+        if let Some(deliveries) = self.deliveries {
+            text += &format!("            {} of them are deliveries ({SUBJECTS})\n", count(deliveries));
+        }
         if let Some((oldest, newest)) = self.span {
             text += &format!("            oldest {}, newest {}\n", ago(oldest), ago(newest));
         }
@@ -141,9 +159,10 @@ impl Nats {
             count(info.num_ack_pending as u64),
             count(info.num_redelivered as u64)
         );
-        text += &match self.oldest_pending {
-            Some(oldest) => format!("            oldest pending {}\n", ago(oldest)),
-            None => "            nothing pending\n".to_owned(),
+        text += &match &self.oldest_pending {
+            Ok(Some(oldest)) => format!("            oldest pending {}\n", ago(*oldest)),
+            Ok(None) => "            nothing pending\n".to_owned(),
+            Err(error) => format!("            oldest pending: {}\n", printable(error)),
         };
         text
     }

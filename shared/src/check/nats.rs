@@ -18,8 +18,8 @@ use super::{Finding, size};
 use crate::delivery::HEADERS_MAX;
 use crate::receipt;
 use crate::stream::{
-    CONSUMER, Difference, NatsSettings, SUBJECT_PREFIX, compare_consumers, compare_streams, consumer_config,
-    is_missing, lies_beyond,
+    CONSUMER, Difference, Harm, NatsSettings, SUBJECT_PREFIX, compare_consumers, compare_streams, is_missing,
+    lies_beyond,
 };
 use crate::tls::is_loopback;
 use rights::{ACCOUNT_INFO, Rights, consumer_info, is_about, reset, stream_info};
@@ -310,18 +310,14 @@ fn tell_stream(what: &str, info: &stream::Info, wanted: &stream::Config) -> Vec<
 }
 
 fn differs(difference: &Difference) -> Finding {
-    let Difference { owner, setting, found, wanted, breaks } = difference;
+    let Difference { owner, setting, found, wanted, harm, mend } = difference;
     let (what, detail) = (format!("{owner}, {setting}"), format!("{found}, wanted is {wanted}"));
-    match breaks {
-        Some(promise) => {
-            let advice = "change it with the nats command (nothing is changed silently), or use another name";
-            Finding::problem(what, format!("{detail}: {promise}"), advice)
+    match harm {
+        Harm::Breaks(promise) => {
+            Finding::problem(what, format!("{detail}: {promise}"), format!("{mend}; nothing is changed silently"))
         }
-        None => Finding::warning(
-            what,
-            detail,
-            "it is used as it is; change it with the nats command if you did not mean it",
-        ),
+        Harm::Risk(promise) => Finding::warning(what, format!("{detail}: {promise}"), mend),
+        Harm::None => Finding::warning(what, detail, format!("it is used as it is; to change it: {mend}")),
     }
 }
 
@@ -343,8 +339,8 @@ fn tell_consumer(
             return Finding::problem(what, format!("cannot be looked at: {error}"), "see the other findings");
         }
     };
-    let mut differences = compare_consumers(&info.config, &consumer_config());
-    differences.sort_by_key(|difference| difference.breaks.is_none());
+    let mut differences = compare_consumers(&info.config, &stream.config);
+    differences.sort_by_key(|difference| !matches!(difference.harm, Harm::Breaks(_)));
     if let Some(first) = differences.first() {
         let all: Vec<String> = differences.iter().map(ToString::to_string).collect();
         return Finding { what, detail: all.join("; "), ..differs(first) };

@@ -12,13 +12,29 @@ use local::NatsServer;
 use world::{World, eventually};
 
 use crate::load::{copy, exactly_once, post, repeats, size, watchful};
+use crate::wider_stream::{publish_foreign, widen};
 
 /// Where a server keeps the stream's messages, and apart from them its consumers.
 const MESSAGES: &str = "jetstream/jetstream/$G/streams/SIGNALS/msgs";
 
 #[tokio::test]
 async fn a_stream_put_back_to_an_older_copy_with_its_consumer_kept_loses_nothing() {
+    put_back_with_its_consumer_kept(0).await;
+}
+
+/// Sequences have gaps there.
+#[tokio::test]
+async fn a_stream_that_is_shared_and_put_back_to_an_older_copy_loses_nothing() {
+    put_back_with_its_consumer_kept(7).await;
+}
+
+/// So many messages of others lie between the deliveries.
+async fn put_back_with_its_consumer_kept(foreign: usize) {
     let mut world = watchful().start().await;
+    if foreign > 0 {
+        widen(&world).await;
+    }
+    publish_foreign(&world, foreign).await;
     let mut ids = post(&world, 30).await;
     world.all_acknowledged().await;
     world.nats.stop().await.unwrap();
@@ -26,6 +42,7 @@ async fn a_stream_put_back_to_an_older_copy_with_its_consumer_kept_loses_nothing
     copy(&messages, &older);
     world.nats.start_again().await.unwrap();
     // The consumer goes on to 50, the stream to 70; then the stream is back at 30.
+    publish_foreign(&world, foreign).await;
     ids.extend(post(&world, 20).await);
     world.all_acknowledged().await;
     world.workers[0].kill().await;

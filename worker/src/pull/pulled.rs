@@ -2,6 +2,7 @@
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::Message;
+use shared::stream::SUBJECT_PREFIX;
 use time::OffsetDateTime;
 
 use crate::dead_letters::DeadLetter;
@@ -33,6 +34,12 @@ impl Pulled {
         self.message.headers.as_ref()
     }
 
+    /// Returns `true` for a message on a delivery's subject.
+    pub(super) fn is_delivery(&self) -> bool {
+        let resource = self.message.subject.strip_prefix(SUBJECT_PREFIX).and_then(|rest| rest.strip_prefix('.'));
+        resource.is_some_and(|resource| !resource.contains('.'))
+    }
+
     /// The row that the message is to become.
     ///
     /// # Errors
@@ -53,9 +60,9 @@ mod tests {
         // A client that never connects: a message only needs one to be acknowledged.
         let client = async_nats::ConnectOptions::new().retry_on_initial_connect().connect("127.0.0.1:1").await.unwrap();
         let context = jetstream::new(client);
-        let pulled = |reply: Option<&str>| {
+        let pulled_from = |subject: &str, reply: Option<&str>| {
             let message = async_nats::Message {
-                subject: "signals.sentry.issue".into(),
+                subject: subject.into(),
                 reply: reply.map(Into::into),
                 payload: "{}".into(),
                 headers: None,
@@ -65,6 +72,12 @@ mod tests {
             };
             Pulled::of(Message { message, context: context.clone() })
         };
+        let pulled = |reply| pulled_from("signals.sentry.issue", reply);
+        let reply = Some("$JS.ACK.SIGNALS.worker.2.7.9.1700000000000000000.0");
+        for foreign in ["signals.github.push", "signals.sentry", "signals.sentry.a.b", "signals.sentryx.a"] {
+            assert!(!pulled_from(foreign, reply).unwrap().is_delivery(), "{foreign}");
+        }
+        assert!(pulled(reply).unwrap().is_delivery());
         let good = pulled(Some("$JS.ACK.SIGNALS.worker.2.7.9.1700000000000000000.0")).unwrap();
         assert_eq!((good.sequence, good.attempts), (7, 2));
         assert_eq!(good.read().unwrap().stream_sequence, 7);

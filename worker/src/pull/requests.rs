@@ -8,8 +8,8 @@
 
 use std::time::{Duration, Instant};
 
-use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::consumer::pull::BatchConfig;
+use async_nats::jetstream::consumer::{Config, PullConsumer};
 use async_nats::jetstream::{Context, Message};
 use async_nats::{StatusCode, Subject, Subscriber};
 use futures_util::StreamExt as _;
@@ -45,6 +45,30 @@ pub(super) enum Lost {
     Client(String),
 }
 
+/// What one request asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Limits {
+    messages: usize,
+    bytes: usize,
+    expires: Duration,
+}
+
+impl Limits {
+    /// As much as a batch may hold, and no more than the consumer allows in one request: it refuses a larger one at once.
+    fn of(consumer: &Config, batch_max: usize) -> Limits {
+        let within = |own: usize, limit: i64| match usize::try_from(limit) {
+            Ok(limit) if limit > 0 => own.min(limit),
+            _ => own, // no limit is written as 0
+        };
+        let expires = if consumer.max_expires.is_zero() { EXPIRES } else { EXPIRES.min(consumer.max_expires) };
+        Limits {
+            messages: within(batch_max, consumer.max_batch),
+            bytes: within(BATCH_BYTES, consumer.max_bytes),
+            expires,
+        }
+    }
+}
+
 /// A puller's requests, one at a time.
 pub(super) struct Requests {
     consumer: PullConsumer,
@@ -57,7 +81,7 @@ pub(super) struct Requests {
     asked: u64,
     /// The present request may still be answered.
     pending: bool,
-    batch_max: usize,
+    limits: Limits,
     /// What has been delivered and not been returned yet. Here, so that a call of `next` that is dropped loses nothing.
     arrived: Vec<Pulled>,
     /// The next message alone is larger than a batch may be.
@@ -74,8 +98,9 @@ impl Requests {
         let (client, context, metrics) = (session.client(), session.context().clone(), metrics.clone());
         let prefix = client.new_inbox();
         let inbox = client.subscribe(format!("{prefix}.*")).await.map_err(|error| Lost::Client(error.to_string()))?;
+        let limits = Limits::of(&consumer.cached_info().config, batch_max);
         let (asked, pending, arrived, oversized) = (0, false, vec![], false);
-        Ok(Requests { consumer, context, metrics, inbox, prefix, asked, pending, batch_max, arrived, oversized })
+        Ok(Requests { consumer, context, metrics, inbox, prefix, asked, pending, limits, arrived, oversized })
     }
 
     /// Waits for messages, and gives all there are, up to a batch: never none. May be dropped at any time.
@@ -83,7 +108,7 @@ impl Requests {
         loop {
             let asked_at = Instant::now();
             self.ask().await?;
-            let answered = timeout(EXPIRES + LATE, self.gather()).await;
+            let answered = timeout(self.limits.expires + LATE, self.gather()).await;
             self.pending = false;
             // What came before a loss is worth storing; the loss will be there again.
             if !self.arrived.is_empty() {
@@ -106,7 +131,7 @@ impl Requests {
     /// the server has answered.
     pub(super) async fn close(mut self) -> Vec<Pulled> {
         if self.pending {
-            let _ = timeout(EXPIRES + LATE, self.gather()).await;
+            let _ = timeout(self.limits.expires + LATE, self.gather()).await;
         }
         self.arrived
     }
@@ -115,9 +140,9 @@ impl Requests {
         self.asked += 1;
         let oversized = std::mem::take(&mut self.oversized);
         let request = BatchConfig {
-            batch: if oversized { 1 } else { self.batch_max },
-            max_bytes: if oversized { 0 } else { BATCH_BYTES }, // 0: whatever it has
-            expires: Some(EXPIRES),
+            batch: if oversized { 1 } else { self.limits.messages },
+            max_bytes: if oversized { 0 } else { self.limits.bytes }, // 0: whatever it has
+            expires: Some(self.limits.expires),
             no_wait: true,
             ..BatchConfig::default()
         };
@@ -134,13 +159,18 @@ impl Requests {
     /// Collects until the present request is answered in full.
     async fn gather(&mut self) -> Result<(), Lost> {
         let present = self.subject();
-        while self.arrived.len() < self.batch_max {
+        while self.arrived.len() < self.limits.messages {
             let message = self.inbox.next().await.ok_or_else(|| Lost::Client("it has stopped".into()))?;
             // A message of the stream bears the stream's subject, whatever its headers say; the server's word on a request
             // comes to the request's own subject. Anything else was sent here by another program.
             if !message.subject.starts_with(&self.prefix) {
                 match Pulled::of(Message { message, context: self.context.clone() }) {
-                    Some(pulled) => self.arrived.push(pulled),
+                    Some(pulled) if pulled.is_delivery() => self.arrived.push(pulled),
+                    Some(other) => {
+                        // The consumer has no filter, and its stream has just been given more subjects.
+                        self.metrics.ignored();
+                        let _ = other.message.ack().await; // the consumer is the workers' alone
+                    }
                     None => self.metrics.ignored(),
                 }
                 continue;
@@ -176,5 +206,21 @@ impl Requests {
         } else {
             Err(Lost::Ended(words.to_owned()))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_asks_for_no_more_than_the_consumer_allows() {
+        let none = Limits { messages: 256, bytes: BATCH_BYTES, expires: EXPIRES };
+        assert_eq!(Limits::of(&Config::default(), 256), none);
+        let wide = Config { max_batch: 1_000, max_bytes: 1 << 40, max_expires: EXPIRES * 2, ..Config::default() };
+        assert_eq!(Limits::of(&wide, 256), none);
+        let expires = Duration::from_millis(5);
+        let narrow = Config { max_batch: 10, max_bytes: 1_000, max_expires: expires, ..Config::default() };
+        assert_eq!(Limits::of(&narrow, 256), Limits { messages: 10, bytes: 1_000, expires });
     }
 }

@@ -5,8 +5,8 @@
 //! delivered in a session is acknowledged in it or not at all. What is not acknowledged comes again after the ack
 //! wait; if it was stored, the ledger knows it.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_nats::Client;
@@ -29,6 +29,8 @@ pub struct Session {
     /// Which of the client's connections this is, counted from 1.
     connection: u64,
     ended: CancellationToken,
+    /// Why pulling ended.
+    failure: OnceLock<String>,
 }
 
 impl Session {
@@ -36,7 +38,18 @@ impl Session {
     /// what was found there.
     pub fn begin(linked: Arc<Linked>) -> Session {
         let connection = connections(&linked.client);
-        Session { linked, connection, ended: CancellationToken::new() }
+        Session { linked, connection, ended: CancellationToken::new(), failure: OnceLock::new() }
+    }
+
+    /// Ends it for everybody, because pulling has failed.
+    pub fn fail(&self, why: String) {
+        let _ = self.failure.set(why); // the first says most
+        self.end();
+    }
+
+    /// Why pulling failed, if it did.
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.get().map(String::as_str)
     }
 
     /// Ends it for everybody.

@@ -6,9 +6,8 @@
 //! is then acknowledged in the worker's name, so that no worker meets it again.
 
 use async_nats::jetstream::stream::Stream;
-use futures_util::{StreamExt as _, stream};
 use shared::hostile::StoredMessage;
-use shared::stream::CONSUMER;
+use shared::stream::{CONSUMER, SUBJECTS};
 use time::OffsetDateTime;
 use tokio::time::{Duration, timeout};
 
@@ -18,10 +17,6 @@ use crate::dead_letters::DeadLetter;
 use crate::read;
 use crate::store::{Batch, tell};
 
-/// Messages that are fetched at once. Each may be 8 MiB, and comes as base64.
-const AT_ONCE: usize = 4;
-/// Messages that NATS may fail to give before a scan ends. Each failure may take as long as a request may.
-const FAILURES_MAX: usize = 3;
 /// Longest wait for the server to confirm an ack.
 const ACK_WITHIN: Duration = Duration::from_secs(1);
 
@@ -46,39 +41,25 @@ impl UnreadableScan {
             self.done = 0;
         }
         let name = &info.config.name;
-        let range = floor.max(self.done) + 1..=delivered.min(info.state.last_sequence);
-        let fetch = |sequence| async move { (sequence, StoredMessage::at(session.context(), name, sequence).await) };
-        let mut messages = stream::iter(range).map(fetch).buffered(AT_ONCE);
-        let (mut found, mut whole, mut failed) = (false, true, Vec::new());
-        while let Some((sequence, message)) = messages.next().await {
-            if session.is_over() {
-                return Ok(()); // the next one begins where this one got to
-            }
-            whole &= match message {
-                Ok(Some(message)) => match unreadable_letter(&message) {
-                    Some(letter) => {
-                        found = true;
-                        set_apart(letter, message.stored_at, name, session, database).await
-                    }
-                    None => true,
-                },
-                Ok(None) => true, // purged
-                Err(error) => {
-                    failed.push(error);
-                    false
-                }
-            };
-            if failed.len() > FAILURES_MAX {
-                break; // NATS gives none, or this login may not fetch them
+        let (mut next, last) = (floor.max(self.done) + 1, delivered.min(info.state.last_sequence));
+        let (mut found, mut whole) = (false, true);
+        while next <= last && !session.is_over() {
+            // A stream may hold messages of others between deliveries.
+            let message = StoredMessage::first(session.context(), name, SUBJECTS, next).await?;
+            let Some(message) = message.filter(|message| message.sequence <= last) else { break };
+            if let Some(letter) = unreadable_letter(&message) {
+                found = true;
+                whole &= set_apart(letter, message.stored_at, name, session, database).await;
             }
             if whole {
-                self.done = sequence;
+                self.done = message.sequence;
             }
+            next = message.sequence + 1;
         }
-        if !found {
+        if !found && !session.is_over() {
             self.done = 0;
         }
-        failed.pop().map_or(Ok(()), |error| Err(error.into()))
+        Ok(())
     }
 }
 

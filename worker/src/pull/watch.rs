@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use async_nats::jetstream::consumer;
 use async_nats::jetstream::context::{ConsumerInfoError, ConsumerInfoErrorKind};
-use async_nats::jetstream::stream::Stream;
+use async_nats::jetstream::stream::{self, Stream};
 use shared::ops::Readiness;
-use shared::stream::{CONSUMER, lies_beyond};
+use shared::stream::{CONSUMER, NatsSettings, is_fit, lies_beyond, risks};
 use tokio::time::sleep;
 
 use super::database::Database;
@@ -18,52 +18,90 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// the consumer, say, or workers that hang hold as much as may be un-acked.
 const STANDSTILL: Duration = Duration::from_secs(10);
 
-/// Looks for as long as the session lasts. A standstill is told on `/readyz`. What makes its acks wrong ends it,
-/// also for pullers that hold a batch through an outage of PostgreSQL and ask for nothing: a consumer or stream that is
-/// gone, another stream under the same name, a position beyond the stream's end. The next session begins by mending
-/// what can be.
-pub async fn watch(stream: &Stream, session: &Session, database: &Database, readiness: &Readiness) {
-    let mut moved = Movement::new();
-    while !session.is_over() {
-        sleep(LOOK_EVERY).await;
-        // In this order: a consumer is never ahead of a stream that is looked at later.
-        let consumer = match stream.consumer_info(CONSUMER).await {
-            Ok(consumer) => consumer,
-            Err(error) if is_gone(&error) => return session.end(),
-            Err(error) => {
-                database.metrics().lag(None);
-                readiness.set("consumer", Err(format!("JetStream does not tell where it stands: {error}")));
-                continue;
+/// Looks at the consumer in one session after another: where each ends at once, deliveries wait all the same.
+pub struct Watch<'a> {
+    nats: &'a NatsSettings,
+    /// Where the state is told.
+    pub readiness: &'a Readiness,
+    /// Where batches go.
+    pub database: &'a Database,
+    moved: Movement,
+    /// Why pulling ended last.
+    failure: Option<String>,
+}
+
+impl<'a> Watch<'a> {
+    /// A watch that has seen nothing yet.
+    pub fn new(nats: &'a NatsSettings, readiness: &'a Readiness, database: &'a Database) -> Self {
+        Watch { nats, readiness, database, moved: Movement::new(), failure: None }
+    }
+
+    /// A session begins with this consumer of that stream.
+    pub fn begin(&mut self, stream: &stream::Config, consumer: &consumer::Info) {
+        self.readiness.set("stream_settings", risks(stream, self.nats));
+        self.look(consumer);
+    }
+
+    /// A session has ended.
+    pub fn end(&mut self, session: &Session) {
+        self.failure = session.failure().map(str::to_owned);
+    }
+
+    /// Looks for as long as the session lasts. A standstill is told on `/readyz`. What makes its acks wrong ends it,
+    /// also for pullers that hold a batch through an outage of PostgreSQL and ask for nothing: a consumer or stream that is
+    /// gone, another stream under the same name, a position beyond the stream's end; and so do settings that have become
+    /// unfit. The next session begins by mending what can be.
+    pub async fn run(&mut self, stream: &Stream, session: &Session) {
+        let fault = |text| self.readiness.set("consumer", Err(text));
+        while !session.is_over() {
+            sleep(LOOK_EVERY).await;
+            // In this order: a consumer is never ahead of a stream that is looked at later.
+            let consumer = match stream.consumer_info(CONSUMER).await {
+                Ok(consumer) => consumer,
+                Err(error) if is_gone(&error) => return session.end(),
+                Err(error) => {
+                    self.database.metrics().lag(None);
+                    fault(format!("JetStream does not tell where it stands: {error}"));
+                    continue;
+                }
+            };
+            self.database.metrics().lag(Some(&consumer));
+            let info = match stream.get_info().await {
+                Ok(info) => info,
+                Err(error) => {
+                    fault(format!("JetStream does not tell where the stream ends: {error}"));
+                    continue;
+                }
+            };
+            let is_another = info.created != stream.cached_info().created;
+            let is_unfit = !is_fit(&info.config, &consumer.config, self.nats);
+            if is_another || is_unfit || lies_beyond(&consumer, info.state.last_sequence) {
+                return session.end();
             }
-        };
-        database.metrics().lag(Some(&consumer));
-        let info = match stream.get_info().await {
-            Ok(info) => info,
-            Err(error) => {
-                readiness.set("consumer", Err(format!("JetStream does not tell where the stream ends: {error}")));
-                continue;
-            }
-        };
-        let is_another = info.created != stream.cached_info().created;
-        if is_another || lies_beyond(&consumer, info.state.last_sequence) {
-            return session.end();
+            self.readiness.set("stream_settings", risks(&info.config, self.nats));
+            self.failure = None; // this session pulls
+            self.look(&consumer);
         }
-        let asks = database.is_up() && database.is_idle();
-        let state = match moved.standstill(&consumer, asks, Instant::now()) {
+    }
+
+    /// Tells whether deliveries move.
+    fn look(&mut self, consumer: &consumer::Info) {
+        let asks = self.database.is_up() && self.database.is_idle();
+        let state = match self.moved.standstill(consumer, asks, Instant::now()) {
             Some(time) => Err(format!(
                 "{} deliveries wait, and none has moved for {} s{}",
                 consumer.num_pending,
                 time.as_secs(),
-                cause(&consumer),
+                cause(consumer, self.failure.as_deref()),
             )),
             None => Ok("ready".into()),
         };
-        readiness.set("consumer", state);
+        self.readiness.set("consumer", state);
     }
 }
 
 /// Why a consumer stands still, where that can be seen.
-fn cause(consumer: &consumer::Info) -> String {
+fn cause(consumer: &consumer::Info, failure: Option<&str>) -> String {
     let (held, limit) = (consumer.num_ack_pending as i64, consumer.config.max_ack_pending);
     if consumer.paused {
         let left = consumer.pause_remaining.map(|left| format!(" for {} s more", left.as_secs())).unwrap_or_default();
@@ -71,7 +109,7 @@ fn cause(consumer: &consumer::Info) -> String {
     } else if limit > 0 && held >= limit {
         format!(": {held} are with workers that neither store nor hand them back, and no more may be un-acked")
     } else {
-        String::new()
+        failure.map(|failure| format!(": {failure}")).unwrap_or_default()
     }
 }
 

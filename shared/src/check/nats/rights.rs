@@ -8,7 +8,7 @@ use async_nats::Client;
 
 use super::Side;
 use crate::receipt;
-use crate::stream::{CONSUMER, NatsSettings, SUBJECT_PREFIX, consumer_config};
+use crate::stream::{CONSUMER, NatsSettings, SUBJECTS};
 
 /// The request for the account's limits. Only a check sends it.
 pub(super) const ACCOUNT_INFO: &str = "$JS.API.INFO";
@@ -35,13 +35,11 @@ impl Rights {
                 let create = api("STREAM.CREATE");
                 let tried =
                     vec![(stream.clone(), ""), (create.clone(), r#"{"name":0}"#), try_get, (consumer.clone(), "")];
-                let publish = vec![format!("{SUBJECT_PREFIX}.*"), stream, create, get, consumer];
+                let publish = vec![SUBJECTS.to_owned(), stream, create, get, consumer];
                 Rights { tried, publish, subscribe: "receipts.* and its inbox" }
             }
             Side::Worker => {
-                let filter = consumer_config().filter_subject;
-                let filter = if filter.is_empty() { filter } else { format!(".{filter}") };
-                let create = format!("{}.{CONSUMER}{filter}", api("CONSUMER.CREATE"));
+                let create = format!("{}.{CONSUMER}.{SUBJECTS}", api("CONSUMER.CREATE"));
                 let next = format!("{}.{CONSUMER}", api("CONSUMER.MSG.NEXT"));
                 let (purge, ack) = (api("STREAM.PURGE"), format!("$JS.ACK.{}.{CONSUMER}", nats.stream));
                 let tried = vec![
