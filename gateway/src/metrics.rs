@@ -157,6 +157,7 @@ pub struct Metrics {
     accept_errors: Counter,
     secret_file_rejected: Counter,
     evictions: Counter,
+    dropped_connections: Counter,
 }
 
 impl Metrics {
@@ -226,6 +227,9 @@ impl Metrics {
         let accept_errors = counter(registry, "gateway_accept_errors", help);
         let help = "Connections without a 202 that were closed for new ones at GATEWAY_MAX_CONNECTIONS";
         let evictions = counter(registry, "gateway_connections_evicted", help);
+        let help =
+            "Connections beyond GATEWAY_MAX_CONNECTIONS that were closed without an answer (256 at once have one)";
+        let dropped_connections = counter(registry, "gateway_connections_dropped", help);
 
         let help = "Times that the file of SENTRY_CLIENT_SECRET_FILE became unusable; the secrets stayed as they were";
         let secret_file_rejected = counter(registry, "gateway_secret_file_rejected", help);
@@ -252,6 +256,7 @@ impl Metrics {
             accept_errors,
             secret_file_rejected,
             evictions,
+            dropped_connections,
         }
     }
 
@@ -332,6 +337,11 @@ impl Metrics {
     /// Counts the connections that were closed for new ones.
     pub fn evictions(&self) -> Counter {
         self.evictions.clone()
+    }
+
+    /// A connection was closed without an answer.
+    pub fn dropped_connection(&self) {
+        self.dropped_connections.inc();
     }
 
     /// A connection could not be taken.

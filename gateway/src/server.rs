@@ -85,6 +85,8 @@ pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, limits: &Limits, 
                     gateway.metrics().not_connected();
                     tracing::error!(%error, "cannot accept a connection");
                     tokio::time::sleep(Duration::from_millis(50)).await;
+        } else {
+            gateway.metrics().dropped_connection();
                 }
             },
             () = ending.closing.cancelled() => break,
