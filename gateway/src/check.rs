@@ -15,6 +15,7 @@ use shared::settings;
 
 use crate::descriptors;
 use crate::journal::Outside;
+use crate::server::connection_bytes;
 use crate::settings::{Config, SETTINGS};
 use crate::signature::Form;
 
@@ -120,9 +121,9 @@ fn limits(config: &Config) -> Vec<Finding> {
         let detail = format!("{:?}; has to be longer than the proxy in front keeps its connections", limits.idle_timeout);
         Finding::ok("idle time-out", detail)
     });
-    let connections = limits.connections as u64 * (128 << 10);
+    let connections = (limits.connections * connection_bytes(limits.header_bytes)) as u64;
     let detail = format!(
-        "{} for bodies, and {} at the very worst for the buffers of {} connections",
+        "{} for bodies, and {} at the very worst for {} connections",
         size(limits.bytes_in_flight as u64),
         size(connections),
         limits.connections

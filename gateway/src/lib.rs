@@ -35,7 +35,7 @@ pub mod top_sources;
 pub mod traffic;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use prometheus_client::registry::Registry;
@@ -47,7 +47,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use crate::settings::Config;
 
-use crate::journal::Journal;
+use crate::journal::{Journal, OpenError};
 use crate::metrics::Metrics;
 use crate::publish::Publisher;
 use crate::receive::Gateway;
@@ -134,11 +134,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     );
     summary.tell();
     telemetry::tell_suppressed();
-    ops.await.context("the ops listener failed")?;
     journal.close().await;
     // Leaves in good order; whether NATS notices is its own affair.
     let _ = publisher.link().current().client.drain().await;
     tracing::info!("stopped");
+    ops.await.context("the ops listener failed")?;
     Ok(())
 }
 
@@ -170,9 +170,25 @@ impl Settling<'_> {
 }
 
 /// Opens the journal and tells what was found in it. Reading it may take a while, on a thread that may.
+/// Time within which another process has to give the journal's lock back. `gateway check` has it for a moment.
+const LOCKED_FOR: Duration = Duration::from_secs(2);
+
 async fn open_journal(settings: &JournalSettings) -> anyhow::Result<Journal> {
     let JournalSettings { dir, limits, .. } = settings.clone();
-    let opened = tokio::task::spawn_blocking(move || Journal::open(&dir, limits)).await?;
+    let begin = Instant::now();
+    let mut waits = false;
+    let opened = loop {
+        let dir = dir.clone();
+        match tokio::task::spawn_blocking(move || Journal::open(&dir, limits)).await? {
+            Err(OpenError::InUse { .. }) if begin.elapsed() < LOCKED_FOR => {
+                if !std::mem::replace(&mut waits, true) {
+                    tracing::info!(at_most = ?LOCKED_FOR, "waiting for the journal: another process has its lock");
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            opened => break opened,
+        }
+    };
     let (journal, found) = opened.context("GATEWAY_JOURNAL_DIR names the journal's directory")?;
     tracing::info!(
         gateway.id = journal.gateway_id(),
