@@ -88,6 +88,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     metrics::watch(&mut registry, gateway.clone());
     let connections = gateway.connections().clone();
     readiness.probe("connections", move || connections.state());
+    config.secrets.announce(&readiness);
     shared::metrics::of_process(&mut registry, "gateway", env!("CARGO_PKG_VERSION"), &readiness);
     tracing::info!(public = %public.local_addr()?, ops = %ops.local_addr()?, "listening");
     // Ops and publishing outlive the public listener.
@@ -129,7 +130,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     tokio::join!(
         serving,
         settling.run(&config.nats, config.journal.confirm_after, &readiness, &after),
-        after.run_until_cancelled(config.secrets.watch(&readiness, metrics.secret_file_rejected())),
+        after.run_until_cancelled(config.secrets.watch(metrics.secret_file_rejected())),
         after.run_until_cancelled(summary.run()),
     );
     summary.tell();
@@ -137,8 +138,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     journal.close().await;
     // Leaves in good order; whether NATS notices is its own affair.
     let _ = publisher.link().current().client.drain().await;
-    tracing::info!("stopped");
     ops.await.context("the ops listener failed")?;
+    tracing::info!("stopped");
     Ok(())
 }
 
@@ -169,10 +170,10 @@ impl Settling<'_> {
     }
 }
 
-/// Opens the journal and tells what was found in it. Reading it may take a while, on a thread that may.
 /// Time within which another process has to give the journal's lock back. `gateway check` has it for a moment.
 const LOCKED_FOR: Duration = Duration::from_secs(2);
 
+/// Opens the journal and tells what was found in it. Reading it may take a while, on a thread that may.
 async fn open_journal(settings: &JournalSettings) -> anyhow::Result<Journal> {
     let JournalSettings { dir, limits, .. } = settings.clone();
     let begin = Instant::now();

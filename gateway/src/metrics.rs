@@ -454,7 +454,20 @@ impl Collector for OfGateway {
         let help = "Bodies in flight, in memory or waiting to be read (at most GATEWAY_MAX_BYTES_IN_FLIGHT)";
         show(&mut encoder, "gateway_bodies_in_flight", help, Some(&Unit::Bytes), self.0.bytes_in_flight() as f64)?;
         let help = "Client secrets that may have signed a delivery";
-        show(&mut encoder, "gateway_secrets", help, None, self.0.secrets_in_use() as f64)
+        let secrets = self.0.secrets();
+        show(&mut encoder, "gateway_secrets", help, None, secrets.valid() as f64)?;
+        let help = "Deliveries that a client secret has signed, by the first 8 hex digits of the secret's SHA-256";
+        let mut encoder = encoder.encode_descriptor(
+            "gateway_secret_deliveries",
+            help,
+            None,
+            ConstCounter::new(0_u64).metric_type(),
+        )?;
+        for (fingerprint, deliveries) in secrets.deliveries() {
+            let labels = [("fingerprint", fingerprint.to_string())];
+            ConstCounter::new(deliveries).encode(encoder.encode_family(&labels)?)?;
+        }
+        Ok(())
     }
 }
 
