@@ -113,7 +113,8 @@ impl Source {
             let Some((path, condition)) = &file else { return state };
             let condition = condition.lock().unwrap_or_else(PoisonError::into_inner);
             match (&condition.problem, state) {
-                (Some(problem), _) => Err(problem.clone()),
+                (Some(problem), Ok(_)) => Err(problem.clone()),
+                (Some(problem), Err(wrong)) => Err(format!("{problem}. {wrong}")),
                 (None, Err(wrong)) => Err(format!("{wrong}{}", condition.sentence(path))),
                 (None, Ok(well)) => Ok(well),
             }

@@ -32,14 +32,11 @@ const LIST: &str = "\
         LIMIT $7)
     ORDER BY stream_sequence, delivery_id";
 
-/// The same letters, counted by reason.
+/// Letters counted by reason.
 const REASONS: &str = "\
     SELECT count(*), reason
     FROM ingest.dead_letters
-    WHERE ($1::text[] IS NULL OR delivery_id = ANY ($1))
-      AND ($2::text IS NULL OR strpos(lower(reason), lower($2)) > 0)
-      AND ($3::timestamptz IS NULL OR failed_at >= $3)
-      AND ($4::timestamptz IS NULL OR failed_at < $4)
+    WHERE delivery_id = ANY ($1)
     GROUP BY reason
     ORDER BY count(*) DESC, reason";
 
@@ -114,19 +111,44 @@ pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result
     match name {
         "list" => list(&store, &Filter::of(matches), matches.get_flag("json")).await,
         "show" => show(&store, matches).await,
-        "retry" => each("worker dead-letters retry", &store, &Filter::of(matches), retry).await,
-        _ => {
+        "retry" => {
             let filter = Filter::of(matches);
-            if matches.get_flag("dry-run") {
-                print(&format!("{}{UNDO}\n", filter.summary(&store).await?))?;
-                return Ok(Ending::Well);
-            }
-            if filter.ids.is_none() && !matches.get_flag("yes") {
-                confirm(&filter.summary(&store).await?).await?;
-            }
-            each("worker dead-letters discard", &store, &filter, discard).await
+            let ids = filter.ids(&store).await?;
+            each("worker dead-letters retry", &store, &filter, &ids, retry).await
         }
+        _ => discard_letters(&store, matches).await,
     }
+}
+
+async fn discard_letters(store: &Store, matches: &ArgMatches) -> anyhow::Result<Ending> {
+    let filter = Filter::of(matches);
+    // From here on only these: a letter that comes meanwhile was not shown.
+    let ids = filter.ids(store).await?;
+    let dry_run = matches.get_flag("dry-run");
+    if dry_run || filter.ids.is_none() && !matches.get_flag("yes") {
+        let summary = summary(store, &ids).await?;
+        if dry_run {
+            print(&format!("{summary}{UNDO}\n"))?;
+            return Ok(Ending::Well);
+        }
+        confirm(&summary).await?;
+    }
+    each("worker dead-letters discard", store, &filter, &ids, discard).await
+}
+
+/// The number of these letters, and their reasons.
+async fn summary(store: &Store, ids: &[String]) -> anyhow::Result<String> {
+    let rows = patiently(|| async {
+        let mut client = store.client().await?;
+        query(&mut client, REASONS, &[&ids]).await
+    });
+    let (mut letters, mut reasons) = (0_i64, String::new());
+    for row in rows.await? {
+        let (count, reason): (i64, String) = (row.try_get(0)?, row.try_get(1)?);
+        letters += count;
+        reasons += &format!("{count:>12}  {}\n", printable(&reason));
+    }
+    Ok(format!("{letters} {}\n{reasons}", if letters == 1 { "letter" } else { "letters" }))
 }
 
 /// Fails where a discard of all letters needs `--yes`, before anything is asked of the database.
@@ -216,20 +238,18 @@ impl Filter {
         }
     }
 
-    /// The number of letters, and their reasons.
-    async fn summary(&self, store: &Store) -> anyhow::Result<String> {
-        let Filter { ids, reason, since, until } = self;
-        let rows = patiently(|| async {
-            let mut client = store.client().await?;
-            query(&mut client, REASONS, &[ids, reason, since, until]).await
-        });
-        let (mut letters, mut reasons) = (0_i64, String::new());
-        for row in rows.await? {
-            let (count, reason): (i64, String) = (row.try_get(0)?, row.try_get(1)?);
-            letters += count;
-            reasons += &format!("{count:>12}  {}\n", printable(&reason));
+    /// The ids of the letters: those that were named, named well or not, or all that the filter leaves.
+    async fn ids(&self, store: &Store) -> anyhow::Result<Vec<String>> {
+        if let Some(ids) = &self.ids {
+            return Ok(ids.clone());
         }
-        Ok(format!("{letters} {}\n{reasons}", if letters == 1 { "letter" } else { "letters" }))
+        let mut ids = Vec::new();
+        let note = |letters: &[Letter]| {
+            ids.extend(letters.iter().map(|letter| letter.delivery_id.clone()));
+            Ok(())
+        };
+        self.pages(store, note).await?;
+        Ok(ids)
     }
 }
 
@@ -361,20 +381,13 @@ async fn each(
     command: &str,
     store: &Store,
     filter: &Filter,
+    ids: &[String],
     act: impl AsyncFn(&Store, &str) -> Result<(bool, String), StoreError>,
 ) -> anyhow::Result<Ending> {
     let interruption = commands::interruption()?;
-    let mut ids = filter.ids.clone().unwrap_or_default();
-    if filter.ids.is_none() {
-        let note = |letters: &[Letter]| {
-            ids.extend(letters.iter().map(|letter| letter.delivery_id.clone()));
-            Ok(())
-        };
-        filter.pages(store, note).await?;
-    }
     let (mut well, mut ill) = (0, 0);
     let all = async {
-        for id in &ids {
+        for id in ids {
             let Some(done) = interruption.run_until_cancelled(patiently(|| act(store, id))).await else {
                 eprintln!("interrupted; the letters named above are done");
                 return Ok(Ending::Interrupted);
