@@ -15,6 +15,7 @@ use shared::settings;
 
 use crate::descriptors;
 use crate::journal::Outside;
+use crate::server::connection_bytes;
 use crate::settings::{Config, SETTINGS};
 use crate::signature::Form;
 
@@ -38,6 +39,7 @@ pub async fn run(arguments: &ArgMatches, config: &Config) -> anyhow::Result<bool
     let running = outside.as_ref().and_then(|outside| outside.held_by);
     let journal = config.journal.clone();
     let mut findings = tokio::task::spawn_blocking(move || disk::look(&journal)).await?;
+    findings.push(client_secrets(config));
     findings.extend(config.secrets.path().map(secret_file));
     findings.extend(listeners(config, running).await);
     findings.push(signature_form(config.form));
@@ -64,6 +66,14 @@ fn shown(variable: &str, config: &Config) -> Option<String> {
         ("GATEWAY_MAX_CANONICAL", _) => Some(config.limits.canonical.to_string()),
         _ => None,
     }
+}
+
+/// The secrets by their fingerprints, to be compared with those of another gateway or of the secret that Sentry shows.
+fn client_secrets(config: &Config) -> Finding {
+    let fingerprints = config.secrets.current().borrow().fingerprints();
+    let changed = config.secrets.changed().map(|changed| format!("; {changed}")).unwrap_or_default();
+    let how = "printf %s SECRET | sha256sum | cut -c1-8";
+    Finding::ok("client secrets", format!("fingerprints {fingerprints} ({how}){changed}"))
 }
 
 /// The mode of the secrets' file. The group may read the file of another owner: so a process reads a Kubernetes volume of
@@ -120,9 +130,9 @@ fn limits(config: &Config) -> Vec<Finding> {
         let detail = format!("{:?}; has to be longer than the proxy in front keeps its connections", limits.idle_timeout);
         Finding::ok("idle time-out", detail)
     });
-    let connections = limits.connections as u64 * (128 << 10);
+    let connections = (limits.connections * connection_bytes(limits.header_bytes)) as u64;
     let detail = format!(
-        "{} for bodies, and {} at the very worst for the buffers of {} connections",
+        "{} for bodies, and {} at the very worst for {} connections",
         size(limits.bytes_in_flight as u64),
         size(connections),
         limits.connections

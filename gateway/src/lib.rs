@@ -49,7 +49,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use crate::settings::Config;
 
-use crate::journal::Journal;
+use crate::journal::{Journal, OpenError};
 use crate::metrics::Metrics;
 use crate::publish::Publisher;
 use crate::receive::Gateway;
@@ -112,6 +112,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     metrics::watch(&mut registry, gateway.clone());
     let connections = gateway.connections().clone();
     readiness.probe("connections", move || connections.state());
+    config.secrets.announce(&readiness);
     shared::metrics::of_process(&mut registry, "gateway", env!("CARGO_PKG_VERSION"), &readiness);
     tracing::info!(public = %public.local_addr()?, ops = %ops.local_addr()?, "listening");
     // Ops and publishing outlive the public listener.
@@ -156,7 +157,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     tokio::join!(
         serving,
         settling.run(&config.nats, config.journal.confirm_after, &readiness, &after),
-        after.run_until_cancelled(config.secrets.watch(&readiness, metrics.secret_file_rejected())),
+        after.run_until_cancelled(config.secrets.watch(metrics.secret_file_rejected())),
         after.run_until_cancelled(summary.run()),
         after.run_until_cancelled(journal.watch_disk()),
     );
@@ -169,9 +170,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
             "the journal's disk does not finish: the journal is left as it is, and the next start reads it through"
         );
     }
-    ops.context("the ops listener failed")?;
     // Leaves in good order; whether NATS notices is its own affair.
     let _ = publisher.link().current().client.drain().await;
+    ops.context("the ops listener failed")?;
     tracing::info!("stopped");
     Ok(())
 }
@@ -209,10 +210,26 @@ impl Settling<'_> {
     }
 }
 
+/// Time within which another process has to give the journal's lock back. `gateway check` has it for a moment.
+const LOCKED_FOR: Duration = Duration::from_secs(2);
+
 /// Opens the journal and tells what was found in it. Reading it may take a while, on a thread that may.
 async fn open_journal(settings: &JournalSettings) -> anyhow::Result<Journal> {
     let JournalSettings { dir, limits, .. } = settings.clone();
-    let opened = tokio::task::spawn_blocking(move || Journal::open(&dir, limits)).await?;
+    let begin = Instant::now();
+    let mut waits = false;
+    let opened = loop {
+        let dir = dir.clone();
+        match tokio::task::spawn_blocking(move || Journal::open(&dir, limits)).await? {
+            Err(OpenError::InUse { .. }) if begin.elapsed() < LOCKED_FOR => {
+                if !std::mem::replace(&mut waits, true) {
+                    tracing::info!(at_most = ?LOCKED_FOR, "waiting for the journal: another process has its lock");
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            opened => break opened,
+        }
+    };
     let (journal, found) = opened.context("GATEWAY_JOURNAL_DIR names the journal's directory")?;
     tracing::info!(
         gateway.id = journal.gateway_id(),

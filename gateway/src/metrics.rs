@@ -160,6 +160,7 @@ pub struct Metrics {
     accept_errors: Counter,
     secret_file_rejected: Counter,
     evictions: Counter,
+    dropped_connections: Counter,
 }
 
 impl Metrics {
@@ -233,6 +234,9 @@ impl Metrics {
         let accept_errors = counter(registry, "gateway_accept_errors", help);
         let help = "Connections without a 202 that were closed for new ones at GATEWAY_MAX_CONNECTIONS";
         let evictions = counter(registry, "gateway_connections_evicted", help);
+        let help =
+            "Connections beyond GATEWAY_MAX_CONNECTIONS that were closed without an answer (256 at once have one)";
+        let dropped_connections = counter(registry, "gateway_connections_dropped", help);
 
         let help = "Times that the file of SENTRY_CLIENT_SECRET_FILE became unusable; the secrets stayed as they were";
         let secret_file_rejected = counter(registry, "gateway_secret_file_rejected", help);
@@ -260,6 +264,7 @@ impl Metrics {
             accept_errors,
             secret_file_rejected,
             evictions,
+            dropped_connections,
         }
     }
 
@@ -345,6 +350,11 @@ impl Metrics {
     /// Counts the connections that were closed for new ones.
     pub fn evictions(&self) -> Counter {
         self.evictions.clone()
+    }
+
+    /// A connection was closed without an answer.
+    pub fn dropped_connection(&self) {
+        self.dropped_connections.inc();
     }
 
     /// A connection could not be taken.
@@ -457,7 +467,20 @@ impl Collector for OfGateway {
         let help = "Bodies in flight, in memory or waiting to be read (at most GATEWAY_MAX_BYTES_IN_FLIGHT)";
         show(&mut encoder, "gateway_bodies_in_flight", help, Some(&Unit::Bytes), self.0.bytes_in_flight() as f64)?;
         let help = "Client secrets that may have signed a delivery";
-        show(&mut encoder, "gateway_secrets", help, None, self.0.secrets_in_use() as f64)
+        let secrets = self.0.secrets();
+        show(&mut encoder, "gateway_secrets", help, None, secrets.valid() as f64)?;
+        let help = "Deliveries that a client secret has signed, by the first 8 hex digits of the secret's SHA-256";
+        let mut encoder = encoder.encode_descriptor(
+            "gateway_secret_deliveries",
+            help,
+            None,
+            ConstCounter::new(0_u64).metric_type(),
+        )?;
+        for (fingerprint, deliveries) in secrets.deliveries() {
+            let labels = [("fingerprint", fingerprint.to_string())];
+            ConstCounter::new(deliveries).encode(encoder.encode_family(&labels)?)?;
+        }
+        Ok(())
     }
 }
 

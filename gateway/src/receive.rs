@@ -22,6 +22,7 @@ use crate::journal::{AppendError, Entry, Journal};
 use crate::metrics::Metrics;
 use crate::pace::InRequest;
 use crate::reject::Reject;
+use crate::secrets::Secrets;
 use crate::settings::Config;
 use crate::signature::{Signature, Verifier};
 use crate::source::TrustedProxies;
@@ -123,9 +124,9 @@ impl Gateway {
         self.bodies.bytes_in_flight()
     }
 
-    /// How many client secrets may have signed a delivery now.
-    pub fn secrets_in_use(&self) -> usize {
-        self.verifier.secrets_in_use()
+    /// The client secrets that may have signed a delivery now.
+    pub fn secrets(&self) -> Secrets {
+        self.verifier.secrets()
     }
 
     /// What is counted.

@@ -28,12 +28,23 @@ use crate::settings::Limits;
 /// saves calls of the kernel on large bodies, less bounds the memory of many connections more tightly. A body of 16 KB comes
 /// in one piece with its headers.
 const BUFFER_BYTES: usize = 24 * 1024;
+/// What a connection takes beside these buffers: its task, its headers, its socket.
+const TASK_BYTES: usize = 16 * 1024;
 /// Time after which a connection beyond the limit is looked at again, before it is answered 503. Sentry waits for a second.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(100);
 /// How many connections beyond the limit are told so at once; more are closed without a word.
 const MAX_TURNED_AWAY: usize = 256;
 /// How long a connection that gets an answer outside of HTTP's usual course may take to read it.
 const LINGER: Duration = Duration::from_secs(1);
+
+/// The most memory that one connection takes beside its bodies, where headers may have `header_bytes`.
+pub const fn connection_bytes(header_bytes: usize) -> usize {
+    2 * buffer_bytes(header_bytes) + TASK_BYTES
+}
+
+const fn buffer_bytes(header_bytes: usize) -> usize {
+    if header_bytes > BUFFER_BYTES { header_bytes } else { BUFFER_BYTES }
+}
 
 /// How a listener ends: not at once, because whoever sends the deliveries on has to hear of it first.
 #[derive(Debug, Clone, Default)]
@@ -74,6 +85,8 @@ pub async fn run(listener: TcpListener, gateway: Arc<Gateway>, limits: &Limits, 
                 serve(socket, peer, gateway, &limits, ending).await;
                 drop(slot);
             });
+        } else {
+            gateway.metrics().dropped_connection();
         }
     };
     loop {
@@ -160,7 +173,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         .half_close(true)
         .max_header_size(limits.header_bytes)
         .max_headers(limits.headers)
-        .max_buf_size(BUFFER_BYTES.max(limits.header_bytes))
+        .max_buf_size(buffer_bytes(limits.header_bytes))
         .serve_connection(TokioIo::new(Paced { socket, pace: pace.clone(), said: said.clone() }), service);
     let mut closing = false;
     let ended = loop {

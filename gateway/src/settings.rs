@@ -23,6 +23,11 @@ const SENTRY_CLIENT_SECRET_FILE: Setting = Setting::bare(
     "SENTRY_CLIENT_SECRET_FILE",
     "A file that holds the client secret, or several, instead of the variable; changes are taken within seconds",
 );
+const SENTRY_SECRET_GRACE: Setting = Setting::new(
+    "SENTRY_SECRET_GRACE",
+    "10min",
+    "How long a secret stays valid after it was taken out of the file; 0 for not at all",
+);
 const SENTRY_SIGNATURE_FORM: Setting = Setting::new(
     "SENTRY_SIGNATURE_FORM",
     "any",
@@ -102,6 +107,7 @@ pub const SETTINGS: [&[Setting]; 4] = [
     &[
         SENTRY_CLIENT_SECRET,
         SENTRY_CLIENT_SECRET_FILE,
+        SENTRY_SECRET_GRACE,
         SENTRY_SIGNATURE_FORM,
         GATEWAY_LISTEN,
         GATEWAY_OPS_LISTEN,
@@ -339,6 +345,7 @@ fn limits(reader: &mut settings::Reader<'_>) -> Option<Limits> {
 
 /// The secrets, from the variable or from the file.
 fn secrets(reader: &mut settings::Reader<'_>) -> Option<Source> {
+    let grace = reader.parse(&SENTRY_SECRET_GRACE, duration_or_0);
     let Some(file) = reader.text(&SENTRY_CLIENT_SECRET_FILE) else {
         let parse = |text: &str| {
             Secrets::parse(text).map_err(|problem| format!("the integration's client secret; the value {problem}"))
@@ -350,8 +357,10 @@ fn secrets(reader: &mut settings::Reader<'_>) -> Option<Source> {
         reader.mistake(format!("{variable} and {file} are both set: keep one"));
         return None;
     }
+    let grace = grace?;
     reader.parse(&SENTRY_CLIENT_SECRET_FILE, |_| {
-        Source::file(file.as_ref()).map_err(|problem| format!("a file that holds the client secret; it {problem}"))
+        Source::file(file.as_ref(), grace)
+            .map_err(|problem| format!("a file that holds the client secret; it {problem}"))
     })
 }
 

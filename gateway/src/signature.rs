@@ -146,9 +146,9 @@ impl Verifier {
         Verifier { times, ..self }
     }
 
-    /// How many secrets may have signed.
-    pub fn secrets_in_use(&self) -> usize {
-        self.secrets.borrow().count()
+    /// The secrets that may have signed.
+    pub fn secrets(&self) -> Secrets {
+        self.secrets.borrow().clone()
     }
 
     /// Gives the body back as a verified one.
@@ -157,35 +157,54 @@ impl Verifier {
     /// [`Reject::BadSignature`] where no secret gives this signature; [`Reject::VerifyBusy`] where too many canonical
     /// forms wait to be made.
     pub async fn verify(&self, body: Bytes, signature: &Signature) -> Result<VerifiedBody, Reject> {
-        let secrets = self.secrets.borrow().clone();
+        let secrets = self.secrets();
+        match self.find_form(&secrets, &body, signature).await? {
+            Some((form, place)) => {
+                secrets.count_right(place);
+                Ok(VerifiedBody::new(body, form, signature))
+            }
+            None => {
+                secrets.count_wrong();
+                Err(Reject::BadSignature)
+            }
+        }
+    }
+
+    /// The signed form, and the place of the secret that has signed it.
+    async fn find_form(
+        &self,
+        secrets: &Secrets,
+        body: &Bytes,
+        signature: &Signature,
+    ) -> Result<Option<(Form, usize)>, Reject> {
         if self.form != Form::Canonical {
             let begin = Instant::now();
-            let matched = signed(&secrets, &body, signature).await;
-            self.times.raw(matched, begin.elapsed());
-            if matched {
-                return Ok(VerifiedBody::new(body, Form::Raw, signature));
+            let matched = signed(secrets, body, signature).await;
+            self.times.raw(matched.is_some(), begin.elapsed());
+            if let Some(place) = matched {
+                return Ok(Some((Form::Raw, place)));
             }
         }
         if self.form == Form::Raw {
-            return Err(Reject::BadSignature);
+            return Ok(None);
         }
         let turn = tokio::time::timeout(TURN_MAX, self.turns.acquire()).await.map_err(|_| Reject::VerifyBusy)?;
         let _turn = turn.expect("this semaphore is never closed");
         let begin = Instant::now();
-        let right = if body.len() <= INLINE_MAX {
-            canonical(&body).is_ok_and(|form| secrets.signed(&form, signature))
+        let matched = if body.len() <= INLINE_MAX {
+            canonical(body).ok().and_then(|form| secrets.signed(&form, signature))
         } else {
-            let (body, signature) = (body.clone(), signature.clone());
-            let check = move || canonical(&body).is_ok_and(|form| secrets.signed(&form, &signature));
+            let (secrets, body, signature) = (secrets.clone(), body.clone(), signature.clone());
+            let check = move || canonical(&body).ok().and_then(|form| secrets.signed(&form, &signature));
             tokio::task::spawn_blocking(check).await.expect("making a canonical form does not panic")
         };
-        self.times.canonical(right, begin.elapsed());
-        if right { Ok(VerifiedBody::new(body, Form::Canonical, signature)) } else { Err(Reject::BadSignature) }
+        self.times.canonical(matched.is_some(), begin.elapsed());
+        Ok(matched.map(|place| (Form::Canonical, place)))
     }
 }
 
 /// [`Secrets::signed`], which lets others go on between the pieces.
-async fn signed(secrets: &Secrets, body: &[u8], signature: &Signature) -> bool {
+async fn signed(secrets: &Secrets, body: &[u8], signature: &Signature) -> Option<usize> {
     let mut signing = secrets.begin();
     let mut pieces = body.chunks(PIECE).peekable();
     while let Some(piece) = pieces.next() {

@@ -26,6 +26,7 @@
 pub mod check;
 pub mod core_dumps;
 pub mod delivery;
+pub mod file;
 pub mod hostile;
 pub mod json;
 pub mod link;

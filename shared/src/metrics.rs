@@ -2,7 +2,8 @@
 //!
 //! Names and units follow the conventions of Prometheus (<https://prometheus.io/docs/practices/naming/>): base units
 //! (`_seconds`, `_bytes`), `_total` for what only grows. Values of labels are members of closed sets, known when the
-//! program is built: nothing that a sender, a broker or a database says becomes one.
+//! program is built: nothing that a sender, a broker or a database says becomes one. The one exception are fingerprints of
+//! client secrets: the operator sets those, and few are valid at once.
 
 use std::fmt;
 use std::sync::Arc;

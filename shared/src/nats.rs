@@ -22,6 +22,7 @@ use serde::Deserialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use crate::file::read_regular;
 use crate::ops::Readiness;
 use crate::settings::{self, Setting};
 use crate::tls;
@@ -34,7 +35,8 @@ pub const NATS_URL: Setting = Setting::new(
     "NATS_URL",
     "nats://127.0.0.1:4222",
     "NATS servers, separated by commas; tls:// where the connection must be encrypted",
-);
+)
+.no_flag_with_password(has_login);
 /// Who logs in: a user JWT and its key.
 pub const NATS_CREDS_FILE: Setting =
     Setting::bare("NATS_CREDS_FILE", "A credentials file (user JWT and nkey seed) to log in to NATS with");
@@ -326,6 +328,11 @@ fn servers(text: &str) -> Result<Vec<ServerAddr>, String> {
     servers.ok_or_else(|| "NATS URLs separated by commas, such as nats://nats:4222 or tls://nats:4222".into())
 }
 
+/// Tells if one of the URLs holds a login: a password, or a token.
+fn has_login(text: &str) -> bool {
+    text.contains('@')
+}
+
 /// The login in `nats://user:password@host` or `nats://token@host`; the client itself does not look there.
 fn named_login(servers: &[ServerAddr]) -> Option<Login> {
     let decoded = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
@@ -438,7 +445,8 @@ fn user_key(seed: &str) -> Option<KeyPair> {
 }
 
 fn read(file: &Path) -> Result<String, String> {
-    std::fs::read_to_string(file).map_err(|error| format!("a file that can be read ({error})"))
+    let wanted = |error: std::io::Error| format!("a file that can be read ({error})");
+    String::from_utf8(read_regular(file).map_err(wanted)?).map_err(|_| "a text file".into())
 }
 
 fn sign(key: &KeyPair, nonce: &[u8]) -> Result<Vec<u8>, String> {

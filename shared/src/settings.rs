@@ -3,11 +3,14 @@
 //! A program reads its settings once, into types, and one start names every mistake. A flag wins over the variable, an
 //! empty variable counts as not set, and no value is ever repeated in an error: it could be a secret.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use clap::builder::{StringValueParser, TypedValueParser};
+use clap::error::ErrorKind;
 use clap::{Arg, ArgMatches, Command};
 
 use crate::telemetry::{LogFormat, LogSettings};
@@ -26,22 +29,30 @@ pub struct Setting {
     pub help: &'static str,
     /// Secrets are no flags: every user of a machine can read a process's arguments.
     pub secret: bool,
+    /// Tells if a value holds a password. Such a value is refused as a flag.
+    pub has_password: Option<fn(&str) -> bool>,
 }
 
 impl Setting {
     /// A setting with a default.
     pub const fn new(variable: &'static str, default: &'static str, help: &'static str) -> Self {
-        Setting { variable, default: Some(default), help, secret: false }
+        Setting { default: Some(default), ..Setting::bare(variable, help) }
     }
 
     /// A setting without a default.
     pub const fn bare(variable: &'static str, help: &'static str) -> Self {
-        Setting { variable, default: None, help, secret: false }
+        Setting { variable, default: None, help, secret: false, has_password: None }
     }
 
     /// A setting that only the environment may hold.
     pub const fn secret(variable: &'static str, help: &'static str) -> Self {
-        Setting { variable, default: None, help, secret: true }
+        Setting { secret: true, ..Setting::bare(variable, help) }
+    }
+
+    /// The same setting, as a flag only without a password.
+    #[must_use]
+    pub const fn no_flag_with_password(self, has_password: fn(&str) -> bool) -> Self {
+        Setting { has_password: Some(has_password), ..self }
     }
 
     /// Its flag, without the dashes: `GATEWAY_LISTEN` is `listen` for the program `gateway`.
@@ -53,7 +64,34 @@ impl Setting {
     fn arg(&self, program: &str) -> Arg {
         let default = self.default.map(|default| format!(", default: {default}")).unwrap_or_default();
         let help = format!("{} [{}{default}]", self.help, self.variable);
-        Arg::new(self.variable).long(self.flag(program)).value_name("VALUE").help(help).global(true)
+        let arg = Arg::new(self.variable).long(self.flag(program)).value_name("VALUE").help(help).global(true);
+        match self.has_password {
+            Some(has_password) => arg.value_parser(NoPassword { variable: self.variable, has_password }),
+            None => arg,
+        }
+    }
+}
+
+/// Refuses a flag's value that holds a password, with an error that does not hold it.
+#[derive(Clone)]
+struct NoPassword {
+    variable: &'static str,
+    has_password: fn(&str) -> bool,
+}
+
+impl TypedValueParser for NoPassword {
+    type Value = String;
+
+    fn parse_ref(&self, command: &Command, arg: Option<&Arg>, value: &OsStr) -> Result<String, clap::Error> {
+        if !(self.has_password)(&value.to_string_lossy()) {
+            return StringValueParser::new().parse_ref(command, arg, value);
+        }
+        let (flag, variable) = (arg.and_then(Arg::get_long).unwrap_or_default(), self.variable);
+        let words = format!(
+            "--{flag} holds a password, which every user of this machine can read in its list of processes. Set the \
+             variable {variable} instead\n"
+        );
+        Err(clap::Error::raw(ErrorKind::ValueValidation, words))
     }
 }
 

@@ -12,6 +12,8 @@ use rustls::pki_types::pem::{Error as PemError, PemObject as _};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 
+use crate::file::read_regular;
+
 /// The one crypto provider; from the first call on it is the process's default, which async-nats takes.
 pub fn provider() -> Arc<CryptoProvider> {
     // Refused where it has been installed before.
@@ -88,7 +90,7 @@ pub fn private_key(file: &Path, chain: &[CertificateDer<'static>]) -> Result<Pri
 }
 
 fn read(file: &Path) -> Result<Vec<u8>, String> {
-    std::fs::read(file).map_err(|error| format!("a file that can be read ({error})"))
+    read_regular(file).map_err(|error| format!("a file that can be read ({error})"))
 }
 
 /// The settings that a handshake depends on, by name.

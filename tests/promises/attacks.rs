@@ -29,8 +29,8 @@ const SENTRY_WAITS: Duration = Duration::from_secs(1);
 pub(crate) const MIB: u64 = 1 << 20;
 /// What a gateway takes beside bodies and connections: its program, its threads, its journal's buffers.
 pub(crate) const GATEWAY_ITSELF: u64 = 64 * MIB;
-/// The most that one connection takes (README): what has come in and not been looked at, and what is still to go out.
-const A_CONNECTION: u64 = 64 << 10;
+/// The most that one connection takes (README), with the largest headers that are taken by default.
+const A_CONNECTION: u64 = gateway::server::connection_bytes(16 << 10) as u64;
 
 fn is_long() -> bool {
     size(0, 1) == 1

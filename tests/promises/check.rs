@@ -175,6 +175,7 @@ async fn what_runs_is_well_and_not_disturbed() {
     let listed = |folder: &str| {
         let files = std::fs::read_dir(world.folder().join(folder)).unwrap();
         let mut names: Vec<_> = files.map(|file| file.unwrap().file_name()).collect();
+        names.retain(|name| !name.to_string_lossy().ends_with(".marks")); // the gateway's, a moment later
         names.sort();
         names
     };
@@ -505,6 +506,84 @@ async fn a_broker_without_logins_or_encryption_is_warned_of() {
 }
 
 #[tokio::test]
+async fn a_stream_that_could_not_be_made_is_named() {
+    // Another stream has the subjects: all of them, or one.
+    let wide = Servers::start(|_| ()).await;
+    for (name, subject) in [("OTHER", "signals.>"), ("OTHER", "signals.*.error")] {
+        let config = Config { name: name.into(), subjects: vec![subject.into()], ..Config::default() };
+        wide.jetstream().await.create_stream(config).await.unwrap();
+        let checked = wide.gateway(&[]).await;
+        checked.fails_for(&["stream SIGNALS, subjects", "OTHER", "signals.sentry.*"]);
+        wide.jetstream().await.delete_stream(name).await.unwrap();
+    }
+    wide.gateway(&[]).await.well();
+    // A login that may not list streams: what all of one stream's subjects show is seen, and the rest is not called well.
+    let locked = locked().await;
+    let url = locked.url_of("gateway");
+    let unlisted = locked.gateway(&[("NATS_URL", &url)]).await;
+    assert!(unlisted.well().found("not tried").contains("stream SIGNALS, subjects"), "{:#}", unlisted.json);
+    let options = async_nats::ConnectOptions::with_user_and_password("operator".into(), SECRET.into());
+    let operator = jetstream::new(options.connect(locked.nats.url()).await.unwrap());
+    let config = Config { name: "OTHER".into(), subjects: vec!["signals.>".into()], ..Config::default() };
+    operator.create_stream(config).await.unwrap();
+    locked.gateway(&[("NATS_URL", &url)]).await.fails_for(&["stream SIGNALS, subjects", "signals.sentry.check"]);
+    let state = operator.get_stream("OTHER").await.unwrap().cached_info().state.clone();
+    assert_eq!(state.messages, 0, "nothing was stored by looking");
+
+    // The server has less room than the stream may take. The account has no limit.
+    let small = Servers::start(|options| options.jetstream = "max_file_store: 1GB".into()).await;
+    small.gateway(&[]).await.fails_for(&["stream SIGNALS, storage", "max_file", "NATS_MAX_BYTES"]);
+    small.gateway(&[("NATS_MAX_BYTES", "500MB")]).await.well();
+    let mut streams = small.jetstream().await.stream_names();
+    assert!(futures_util::StreamExt::next(&mut streams).await.is_none(), "no stream was made");
+}
+
+#[tokio::test]
+async fn a_journal_that_could_not_be_opened_is_named() {
+    let servers = Servers::start(|_| ()).await;
+    let journal = std::path::PathBuf::from(servers.journal());
+    let limits = gateway::journal::Limits::of(64 << 20);
+    let (opened, _) = gateway::journal::Journal::open(&journal, limits).unwrap();
+    opened.close().await;
+    drop(opened);
+    servers.gateway(&[]).await.well();
+    // A later version's file: as ours, with another version and the checksum that goes with it.
+    let mut header = vec![0_u8; 64];
+    header[..8].copy_from_slice(b"LOOPJRNL");
+    header[8..12].copy_from_slice(&99_u32.to_le_bytes());
+    let checksum = crc32c(&[&header[..12], &header[16..]].concat());
+    header[12..16].copy_from_slice(&checksum.to_le_bytes());
+    header.resize(4096, 0);
+    let file = journal.join("000000000099.journal");
+    std::fs::write(&file, header).unwrap();
+    let opens = gateway::journal::Journal::open(&journal, limits);
+    assert!(opens.is_err_and(|error| error.to_string().contains("version 99")), "the file is what it is meant to be");
+    servers.gateway(&[]).await.fails_for(&["journal format", "000000000099.journal", "99"]);
+}
+
+/// CRC-32C, bit by bit (RFC 3720 appendix B.4).
+fn crc32c(bytes: &[u8]) -> u32 {
+    let step = |crc: u32| if crc & 1 == 1 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
+    !bytes.iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), |crc, _| step(crc)))
+}
+
+#[tokio::test]
+async fn a_look_at_a_journal_stops_no_start() {
+    let mut world = setup().workers(0).start().await;
+    world.gateway.stop().await;
+    let lock = std::fs::File::open(world.folder().join("gateway-0/lock")).unwrap();
+    lock.lock_shared().unwrap(); // as a look does, for a moment
+    world.gateway.start_again();
+    eventually("the start to meet the lock", async || {
+        let waits = world.gateway.log().contains("waiting for the journal");
+        (waits || !world.gateway.process().is_alive()).then_some(())
+    })
+    .await;
+    drop(lock);
+    world.gateway.ready().await;
+}
+
+#[tokio::test]
 async fn a_place_that_cannot_hold_the_journal_is_named() {
     let servers = Servers::start(|_| ()).await;
     let file = servers.scratch.path().join("file");
@@ -578,6 +657,12 @@ async fn a_database_that_would_not_do_is_named() {
         "the role is shown, its password is not"
     );
     servers.worker(&[("WORKER_CONCURRENCY", "64")]).await.well();
+    // What only `worker replay --dry-run` needs.
+    let name = servers.database.rsplit('/').next().unwrap();
+    servers.sql(&format!("REVOKE TEMPORARY ON DATABASE {name} FROM PUBLIC")).await;
+    let warned = servers.worker(&limited).await.found("warning");
+    assert!(warned.contains("temporary tables") && warned.contains("GRANT TEMPORARY ON DATABASE"), "{warned}");
+    assert!(!servers.worker(&[]).await.found("warning").contains("temporary tables"), "the owner may");
     servers.sql(&format!("ALTER ROLE {role} CONNECTION LIMIT 3")).await;
     servers.worker(&limited).await.fails_for(&["connections", "3 are allowed"]);
 

@@ -1,6 +1,9 @@
 //! What cannot be stored is kept with its reason, delays nobody, and is stored once the cause is gone.
 
-use world::{Connection, Post};
+use std::process::Stdio;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use world::{Connection, Post, Ran, World};
 
 use crate::setup;
 
@@ -96,7 +99,7 @@ async fn seven_bad_of_five_hundred_become_letters_that_a_fix_brings_back() {
         assert_eq!(stored.signal["payload"], serde_json::from_str::<serde_json::Value>(body).unwrap());
         assert_eq!(stored.signal["created_at"], stored.issue["created_at"]);
     }
-    let discarded = world.worker(&["dead-letters", "discard", "--all", "--reason", "not json"]).await;
+    let discarded = world.worker(&["dead-letters", "discard", "--all", "--yes", "--reason", "not json"]).await;
     assert_eq!(discarded.code, Some(0), "{discarded:?}");
     assert_eq!(world.value::<i64>("SELECT count(*) FROM ingest.dead_letters").await, 0);
 
@@ -105,4 +108,114 @@ async fn seven_bad_of_five_hundred_become_letters_that_a_fix_brings_back() {
     let audit = world.worker(&["audit", "--json"]).await;
     assert_eq!((&audit.json()["stored"], &audit.json()["discarded"]), (&498.into(), &2.into()), "{audit:?}");
     assert_eq!(audit.code, Some(0));
+}
+
+const LETTERS: &str = "SELECT count(*) FROM ingest.dead_letters";
+
+/// Runs a command of the worker's on a terminal, at which somebody types `answer`.
+async fn on_a_terminal(world: &World, arguments: &[&str], answer: &str) -> Ran {
+    let inside = world.worker_command(arguments);
+    let words: Vec<_> = std::iter::once(inside.as_std().get_program()).chain(inside.as_std().get_args()).collect();
+    let line = words.iter().map(|word| format!("'{}'", word.to_str().unwrap())).collect::<Vec<_>>().join(" ");
+    let mut command = tokio::process::Command::new("script");
+    command.args(["-qec", &line, "/dev/null"]).env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
+    command.envs(inside.as_std().get_envs().filter_map(|(name, value)| Some((name, value?))));
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    let mut child = command.spawn().unwrap();
+    let mut keyboard = child.stdin.take().unwrap();
+    keyboard.write_all(answer.as_bytes()).await.unwrap();
+    let ended = tokio::time::timeout(std::time::Duration::from_secs(60), child.wait_with_output()).await;
+    let ran = Ran::of(ended.expect("the command ends").unwrap());
+    drop(keyboard);
+    ran
+}
+
+#[tokio::test]
+async fn letters_are_discarded_only_where_it_is_meant_and_come_back() {
+    let world = setup().start().await;
+    world.execute("ALTER TABLE issues ADD CONSTRAINT no_poison CHECK (title NOT LIKE '%poison%')").await;
+    let poison = world.post(body("poison", "1", "1")).await.accepted();
+    let broken = world.post("no JSON").await.accepted();
+    world.until(LETTERS, 2_i64).await;
+    world.all_acknowledged().await;
+
+    // An empty filter would leave all letters.
+    for command in ["list", "retry", "discard"] {
+        for empty in ["", "  "] {
+            let all: &[&str] = if command == "list" { &[] } else { &["--all"] };
+            let ran = world.worker(&[&["dead-letters", command, "--reason", empty], all].concat()).await;
+            assert_eq!(ran.code, Some(64), "{command} {empty:?}: {ran:?}");
+            assert!(ran.err.contains("--reason"), "{ran:?}");
+        }
+    }
+    // Without a terminal somebody has to say that it is meant.
+    let asked = world.worker(&["dead-letters", "discard", "--all"]).await;
+    assert_eq!(asked.code, Some(64), "{asked:?}");
+    assert!(asked.err.contains("--yes") && asked.err.contains("--dry-run"), "{asked:?}");
+    assert_eq!(world.value::<i64>(LETTERS).await, 2, "nothing is discarded");
+    let dry = world.worker(&["dead-letters", "discard", "--all", "--dry-run"]).await;
+    assert_eq!(dry.code, Some(0), "{dry:?}");
+    for part in ["2 letters", "no_poison", "not JSON", "--restore-discarded"] {
+        assert!(dry.out.contains(part), "no {part}: {dry:?}");
+    }
+    let one = world.worker(&["dead-letters", "discard", "--dry-run", &broken, "nobody"]).await;
+    assert!(one.out.contains("1 letter") && !one.out.contains("no_poison"), "{one:?}");
+    let no = on_a_terminal(&world, &["dead-letters", "discard", "--all"], "no\n").await;
+    assert_eq!(no.code, Some(2), "{no:?}");
+    assert!(no.out.contains("2 letters") && no.out.contains("no_poison"), "{no:?}");
+    assert_eq!(world.value::<i64>(LETTERS).await, 2, "nothing is discarded");
+    let yes = on_a_terminal(&world, &["dead-letters", "discard", "--all"], "yes\n").await;
+    assert_eq!(yes.code, Some(0), "{yes:?}");
+    assert_eq!(world.value::<i64>(LETTERS).await, 0);
+
+    // The undo: what can be stored today is stored, the rest is a letter again.
+    world.execute("ALTER TABLE issues DROP CONSTRAINT no_poison").await;
+    let nothing = world.worker(&["replay"]).await;
+    assert_eq!((nothing.code, nothing.number("discarded")), (Some(0), 2), "{nothing:?}");
+    let foreseen = world.worker(&["replay", "--restore-discarded", "--dry-run"]).await;
+    assert_eq!(foreseen.number("discarded, would be stored"), 1, "{foreseen:?}");
+    assert_eq!(foreseen.number("would become a dead letter"), 1, "{foreseen:?}");
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM ingest.deliveries WHERE state = 'discarded'").await, 2);
+    let restored = world.worker(&["replay", "--restore-discarded"]).await;
+    assert_eq!(restored.code, Some(1), "one is a letter again: {restored:?}");
+    assert_eq!(restored.number("was discarded, stored now"), 1, "{restored:?}");
+    world.stored(&poison).await;
+    let listed = world.worker(&["dead-letters", "list", "--json"]).await.json();
+    assert_eq!((listed.as_array().unwrap().len(), &listed[0]["delivery_id"]), (1, &broken.as_str().into()));
+    let again = world.worker(&["replay", "--restore-discarded"]).await;
+    assert_eq!((again.code, again.number("a dead letter already")), (Some(0), 1), "{again:?}");
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM signals").await, 1);
+}
+
+#[tokio::test]
+async fn a_long_list_of_letters_takes_little_memory() {
+    const COUNT: usize = 20_000;
+    let world = setup().start().await;
+    let letters = format!(
+        "INSERT INTO ingest.dead_letters
+             (delivery_id, stream_sequence, subject, headers, body, reason, attempts, failed_at)
+         SELECT 'letter-' || n, n / 3, 'signals.sentry.issue', jsonb_build_object('Long', repeat(md5(n::text), 128)),
+                '', 'not JSON', 1, now()
+         FROM generate_series(1, {COUNT}) AS n"
+    );
+    world.execute(&letters).await;
+    let mut command = world.worker_command(&["dead-letters", "list", "--json"]);
+    let mut child = command.stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+    let mut out = child.stdout.take().unwrap();
+    let mut text = vec![0];
+    out.read_exact(&mut text).await.unwrap(); // the rest waits in the pipe, and the command behind it
+    let status = std::fs::read_to_string(format!("/proc/{}/status", child.id().unwrap())).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap().trim().trim_end_matches(" kB");
+    let peak = peak.parse::<u64>().unwrap() >> 10;
+    assert!(peak < 64, "{peak} MiB for the first of {COUNT} letters of 4 KiB");
+    out.read_to_end(&mut text).await.unwrap();
+    let listed: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let listed = listed.as_array().unwrap();
+    assert_eq!(listed.len(), COUNT);
+    let ids: std::collections::HashSet<_> = listed.iter().map(|letter| letter["delivery_id"].as_str()).collect();
+    assert_eq!(ids.len(), COUNT);
+    assert!(listed.is_sorted_by_key(|letter| letter["stream_sequence"].as_u64()));
+    assert!(child.wait().await.unwrap().success());
+    let table = world.worker(&["dead-letters", "list"]).await;
+    assert_eq!(table.out.lines().count(), 1 + COUNT);
 }

@@ -203,6 +203,24 @@ async fn connections_without_a_delivery_make_room_at_the_limit() {
 }
 
 #[tokio::test]
+async fn connections_that_are_dropped_at_the_limit_are_counted() {
+    const MANY: usize = 700;
+    let world = setup().workers(0).gateway("GATEWAY_MAX_CONNECTIONS", "1").start().await;
+    let mut kept = Connection::open(world.port()).await.unwrap();
+    kept.send(&Post::signed(BODY)).await.unwrap().accepted(); // and so makes room for nobody
+    let more = silent(world.port(), MANY).await;
+    let told = "gateway_answers_total{status=\"503\",reason=\"too_many_connections\"}";
+    eventually("each to be answered or dropped, and counted", async || {
+        let dropped = world.gateway.try_metric("gateway_connections_dropped_total").await.unwrap_or(0.0);
+        let answered = world.metric(told).await;
+        (dropped > 0.0 && answered + dropped == MANY as f64).then_some(())
+    })
+    .await;
+    drop(more);
+    kept.send(&Post::signed(BODY)).await.unwrap().accepted();
+}
+
+#[tokio::test]
 async fn connections_that_replay_a_body_make_room_at_the_limit() {
     const LIMIT: usize = 24;
     let limit = LIMIT.to_string();

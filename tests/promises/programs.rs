@@ -33,6 +33,60 @@ fn every_mistake_in_the_settings_is_named_at_once_with_exit_code_64_and_no_value
 }
 
 #[test]
+fn a_password_is_no_flag() {
+    // A start that takes its settings ends at these addresses, with 1.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let secret = [
+        ("SENTRY_CLIENT_SECRET", "a-secret-of-the-tests"),
+        ("GATEWAY_LISTEN", address.as_str()),
+        ("WORKER_OPS_LISTEN", address.as_str()),
+    ];
+    let database = "--database-url";
+    let cases: [(&str, &[&str], &str, &str); 9] = [
+        (GATEWAY, &[], "--nats-url", "nats://loop:hunter2@127.0.0.1:1"),
+        (GATEWAY, &["check"], "--nats-url", "nats://127.0.0.1:1,nats://hunter2@127.0.0.1:1"),
+        (GATEWAY, &["journal", "status"], "--nats-url", "loop:hunter2@127.0.0.1"),
+        (WORKER, &[], "--nats-url", "tls://loop:hunter2@nats"),
+        (WORKER, &[], database, "postgres://loop:hunter2@127.0.0.1:1/loop"),
+        (WORKER, &["check"], database, "postgresql://loop@127.0.0.1:1/loop?password=hunter2"),
+        (WORKER, &["dead-letters", "list"], database, "postgres://127.0.0.1:1/loop?pass%77ord=hunter2"),
+        (WORKER, &["migrate"], database, "host=127.0.0.1 password = hunter2"),
+        (WORKER, &["status"], database, "postgres://loop:hunter2/x@127.0.0.1:1/loop"),
+    ];
+    for (program, command, flag, value) in cases {
+        let (code, stdout, stderr) = run(program, &[command, &[flag, value]].concat(), &secret);
+        assert_eq!(code, Some(64), "{command:?} {value}: {stderr}");
+        let variable = flag.trim_start_matches('-').replace('-', "_").to_uppercase();
+        assert!(stderr.contains(flag) && stderr.contains(&variable) && stderr.contains("password"), "{stderr}");
+        assert!(!stderr.contains("hunter2") && stdout.is_empty(), "{stderr}");
+    }
+    // Without one, it is welcome.
+    let (code, stdout, _) = run(GATEWAY, &["check", "--nats-url", "nats://127.0.0.1:1,tls://[::1]:2"], &secret);
+    assert!(code == Some(1) && stdout.contains("nats://127.0.0.1:1,tls://[::1]:2"), "{stdout}");
+    for url in ["postgres://loop@127.0.0.1:1/loop?sslmode=disable", "host=127.0.0.1 port=1 user=loop dbname=loop"] {
+        let (code, stdout, stderr) = run(WORKER, &["check", database, url, "--nats-url", "nats://127.0.0.1:1"], &[]);
+        assert!(code == Some(1) && stdout.contains("postgres://loop@127.0.0.1:1/loop"), "{stdout}{stderr}");
+    }
+}
+
+#[tokio::test]
+async fn a_fifo_where_a_file_belongs_is_told_at_once() {
+    let folder = local::Scratch::new("fifo").unwrap();
+    let fifo = folder.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    let variables = ["NATS_CREDS_FILE", "NATS_NKEY_FILE", "NATS_CA_FILE", "NATS_CLIENT_CERT", "PGSSLROOTCERT"];
+    for variable in variables {
+        let mut command = tokio::process::Command::new(WORKER);
+        command.env_clear().env("DATABASE_URL", "postgres://127.0.0.1:1/loop").env(variable, &fifo).kill_on_drop(true);
+        command.env("NATS_CLIENT_KEY", &fifo);
+        let ended = tokio::time::timeout(std::time::Duration::from_secs(30), command.output()).await;
+        let ran = world::Ran::of(ended.unwrap_or_else(|_| panic!("a start hangs on {variable}")).unwrap());
+        assert!(ran.code == Some(64) && ran.err.contains(variable) && ran.err.contains("no regular file"), "{ran:?}");
+    }
+}
+
+#[test]
 fn an_unknown_flag_is_exit_code_64() {
     for program in [GATEWAY, WORKER] {
         let (code, _, stderr) = run(program, &["--no-such-flag"], &[]);

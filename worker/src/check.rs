@@ -32,7 +32,8 @@ const SERVER: &str = "\
            (SELECT rolconnlimit::bigint FROM pg_roles WHERE rolname = current_user),
            (SELECT datconnlimit::bigint FROM pg_database WHERE datname = current_database()),
            coalesce((SELECT 'lz4' = ANY (enumvals) FROM pg_settings WHERE name = 'default_toast_compression'), false),
-           clock_timestamp()";
+           clock_timestamp(), has_database_privilege(current_database(), 'TEMPORARY'),
+           format('GRANT TEMPORARY ON DATABASE %I TO %I', current_database(), current_user)";
 
 pub(crate) fn command() -> Command {
     check::command("Look before a deployment: what would be used, and whether it would work")
@@ -142,6 +143,13 @@ async fn server(what: &str, client: &mut Object, config: &Config) -> Result<Vec<
         Finding::warning("clock", detail, "set the clocks by NTP")
     } else {
         Finding::ok("clock", "agrees with this machine's")
+    });
+    let (temporary, grant): (bool, String) = (row.get(12), row.get(13));
+    findings.push(if temporary {
+        Finding::ok("temporary tables", "may be made, as `worker replay --dry-run` does")
+    } else {
+        let advice = format!("{grant}; the worker itself needs none");
+        Finding::warning("temporary tables", "may not be made: `worker replay --dry-run` would fail", advice)
     });
     Ok(findings)
 }

@@ -22,7 +22,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 use serde_json::Value;
 use shared::link::Link;
 use shared::ops::Readiness;
-use shared::settings::duration;
+use shared::settings::{EX_USAGE, duration};
 use shared::text::{printable_json, printable_lines};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -91,6 +91,10 @@ pub async fn execute(arguments: &ArgMatches, config: &Config, interruption: &Can
         Ok(Ending::Interrupted) => ExitCode::from(EX_INTERRUPTED),
         // Whoever read our output has read enough, as `head` does.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) if error.is::<clap::Error>() => {
+            let _ = writeln!(std::io::stderr(), "worker {name}: {error}");
+            ExitCode::from(EX_USAGE)
+        }
         Err(error) => {
             // Nothing is left to be told when even stderr is gone.
             let _ = writeln!(std::io::stderr(), "worker {name}: {}", printable_lines(&words(&error)));

@@ -5,7 +5,7 @@
 //! 3. [`Store::persist`] stores that, in the transaction that workers use: either may come first, and both may at once.
 //!
 //! What the ledger has is not touched: not a row that somebody edited, and none that somebody deleted (but
-//! `--restore-deleted`), no dead letter and none that was discarded. With `--dry-run` step 3 only tries
+//! `--restore-deleted`), no dead letter and none that was discarded (but `--restore-discarded`). With `--dry-run` step 3 only tries
 //! ([`Store::try_out`]).
 
 mod findings;
@@ -118,12 +118,15 @@ impl Replay<'_> {
     /// One batch: stores and restores, or only tries to, and counts what became of each message.
     async fn take(&mut self, batch: Vec<Found>) -> anyhow::Result<()> {
         let mut missing = Batch::default();
-        let mut deleted = Vec::new();
+        let (mut deleted, mut discarded) = (Vec::new(), Vec::new());
         let mut told = Vec::with_capacity(batch.len());
         for Found { sequence, delivery_id, outcome, read } in batch {
+            if outcome == Outcome::TakenBack {
+                discarded.push(delivery_id.clone());
+            }
             match (&outcome, read) {
-                (Outcome::Inserted, Some(Ok(record))) => missing.records.push(*record),
-                (Outcome::Inserted, Some(Err(dead))) => missing.dead_letters.push(*dead),
+                (Outcome::Inserted | Outcome::TakenBack, Some(Ok(record))) => missing.records.push(*record),
+                (Outcome::Inserted | Outcome::TakenBack, Some(Err(dead))) => missing.dead_letters.push(*dead),
                 (Outcome::Restored, Some(Ok(record))) => deleted.push(*record),
                 _ => {}
             }
@@ -131,15 +134,22 @@ impl Replay<'_> {
         }
         let (mut done, dead) = match self.options.dry_run {
             true => self.try_out(&missing, &deleted).await?,
-            false => self.write(&missing, &deleted).await?,
+            false => {
+                if !discarded.is_empty() {
+                    patiently(|| self.store.forget_discarded(&discarded)).await?;
+                }
+                self.write(&missing, &deleted).await?
+            }
         };
         let mut lines = String::new();
         for (sequence, id, outcome) in told {
             let letter = || dead.iter().find(|dead| dead.delivery_id == id);
             let mine = done.remove(&id); // a second message of the same delivery finds it there
             let (outcome, reason) = match outcome {
-                Outcome::Inserted if !mine => (Outcome::There, None),
-                Outcome::Inserted => letter().map_or((outcome, None), |dead| (Outcome::Buried, Some(&dead.reason))),
+                Outcome::Inserted | Outcome::TakenBack if !mine => (Outcome::There, None),
+                Outcome::Inserted | Outcome::TakenBack => {
+                    letter().map_or((outcome, None), |dead| (Outcome::Buried, Some(&dead.reason)))
+                }
                 Outcome::Restored => match letter() {
                     Some(dead) => (Outcome::NotRestored, Some(&dead.reason)),
                     None if mine => (outcome, None),

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use percent_encoding::percent_decode_str;
 use shared::nats;
 use shared::settings::{self, BadSettings, SHUTDOWN_GRACE, Setting};
 use shared::stream::{self, NatsSettings};
@@ -11,7 +12,8 @@ use shared::telemetry::LogSettings;
 use crate::store::{DatabaseUrl, TLS_SETTINGS};
 
 const DATABASE_URL: Setting =
-    Setting::bare("DATABASE_URL", "Loop's PostgreSQL, such as postgres://user:password@host:5432/loop");
+    Setting::bare("DATABASE_URL", "Loop's PostgreSQL, such as postgres://user:password@host:5432/loop")
+        .no_flag_with_password(has_password);
 const WORKER_OPS_LISTEN: Setting =
     Setting::new("WORKER_OPS_LISTEN", "127.0.0.1:9465", "Where operators reach /healthz and /readyz");
 const WORKER_BATCH_MAX: Setting =
@@ -103,6 +105,15 @@ fn database(reader: &mut settings::Reader<'_>) -> Option<DatabaseUrl> {
             None
         }
     }
+}
+
+/// Tells if the text, in either form of a connection string, may hold a password. In doubt it does.
+fn has_password(text: &str) -> bool {
+    let decoded = percent_decode_str(text).decode_utf8_lossy();
+    let has_value = |(at, name): (usize, &str)| decoded[at + name.len()..].trim_start().starts_with('=');
+    let parameter = decoded.match_indices("password").any(has_value);
+    let login = text.split_once("://").and_then(|(_, rest)| rest.split('?').next()?.rsplit_once('@'));
+    parameter || login.is_some_and(|(login, _)| login.contains(':'))
 }
 
 #[cfg(test)]

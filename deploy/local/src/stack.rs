@@ -13,6 +13,7 @@ use local::stack_env::StackEnv;
 use local::{Login, NatsOptions, NatsServer, Postgres, PostgresOptions, Programs, http, leftovers, ports};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use worker::store::TLS_SETTINGS;
 
 use crate::progress::Progress;
 use crate::{signals, welcome};
@@ -93,14 +94,14 @@ async fn start(options: &Options) -> anyhow::Result<Stack> {
     progress.step("Starting nats-server and PostgreSQL");
     let ports = Ports::choose(&data_dir)?;
     // Each user of this machine reaches the port. A client reads deliveries there, and a message of it becomes a row.
-    let login = Login { user: "loop".into(), password: data_dir.secret(NATS_PASSWORD_FILE)? };
+    let login = Login { user: "loop".into(), password: nats_password(&data_dir)? };
     let nats = NatsOptions { port: Some(ports.nats), login: Some(login), ..NatsOptions::new(nats_dir) };
     let postgres = PostgresOptions { port: Some(ports.postgres), ..PostgresOptions::lasting(postgres_dir) };
     let (nats, postgres) = tokio::try_join!(NatsServer::start(&programs, nats), Postgres::start(&programs, postgres))?;
     let secret = data_dir.secret(SECRET_FILE)?;
     let env = StackEnv {
         webhook_url: format!("http://127.0.0.1:{port}/api/signals/sentry"),
-        secret: secret.split(',').next().unwrap_or_default().trim().to_owned(),
+        secret: first_secret(&secret).to_owned(),
         database_url: postgres.create_database("loop").await?,
         nats_url: nats.url(),
         gateway_ops_url: format!("http://127.0.0.1:{}", ports.gateway_ops),
@@ -113,6 +114,21 @@ async fn start(options: &Options) -> anyhow::Result<Stack> {
     stack.ready().await?;
     stack.env.write(&stack.data_dir)?;
     Ok(stack)
+}
+
+/// The password of NATS, which stands in its URL and in its configuration.
+fn nats_password(data_dir: &DataDir) -> anyhow::Result<String> {
+    let password = data_dir.secret(NATS_PASSWORD_FILE)?;
+    if !password.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+        let file = data_dir.path().join(NATS_PASSWORD_FILE);
+        bail!("{} holds more than letters and digits. Remove it: the next start makes another", file.display());
+    }
+    Ok(password)
+}
+
+/// The first secret of a file, as the gateway reads it: secrets are separated by commas or line ends.
+fn first_secret(text: &str) -> &str {
+    text.split([',', '\n']).map(str::trim).find(|secret| !secret.is_empty()).unwrap_or_default()
 }
 
 /// What a killed launcher left behind, if its watchdog was killed, too.
@@ -197,8 +213,9 @@ fn services(
             | "NATS_NKEY_FILE"
             | "NATS_CA_FILE"
             | "NATS_CLIENT_CERT"
-            | "NATS_CLIENT_KEY"
-            | "PGSSLROOTCERT" => None,
+            | "NATS_CLIENT_KEY" => None,
+            // Those of another database.
+            _ if TLS_SETTINGS.iter().any(|setting| setting.variable == variable) => None,
             _ => return None,
         })
     };

@@ -23,7 +23,13 @@ struct Launcher {
 
 impl Launcher {
     fn start(data_dir: &Path) -> Launcher {
+        Launcher::start_with(data_dir, &[])
+    }
+
+    /// The same, with these variables in its environment.
+    fn start_with(data_dir: &Path, variables: &[(&str, &str)]) -> Launcher {
         let mut command = Command::new(env!("CARGO_BIN_EXE_local"));
+        command.envs(variables.iter().copied());
         command.args(["--port", "0", "--data-dir"]).arg(data_dir).stdout(Stdio::piped()).stderr(Stdio::piped());
         let process = command.env_remove("RUST_LOG").spawn().expect("the launcher starts");
         watchdog::guard_process(process.id(), Signal::SIGTERM).expect("the watchdog starts");
@@ -222,6 +228,42 @@ fn the_broker_takes_only_its_own_login() {
     launcher.signal(Signal::SIGTERM);
     let (status, words) = launcher.ended();
     assert!(status.success() && !words.contains(password), "{words}");
+}
+
+#[test]
+fn variables_of_another_database_and_a_secret_of_several_lines_change_nothing() {
+    let scratch = Scratch::new("variables").unwrap();
+    let (first, second) = ("the-first-client-secret", "the-second-client-secret");
+    fs::write(scratch.path().join("client-secret"), format!("\n{first}\r\n{second}\n")).unwrap();
+    let theirs = [
+        ("PGSSLMODE", "verify-full"),
+        ("PGSSLROOTCERT", "/no/such/file"),
+        ("PGSSLCERT", "/no/such/file"),
+        ("PGSSLKEY", "/no/such/file"),
+        ("PGHOST", "192.0.2.1"),
+        ("PGPORT", "1"),
+        ("PGUSER", "nobody"),
+        ("PGPASSWORD", "none"),
+        ("PGDATABASE", "elsewhere"),
+        ("PGSERVICE", "elsewhere"),
+        ("PGOPTIONS", "-c search_path=elsewhere"),
+        ("DATABASE_URL", "postgres://192.0.2.1/elsewhere"),
+        ("NATS_URL", "nats://192.0.2.1"),
+        ("NATS_CREDS_FILE", "/no/such/file"),
+        ("SENTRY_CLIENT_SECRET", "another-client-secret"),
+    ];
+    let mut launcher = Launcher::start_with(scratch.path(), &theirs);
+    let env = launcher.ready();
+    assert_eq!(env.secret, first);
+    let text = fs::read_to_string(scratch.path().join(stack_env::NAME)).unwrap();
+    assert_eq!(text.lines().count(), 6, "a line a name: {text}");
+    let (code, words) = send(scratch.path(), &[]);
+    assert_eq!(code, Some(0), "{words}");
+    let (code, words) = send(scratch.path(), &["--secret", second]);
+    assert_eq!(code, Some(0), "{words}");
+    launcher.signal(Signal::SIGTERM);
+    let (status, words) = launcher.ended();
+    assert!(status.success(), "{words}");
 }
 
 /// A cache with programs that were not unpacked there. Each makes the file `ran` and ends.

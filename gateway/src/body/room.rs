@@ -2,7 +2,8 @@
 //!
 //! What is in flight need not be in memory: what is not read waits in the kernel's buffers, and behind them at its sender.
 //! - A body of at most [`SMALL`] bytes takes memory as its bytes come, and never waits for larger ones: of all that may be in
-//!   flight, a quarter is its kind's alone. Nearly all deliveries are small.
+//!   flight, a quarter is its kind's alone, in a semaphore of its own. Small bodies take what is left for large ones only
+//!   beyond that quarter. Nearly all deliveries are small.
 //! - Larger ones take memory as their bytes come, too, while together they stay within the *window*.
 //! - Beyond the window one waits, unread, for a *turn*: memory for all that may still come of it, first come, first served.
 //!   Read side by side all of them would be late; one after the other, as many come in time as can. Who has a turn needs
@@ -30,17 +31,15 @@ const OVERDUE_AFTER: Duration = Duration::from_secs(1);
 const ROOM_WITHIN: Duration = Duration::from_millis(500);
 /// How long a turn may last while others wait for theirs: so that these outlive whoever has one and sends nothing.
 const TURN_FOR: Duration = Duration::from_millis(500);
-/// The most that a semaphore hands out at once, halved: what is taken and what has to be left are asked for together.
-const AT_ONCE: usize = 1 << 30;
 
 /// The room that there is for bodies, in bytes.
 #[derive(Debug)]
 pub(super) struct Room {
     limit: usize,
-    /// Of `limit` in all, what may still be in flight.
+    /// Of `limit` in all, what may still be in flight of any body.
     flight: Semaphore,
-    /// How much of it only small bodies may take.
-    reserve: usize,
+    /// The rest of `limit`: what may still be in flight of small bodies alone.
+    reserve: Semaphore,
     /// The memory that large bodies may still take as their bytes come.
     window: Semaphore,
     /// The memory that they may still be promised, each all of its own.
@@ -94,6 +93,7 @@ pub(super) struct Share<'a> {
 #[derive(Debug)]
 pub struct Memory<'a> {
     flight: SemaphorePermit<'a>,
+    reserve: SemaphorePermit<'a>,
     window: SemaphorePermit<'a>,
     turn: SemaphorePermit<'a>,
     /// Last: told when all of it is given back.
@@ -119,11 +119,12 @@ impl Room {
     /// The room that these limits leave.
     pub(super) fn new(limits: &Limits) -> Self {
         let limit = limits.bytes_in_flight.min(Semaphore::MAX_PERMITS);
+        // Not so much that the largest body could never be taken.
+        let reserve = (limit / 4).min(limit - limits.body_bytes);
         Room {
             limit,
-            flight: Semaphore::new(limit),
-            // Not so much that the largest body could never be taken.
-            reserve: (limit / 4).min(limit - limits.body_bytes).min(AT_ONCE),
+            flight: Semaphore::new(limit - reserve),
+            reserve: Semaphore::new(reserve),
             window: Semaphore::new(limit / 16),
             // The largest body has to have its turn some time.
             turns: Semaphore::new((limit / 8).max(limits.body_bytes)),
@@ -135,7 +136,7 @@ impl Room {
 
     /// How many bytes are in flight: in memory, or still to come of bodies that have a turn or wait for it.
     pub(super) fn in_flight(&self) -> usize {
-        self.limit - self.flight.available_permits()
+        self.limit - self.flight.available_permits() - self.reserve.available_permits()
     }
 
     /// Lets a body in, which holds nothing yet. It will have `most` bytes, or fewer where it does not say.
@@ -144,6 +145,7 @@ impl Room {
         Share {
             memory: Memory {
                 flight: none(&self.flight),
+                reserve: none(&self.reserve),
                 window: none(&self.window),
                 turn: none(&self.turns),
                 _left: Told(&self.left),
@@ -159,15 +161,16 @@ impl Room {
         }
     }
 
-    /// Lets that many more bytes be in flight, where `spare` are left; where there is no room, those that are overdue make
-    /// it.
-    async fn let_in(&self, bytes: usize, spare: usize) -> Result<SemaphorePermit<'_>, Reject> {
-        let wanted = permits(bytes + spare)?;
-        // Never by waiting in the semaphore's own queue: it gives a waiter what is free piece by piece, the spare bytes too.
+    /// Lets that many more bytes be in flight; where there is no room, those that are overdue make it.
+    async fn let_in(&self, bytes: usize, small: bool) -> Result<Flight<'_>, Reject> {
+        let wanted = permits(bytes)?;
+        let reserve = || if small { self.reserve.try_acquire_many(wanted).ok().map(Flight::OfSmall) } else { None };
+        let flight = || self.flight.try_acquire_many(wanted).ok().map(Flight::OfAny);
+        // Never by waiting in the semaphore's own queue: it gives a waiter what is free piece by piece.
         let freed = async {
             loop {
                 let left = self.left.notified();
-                if let Ok(held) = self.flight.try_acquire_many(wanted) {
+                if let Some(held) = reserve().or_else(flight) {
                     return Some(held);
                 }
                 if !self.unfinished.evict_oldest() {
@@ -177,9 +180,22 @@ impl Room {
             }
         };
         let freed = timeout(ROOM_WITHIN, freed).await.ok().flatten();
-        let mut held = freed.ok_or(Reject::TooManyBytes)?;
-        drop(held.split(spare)); // it had to be there, no more
-        Ok(held)
+        freed.ok_or(Reject::TooManyBytes)
+    }
+}
+
+/// Bytes that may be in flight, by the semaphore that they are from.
+enum Flight<'a> {
+    OfSmall(SemaphorePermit<'a>),
+    OfAny(SemaphorePermit<'a>),
+}
+
+impl<'a> Memory<'a> {
+    fn add(&mut self, flight: Flight<'a>) {
+        match flight {
+            Flight::OfSmall(held) => self.reserve.merge(held),
+            Flight::OfAny(held) => self.flight.merge(held),
+        }
     }
 }
 
@@ -208,15 +224,15 @@ impl<'a> Share<'a> {
         let wanted = wanted.min(self.most).max(needed);
         let more = wanted.saturating_sub(held);
         if self.small {
-            self.memory.flight.merge(room.let_in(more, 0).await?);
+            self.memory.add(room.let_in(more, true).await?);
             self.bytes = wanted;
         } else if let Ok(window) = room.window.try_acquire_many(permits(more)?) {
-            self.memory.flight.merge(room.let_in(more, room.reserve).await?);
+            self.memory.add(room.let_in(more, false).await?);
             self.memory.window.merge(window);
             self.bytes = wanted;
         } else {
             let rest = self.most.max(needed) - held;
-            self.memory.flight.merge(room.let_in(rest, room.reserve).await?);
+            self.memory.add(room.let_in(rest, false).await?);
             let turn = self.turn(rest).await?;
             self.memory.turn.merge(turn);
             self.bytes = held + rest;
@@ -377,5 +393,22 @@ mod tests {
         assert!(matches!(all(&mut waits).await, Err(Reject::TooManyBytes)));
         drop(waits);
         assert_eq!(room.in_flight(), 12 * MIB, "who gave up counts no more");
+    }
+
+    #[test]
+    fn a_large_body_never_takes_what_is_kept_for_small_ones_even_for_an_instant() {
+        let (room, runtime) = (room(), tokio::runtime::Runtime::new().unwrap());
+        let take = |bytes: usize| {
+            let _clock = runtime.enter();
+            let mut share = room.enter(bytes, true);
+            all(&mut share).now_or_never().expect("there is room at once").map(|()| share.whole())
+        };
+        let _held: Vec<_> = (0..640).map(|_| take(SMALL).unwrap()).collect(); // 40 MiB
+        std::thread::scope(|scope| {
+            let large = scope.spawn(|| (0..50_000).for_each(|_| drop(take(8 * MIB))));
+            while !large.is_finished() {
+                take(SMALL).expect("what is left for large bodies is none of a small one's business");
+            }
+        });
     }
 }

@@ -10,7 +10,7 @@ use nix::sys::statvfs::statvfs;
 use nix::unistd::{AccessFlags, access, geteuid};
 use shared::check::{Finding, size};
 
-use crate::journal::{Outside, foreign_owner, open_to_others};
+use crate::journal::{Outside, foreign_owner, later_versions, open_to_others};
 use crate::settings::JournalSettings;
 
 /// How often the probe is synced, and what is written each time: about one delivery.
@@ -36,6 +36,7 @@ pub(super) fn look(journal: &JournalSettings) -> Vec<Finding> {
     }
     if there == *dir {
         findings.push(modes(dir));
+        findings.push(format(dir));
     }
     findings.push(kind(&there));
     let taken = outside.map_or(0, |outside| outside.bytes);
@@ -94,6 +95,19 @@ fn modes(dir: &Path) -> Finding {
     let advice = "deliveries lie there as they came: chmod 700 the directory and chmod 600 its files; the next start of a \
                   gateway does so, too";
     Finding::warning(what, detail, advice)
+}
+
+/// The version of the format of what is there. A start refuses a later one, and touches nothing.
+fn format(dir: &Path) -> Finding {
+    let what = "journal format";
+    let later = match later_versions(dir) {
+        Ok(later) => later,
+        Err(error) => return Finding::warning(what, format!("a file cannot be read: {error}"), "look with ls -la"),
+    };
+    let Some((file, version)) = later.first() else { return Finding::ok(what, "nothing of a later version") };
+    let detail = format!("{} has version {version}, which this gateway does not know", file.display());
+    let advice = "run the version that wrote it, or a newer one; this one would not start on it";
+    Finding::problem(what, detail, advice)
 }
 
 /// What a file system means for a journal.
@@ -174,9 +188,11 @@ fn room(there: &Path, taken: u64, max_bytes: u64, segment_bytes: u64) -> Finding
         Err(error) => return Finding::warning(what, format!("the system does not tell: {error}"), "look with df"),
     };
     let detail = format!("{} free, {} taken by the journal; it may take {}", size(free), size(taken), size(max_bytes));
-    if taken < segment_bytes && free < segment_bytes {
+    // At its limit, a journal makes no further segment.
+    let makes_another = taken.saturating_add(segment_bytes) <= max_bytes || taken < segment_bytes;
+    if makes_another && free < segment_bytes {
         let advice = format!(
-            "make room: not even one segment of {} fits, so every delivery is answered 503",
+            "make room: the journal's next segment of {} does not fit, and without it every delivery is answered 503",
             size(segment_bytes)
         );
         return Finding::problem(what, detail, advice);
@@ -280,5 +296,8 @@ mod tests {
         let room = |bytes| state_of(&look(&settings(folder.path(), bytes)), "journal space");
         assert_eq!((room(4 << 20), room(1 << 60)), (Some(State::Ok), Some(State::Warning)));
         assert_eq!(super::room(folder.path(), 0, 1 << 60, 1 << 60).state, State::Problem, "not one segment");
+        // A journal that is there needs room for its next segment, unless it has all that it may take.
+        let taken = |taken| super::room(folder.path(), taken, 3 << 60, 1 << 60).state;
+        assert_eq!((taken(1 << 60), taken(3 << 60)), (State::Problem, State::Ok));
     }
 }

@@ -143,7 +143,7 @@ pub use place::{NotAPlace, Place};
 pub use read::{ReadError, Stored};
 pub use receipts::{Judged, Receipt};
 pub use recover::{Damage, OpenError, Recovered};
-pub use snapshot::{Listed, SegmentStatus, Snapshot};
+pub use snapshot::{Listed, SegmentStatus, Snapshot, later_versions};
 pub use stall::{Operation, Stall};
 pub use state::{Refusal, State, Tally};
 pub use stats::{AppendError, SYNC_BUCKETS, Share, Stats, Syncs, Trouble, Unsettled};

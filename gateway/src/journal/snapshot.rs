@@ -245,3 +245,24 @@ pub(super) fn shares<'s>(segments: impl IntoIterator<Item = &'s Segment> + Clone
 fn from_seconds(seconds: u32) -> SystemTime {
     read::unix_time(u64::from(seconds) * 1000)
 }
+
+/// The segment files that a later version of this program wrote, and the versions of their format.
+///
+/// # Errors
+/// When the directory cannot be listed, or a file in it not be read.
+pub fn later_versions(dir: &Path) -> io::Result<Vec<(PathBuf, u32)>> {
+    let mut later = Vec::new();
+    for (kind, number) in files::list(dir)? {
+        if kind != Kind::Segment {
+            continue;
+        }
+        let path = files::segment(dir, number);
+        match access::open(OpenOptions::new().read(true), &path).and_then(|file| scan::identify(&file)) {
+            Ok((HeaderBlock::OtherVersion(version), _)) => later.push((path, version)),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(later)
+}

@@ -2,13 +2,13 @@
 //!
 //! What a client cannot know is said: how much disk the servers have left, and whether a stream would find its servers.
 
+mod making;
 mod rights;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_nats::header::NATS_EXPECTED_STREAM;
-use async_nats::jetstream::account::Account;
 use async_nats::jetstream::context::{AccountError, AccountErrorKind, ConsumerInfoErrorKind};
 use async_nats::jetstream::{self, ErrorCode, consumer, stream};
 use async_nats::{Client, Event, HeaderMap, Request, RequestErrorKind, ServerAddr, ServerError, ServerInfo};
@@ -22,7 +22,7 @@ use crate::stream::{
     lies_beyond,
 };
 use crate::tls::is_loopback;
-use rights::{ACCOUNT_INFO, Rights, consumer_info, is_about, reset, stream_info};
+use rights::{ACCOUNT_INFO, Rights, STREAM_NAMES, consumer_info, is_about, reset, stream_create, stream_info};
 
 /// How long one try may take: a server that needs longer is as good as away.
 const TRY_WITHIN: Duration = Duration::from_secs(4);
@@ -224,7 +224,7 @@ async fn jetstream(nats: &NatsSettings, side: Side<'_>, link: &Link) -> Vec<Find
     }
     let what = format!("stream {}", nats.stream);
     // This is tried even where the login may not look at the stream. `denials` names a refusal.
-    let subject = may_publish(&link.client, side).await;
+    let (heard, subject) = may_publish(&link.client, side).await;
     if may(&stream_info(nats)) {
         match context.get_stream(&nats.stream).await {
             Ok(stream) => {
@@ -237,7 +237,14 @@ async fn jetstream(nats: &NatsSettings, side: Side<'_>, link: &Link) -> Vec<Find
                 findings.extend(subject);
             }
             Err(error) if is_missing(&error) => {
-                findings.extend(would_make(&what, nats, side, link, account.as_ref()));
+                findings.extend(making::look(&what, nats, side, link, account.as_ref()));
+                if matches!(side, Side::Gateway { .. }) {
+                    let listed = may(STREAM_NAMES);
+                    findings.push(making::subjects(&what, link, listed, heard).await);
+                    if may(&stream_create(nats)) {
+                        findings.push(making::storage(&what, nats, link, &context).await);
+                    }
+                }
             }
             Err(error) => {
                 findings.push(Finding::problem(
@@ -361,87 +368,49 @@ fn tell_consumer(
     Finding::ok(what, format!("as it would be made; {pending} not delivered yet, {held} not acknowledged"))
 }
 
-/// A stream that is missing: could it be made as it is wanted?
-fn would_make(what: &str, nats: &NatsSettings, side: Side<'_>, link: &Link, account: Option<&Account>) -> Vec<Finding> {
-    let wanted = nats.stream_config();
-    let days = wanted.max_age.as_secs_f64() / 86_400.0;
-    let bytes = u64::try_from(wanted.max_bytes).unwrap_or(0);
-    let as_wanted = format!("{} on disk, {days:.1} days, {} replica(s)", size(bytes), wanted.num_replicas);
-    let maker = if matches!(side, Side::Gateway { .. }) { "the gateway" } else { "a gateway" };
-    let mut findings = vec![Finding::ok(
-        what,
-        format!("not there yet: {maker} makes it ({as_wanted}); the servers' free disk cannot be seen from here"),
-    )];
-    let info = link.client.server_info();
-    if wanted.num_replicas > 1 && info.cluster.is_none() {
-        let detail = format!("{} wanted, and this server is alone: it would refuse", wanted.num_replicas);
-        let advice = "set NATS_REPLICAS to 1, or name the servers of a cluster in NATS_URL";
-        findings.push(Finding::problem(format!("{what}, replicas"), detail, advice));
-    } else if wanted.num_replicas > info.connect_urls.len().max(1) {
-        let detail = format!("{} wanted, {} servers are known", wanted.num_replicas, info.connect_urls.len().max(1));
-        let advice = "start the others, or set NATS_REPLICAS to what there is; servers may also hide behind one name";
-        findings.push(Finding::warning(format!("{what}, replicas"), detail, advice));
-    }
-    let Some(account) = account else { return findings };
-    // Where limits are by tier, as for replicated streams in the cloud, the tier's hold and the account's are none.
-    let tier = account.tiers.get(&format!("R{}", wanted.num_replicas));
-    let (limits, storage, streams) = tier
-        .map_or((account.limits, account.storage, account.streams), |tier| (tier.limits, tier.storage, tier.streams));
-    let limit = limits.max_storage.and_then(|limit| u64::try_from(limit).ok());
-    if let Some(limit) = limit.filter(|limit| storage + bytes > *limit) {
-        let detail =
-            format!("{} of it are used, NATS_MAX_BYTES is {}: it would be refused", size(storage), size(bytes));
-        let advice = format!("raise the account's max_file ({}), or lower NATS_MAX_BYTES", size(limit));
-        findings.push(Finding::problem("NATS account, storage", detail, advice));
-    }
-    let most = limits.storage_max_stream_bytes.and_then(|most| u64::try_from(most).ok()).unwrap_or(0); // 0: no limit
-    if most > 0 && bytes > most {
-        let detail = format!("a stream may have {}, NATS_MAX_BYTES is {}", size(most), size(bytes));
-        findings.push(Finding::problem(
-            "NATS account, stream size",
-            detail,
-            "lower NATS_MAX_BYTES, or raise the limit",
-        ));
-    }
-    let streams_max = limits.max_streams.and_then(|most| usize::try_from(most).ok());
-    if streams_max.is_some_and(|most| streams >= most) {
-        let detail = format!("it has the {streams} streams that it may have");
-        findings.push(Finding::problem("NATS account, streams", detail, "raise the account's max_streams"));
-    }
-    findings
-}
-
-/// Whether the subjects can be used, without a message for anybody. The stream is asked to store one only if it has a name
-/// that no stream can have: it says no, and so shows that it would have heard us. [`Rights`] tries a worker's subjects.
-async fn may_publish(client: &Client, side: Side<'_>) -> Option<Finding> {
+/// Tries the subjects without a message for anybody. The stream is asked to store one only if it has a name that no stream
+/// can have: it says no, and so shows that it would have heard us. [`Rights`] tries a worker's subjects.
+///
+/// Returns `true` where a stream has answered, and what is not well.
+async fn may_publish(client: &Client, side: Side<'_>) -> (bool, Option<Finding>) {
     match side {
         Side::Gateway { id, .. } => {
             let receipts = client.subscribe(receipt::subject(id.unwrap_or("check"))).await; // refused: see `denials`
-            let subject = format!("{SUBJECT_PREFIX}.check");
+            let subject = tried_subject();
             let mut headers = HeaderMap::new();
             headers.insert(NATS_EXPECTED_STREAM, "no stream has a name like this");
             let request = Request::new().headers(headers).timeout(Some(TRY_WITHIN));
             let answer = client.send_request(subject.clone(), request).await;
             drop(receipts);
             match answer {
-                Ok(_) => None,
+                Ok(answer) => {
+                    let json = serde_json::from_slice::<serde_json::Value>(&answer.payload);
+                    (json.is_ok_and(|json| json["error"].is_object()), None)
+                }
                 Err(error) if error.kind() == RequestErrorKind::NoResponders => {
                     let advice = "a stream that takes some resources only is used for those; all else is set aside";
-                    Some(Finding::warning(format!("subject {subject}"), "no stream takes it", advice))
+                    (false, Some(Finding::warning(format!("subject {subject}"), "no stream takes it", advice)))
                 }
                 Err(error) => {
                     let advice = "where the login may not publish there, that is told below";
-                    Some(Finding::warning(format!("subject {subject}"), format!("no answer: {error}"), advice))
+                    let finding = Finding::warning(format!("subject {subject}"), format!("no answer: {error}"), advice);
+                    (false, Some(finding))
                 }
             }
         }
-        Side::Worker => None,
+        Side::Worker => (false, None),
     }
+}
+
+/// A subject of deliveries that no delivery has.
+fn tried_subject() -> String {
+    format!("{SUBJECT_PREFIX}.check")
 }
 
 /// A problem for each refusal of a right that the program needs. It does not need the look at the account.
 async fn denials(link: &Link, rights: &Rights) -> Vec<Finding> {
-    let denied = link.denied().await.into_iter().filter(|refusal| !is_about(refusal, ACCOUNT_INFO));
+    let is_needed = |refusal: &String| ![ACCOUNT_INFO, STREAM_NAMES].iter().any(|subject| is_about(refusal, subject));
+    let denied = link.denied().await.into_iter().filter(is_needed);
     denied.map(|refusal| Finding::problem("NATS permissions", refusal, rights.advice())).collect()
 }
 

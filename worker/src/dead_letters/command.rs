@@ -1,10 +1,13 @@
 //! `worker dead-letters list|show|retry|discard`.
 
-use anyhow::Context as _;
+use std::io::IsTerminal as _;
+
+use anyhow::{Context as _, ensure};
+use clap::error::ErrorKind;
 use clap::{Arg, ArgMatches, Command};
 use serde_json::{Value, json};
 use shared::operator;
-use shared::text::printable;
+use shared::text::{printable, printable_json};
 use time::OffsetDateTime;
 use tokio_postgres::Row;
 use tokio_util::sync::CancellationToken;
@@ -13,29 +16,47 @@ use crate::Config;
 use crate::commands::{self, Ending, flag, patiently, print, print_json, show_time, time_option};
 use crate::store::{Retried, Store, StoreError, query};
 
-/// Letters without their bodies. `$1` ids, `$2` reason, `$3` and `$4` times; each may be NULL for any.
+/// Letters without their bodies, a page of them. `$1` ids, `$2` reason, `$3` and `$4` times; each may be NULL for any.
+/// `$5` and `$6` are the last letter of the page before, `$7` is the size of a page. The inner query sorts no headers.
 const LIST: &str = "\
     SELECT delivery_id, stream_sequence, subject, reason, attempts, failed_at, octet_length(body), headers::text
     FROM ingest.dead_letters
-    WHERE ($1::text[] IS NULL OR delivery_id = ANY ($1))
-      AND ($2::text IS NULL OR strpos(lower(reason), lower($2)) > 0)
-      AND ($3::timestamptz IS NULL OR failed_at >= $3)
-      AND ($4::timestamptz IS NULL OR failed_at < $4)
+    WHERE delivery_id IN (
+        SELECT delivery_id
+        FROM ingest.dead_letters
+        WHERE ($1::text[] IS NULL OR delivery_id = ANY ($1))
+          AND ($2::text IS NULL OR strpos(lower(reason), lower($2)) > 0)
+          AND ($3::timestamptz IS NULL OR failed_at >= $3)
+          AND ($4::timestamptz IS NULL OR failed_at < $4)
+          AND ($5::bigint IS NULL OR (stream_sequence, delivery_id) > ($5, $6::text))
+        ORDER BY stream_sequence, delivery_id
+        LIMIT $7)
     ORDER BY stream_sequence, delivery_id";
+
+/// Letters counted by reason.
+const REASONS: &str = "\
+    SELECT count(*), reason
+    FROM ingest.dead_letters
+    WHERE delivery_id = ANY ($1)
+    GROUP BY reason
+    ORDER BY count(*) DESC, reason";
+
+/// Letters that are held in memory at once. The headers of each may have some KB.
+const PAGE: u16 = 500;
 
 const BODY: &str = "SELECT body FROM ingest.dead_letters WHERE delivery_id = $1";
 
 pub(crate) fn command() -> Command {
-    let filters = || {
-        [
-            Arg::new("reason")
-                .long("reason")
-                .value_name("TEXT")
-                .help("Only those with this in their reason, in any case; or with this SQLSTATE or class (23514, 23)"),
-            time_option("since", "Only those that failed at this time or later (RFC 3339, or how long ago: 2h)"),
-            time_option("until", "Only those that failed before this time (RFC 3339, or how long ago: 2h)"),
-        ]
-    };
+    let filters =
+        || {
+            [
+                Arg::new("reason").long("reason").value_name("TEXT").value_parser(reason).help(
+                    "Only those with this in their reason, in any case; or with this SQLSTATE or class (23514, 23)",
+                ),
+                time_option("since", "Only those that failed at this time or later (RFC 3339, or how long ago: 2h)"),
+                time_option("until", "Only those that failed before this time (RFC 3339, or how long ago: 2h)"),
+            ]
+        };
     let which = |command: Command| {
         let ids = Arg::new("id").value_name("ID").num_args(1..).help("Delivery ids");
         let all = flag("all", "All letters, or all that --reason, --since and --until leave").conflicts_with("id");
@@ -65,8 +86,21 @@ pub(crate) fn command() -> Command {
         ))
         .subcommand(which(
             Command::new("discard")
-                .about("Give letters up for good; the ledger keeps their ids, so that no replay brings them back"),
+                .about("Give letters up; the ledger keeps their ids, so that no redelivery brings them back")
+                .after_help(UNDO)
+                .arg(flag("yes", "Do not ask: with --all, needed where stdin or stderr is no terminal"))
+                .arg(flag("dry-run", "Discard nothing; say how many letters there are, by reason")),
         ))
+}
+
+/// The way back from a discard.
+const UNDO: &str = "\
+A discard deletes the letter with its body. While the delivery's message is on the stream, it can be taken back:
+`worker replay --restore-discarded` stores it, or makes it a letter again.";
+
+/// A filter by reason. An empty one would leave all letters.
+fn reason(text: &str) -> Result<String, String> {
+    if text.trim().is_empty() { Err("an empty text is in every reason".into()) } else { Ok(text.to_owned()) }
 }
 
 pub(crate) async fn run(
@@ -74,14 +108,82 @@ pub(crate) async fn run(
     matches: &ArgMatches,
     interruption: &CancellationToken,
 ) -> anyhow::Result<Ending> {
-    let store = commands::store(config).await?;
     let (name, matches) = matches.subcommand().context("list, show, retry or discard")?;
+    if name == "discard" {
+        check_consent(matches)?;
+    }
+    let store = commands::store(config).await?;
     match name {
         "list" => list(&store, &Filter::of(matches), matches.get_flag("json")).await,
         "show" => show(&store, matches).await,
-        "retry" => each("worker dead-letters retry", &store, &Filter::of(matches), retry, interruption).await,
-        _ => each("worker dead-letters discard", &store, &Filter::of(matches), discard, interruption).await,
+        "retry" => {
+            let filter = Filter::of(matches);
+            let ids = filter.ids(&store).await?;
+            each("worker dead-letters retry", &store, &filter, &ids, retry, interruption).await
+        }
+        _ => discard_letters(&store, matches, interruption).await,
     }
+}
+
+async fn discard_letters(
+    store: &Store,
+    matches: &ArgMatches,
+    interruption: &CancellationToken,
+) -> anyhow::Result<Ending> {
+    let filter = Filter::of(matches);
+    // From here on only these: a letter that comes meanwhile was not shown.
+    let ids = filter.ids(store).await?;
+    let dry_run = matches.get_flag("dry-run");
+    if dry_run || filter.ids.is_none() && !matches.get_flag("yes") {
+        let summary = summary(store, &ids).await?;
+        if dry_run {
+            print(&format!("{summary}{UNDO}\n"))?;
+            return Ok(Ending::Well);
+        }
+        confirm(&summary).await?;
+    }
+    each("worker dead-letters discard", store, &filter, &ids, discard, interruption).await
+}
+
+/// The number of these letters, and their reasons.
+async fn summary(store: &Store, ids: &[String]) -> anyhow::Result<String> {
+    let rows = patiently(|| async {
+        let mut client = store.client().await?;
+        query(&mut client, REASONS, &[&ids]).await
+    });
+    let (mut letters, mut reasons) = (0_i64, String::new());
+    for row in rows.await? {
+        let (count, reason): (i64, String) = (row.try_get(0)?, row.try_get(1)?);
+        letters += count;
+        reasons += &format!("{count:>12}  {}\n", printable(&reason));
+    }
+    Ok(format!("{letters} {}\n{reasons}", if letters == 1 { "letter" } else { "letters" }))
+}
+
+/// Fails where a discard of all letters needs `--yes`, before anything is asked of the database.
+fn check_consent(matches: &ArgMatches) -> anyhow::Result<()> {
+    let given = matches.get_flag("yes") || matches.get_flag("dry-run") || matches.contains_id("id");
+    let terminal = std::io::stdin().is_terminal() && std::io::stderr().is_terminal();
+    if given || terminal {
+        return Ok(());
+    }
+    let words =
+        "discard --all wants --yes where there is no terminal to ask at; --dry-run says what it would discard\n";
+    Err(clap::Error::raw(ErrorKind::MissingRequiredArgument, words).into())
+}
+
+/// Shows what is to be discarded and asks.
+///
+/// # Errors
+/// Fails unless the answer is yes.
+async fn confirm(summary: &str) -> anyhow::Result<()> {
+    eprint!("{summary}{UNDO}\nDiscard them? Type yes: ");
+    let answer = tokio::task::spawn_blocking(|| {
+        let mut answer = String::new();
+        std::io::stdin().read_line(&mut answer).map(|_| answer)
+    });
+    ensure!(answer.await??.trim() == "yes", "nothing is discarded");
+    Ok(())
 }
 
 /// Which letters.
@@ -118,11 +220,45 @@ impl Filter {
         text
     }
 
-    async fn letters(&self, store: &Store) -> Result<Vec<Letter>, StoreError> {
+    /// The letters after `last`, a page of them.
+    async fn page(&self, store: &Store, last: Option<&Letter>) -> Result<Vec<Letter>, StoreError> {
         let mut client = store.client().await?;
         let Filter { ids, reason, since, until } = self;
-        let rows = query(&mut client, LIST, &[ids, reason, since, until]).await?;
+        let after = last.map(|letter| (letter.stream_sequence, letter.delivery_id.as_str())).unzip();
+        let rows = query(&mut client, LIST, &[ids, reason, since, until, &after.0, &after.1, &i64::from(PAGE)]).await?;
         rows.iter().map(|row| Letter::of(row).map_err(|err| StoreError::from_sql(&err))).collect()
+    }
+
+    /// Hands all letters to `see`, page by page, in the order of the stream. Returns their number.
+    async fn pages(
+        &self,
+        store: &Store,
+        mut see: impl FnMut(&[Letter]) -> anyhow::Result<()>,
+    ) -> anyhow::Result<usize> {
+        let (mut last, mut number) = (None::<Letter>, 0);
+        loop {
+            let mut page = patiently(|| self.page(store, last.as_ref())).await?;
+            see(&page)?;
+            number += page.len();
+            if page.len() < usize::from(PAGE) {
+                return Ok(number);
+            }
+            last = page.pop();
+        }
+    }
+
+    /// The ids of the letters: those that were named, named well or not, or all that the filter leaves.
+    async fn ids(&self, store: &Store) -> anyhow::Result<Vec<String>> {
+        if let Some(ids) = &self.ids {
+            return Ok(ids.clone());
+        }
+        let mut ids = Vec::new();
+        let note = |letters: &[Letter]| {
+            ids.extend(letters.iter().map(|letter| letter.delivery_id.clone()));
+            Ok(())
+        };
+        self.pages(store, note).await?;
+        Ok(ids)
     }
 }
 
@@ -172,26 +308,39 @@ impl Letter {
             "headers": self.headers,
         })
     }
+
+    /// The same as a member of an array on lines of its own.
+    fn indented_json(&self) -> String {
+        format!("\n{:#}", self.json()).replace('\n', "\n  ")
+    }
+
+    /// A line of the table.
+    fn line(&self) -> String {
+        let Letter { delivery_id, attempts, bytes, reason, failed_at, .. } = self;
+        let (failed_at, reason) = (show_time(*failed_at), printable(reason));
+        format!("{delivery_id:36}  {failed_at:20}  {attempts:>8}  {bytes:>9}  {reason}\n")
+    }
 }
 
 async fn list(store: &Store, filter: &Filter, json: bool) -> anyhow::Result<Ending> {
-    let letters = patiently(|| filter.letters(store)).await?;
-    if json {
-        let list: Vec<Value> = letters.iter().map(Letter::json).collect();
-        print_json(&Value::Array(list))?;
-        return Ok(Ending::Well);
+    // What comes before the first letter, and before each other.
+    let titles = format!("{:36}  {:20}  {:>8}  {:>9}  REASON\n", "DELIVERY", "FAILED AT", "ATTEMPTS", "BYTES");
+    let (first, next) = if json { ("[", ",") } else { (titles.as_str(), "") };
+    let mut before = first;
+    let number = filter.pages(store, |letters| {
+        let mut text = String::new();
+        for letter in letters {
+            text += std::mem::replace(&mut before, next);
+            text += &if json { letter.indented_json() } else { letter.line() };
+        }
+        print(&if json { printable_json(&text).into_owned() } else { text }).map_err(Into::into)
+    });
+    match (number.await?, json) {
+        (0, true) => print("[]\n")?,
+        (0, false) => print("no dead letters\n")?,
+        (_, true) => print("\n]\n")?,
+        (_, false) => {}
     }
-    if letters.is_empty() {
-        print("no dead letters\n")?;
-        return Ok(Ending::Well);
-    }
-    let mut table = format!("{:36}  {:20}  {:>8}  {:>9}  {}\n", "DELIVERY", "FAILED AT", "ATTEMPTS", "BYTES", "REASON");
-    for letter in &letters {
-        let Letter { delivery_id, attempts, bytes, reason, failed_at, .. } = letter;
-        let (failed_at, reason) = (show_time(*failed_at), printable(reason));
-        table += &format!("{delivery_id:36}  {failed_at:20}  {attempts:>8}  {bytes:>9}  {reason}\n");
-    }
-    print(&table)?;
     Ok(Ending::Well)
 }
 
@@ -209,7 +358,7 @@ async fn show(store: &Store, matches: &ArgMatches) -> anyhow::Result<Ending> {
         return Ok(Ending::Well);
     }
     let filter = Filter { ids: Some(vec![id.clone()]), ..Filter::default() };
-    let letters = patiently(|| filter.letters(store)).await?;
+    let letters = patiently(|| filter.page(store, None)).await?;
     let Some(letter) = letters.first() else { return none(id) };
     if matches.get_flag("json") {
         print_json(&letter.json())?;
@@ -241,16 +390,13 @@ async fn each(
     command: &str,
     store: &Store,
     filter: &Filter,
+    ids: &[String],
     act: impl AsyncFn(&Store, &str) -> Result<(bool, String), StoreError>,
     interruption: &CancellationToken,
 ) -> anyhow::Result<Ending> {
-    let ids: Vec<String> = match &filter.ids {
-        Some(ids) => ids.clone(),
-        None => patiently(|| filter.letters(store)).await?.into_iter().map(|letter| letter.delivery_id).collect(),
-    };
     let (mut well, mut ill) = (0, 0);
     let all = async {
-        for id in &ids {
+        for id in ids {
             let Some(done) = interruption.run_until_cancelled(patiently(|| act(store, id))).await else {
                 eprintln!("interrupted; the letters named above are done");
                 return Ok(Ending::Interrupted);

@@ -28,10 +28,12 @@ pub(super) enum Outcome {
     Dead,
     /// It was discarded.
     Discarded,
+    /// It was discarded, and is stored now.
+    TakenBack,
 }
 
 /// How many kinds of [`Outcome`] there are.
-const KINDS: usize = 9;
+const KINDS: usize = 10;
 
 impl Outcome {
     /// Its place in [`Totals`], and what it is called: what a dry run says, and what a replay says.
@@ -46,6 +48,7 @@ impl Outcome {
             Outcome::Buried => (6, "would become a dead letter", "became a dead letter"),
             Outcome::Dead => (7, "a dead letter already", "a dead letter already"),
             Outcome::Discarded => (8, "discarded", "discarded"),
+            Outcome::TakenBack => (9, "discarded, would be stored", "was discarded, stored now"),
         }
     }
 
@@ -77,8 +80,9 @@ impl Totals {
 
     /// The changes of a replay in numbers, for the log.
     pub(super) fn summary(&self) -> String {
-        let changed = [&Outcome::Inserted, &Outcome::Restored, &Outcome::Buried].map(|outcome| self.of(outcome));
-        let [inserted, restored, buried] = changed;
+        let changed = [Outcome::Inserted, Outcome::Restored, Outcome::TakenBack, Outcome::Buried];
+        let [inserted, restored, taken_back, buried] = changed.map(|outcome| self.of(&outcome));
+        let restored = restored + taken_back;
         format!("read {}, inserted {inserted}, restored {restored}, dead letters {buried}", self.read())
     }
 
@@ -94,6 +98,7 @@ impl Totals {
             Outcome::Buried,
             Outcome::Dead,
             Outcome::Discarded,
+            Outcome::TakenBack,
         ];
         let told = all.iter().filter(|outcome| **outcome == Outcome::Inserted || self.of(outcome) > 0);
         told.map(|outcome| {
@@ -108,7 +113,7 @@ impl Totals {
 pub(super) struct Found {
     pub(super) sequence: u64,
     pub(super) delivery_id: String,
-    /// Where nothing goes wrong: `Inserted` and `Restored` are still to be done.
+    /// Where nothing goes wrong: `Inserted`, `TakenBack` and `Restored` are still to be done.
     pub(super) outcome: Outcome,
     pub(super) read: Option<Result<Box<Record>, Box<DeadLetter>>>,
 }
@@ -117,29 +122,30 @@ pub(super) struct Found {
 pub(super) async fn find(store: &Store, options: &Options, batch: Vec<Entry>) -> anyhow::Result<Vec<Found>> {
     let ids: Vec<String> = batch.iter().map(|entry| entry.id().to_string()).collect();
     let known = patiently(|| store.look_up(&ids)).await?;
-    let (dry_run, restore) = (options.dry_run, options.restore_deleted);
+    let options = options.clone();
     let judge = move || {
         let pairs = batch.into_iter().zip(ids);
-        pairs.map(|(entry, id)| Found::of(&entry, known.get(&id), id, dry_run, restore)).collect()
+        pairs.map(|(entry, id)| Found::of(&entry, known.get(&id), id, &options)).collect()
     };
     // Reading megabytes of JSON takes a while.
     Ok(tokio::task::spawn_blocking(judge).await.expect("reading isolates its panics"))
 }
 
 impl Found {
-    fn of(entry: &Entry, known: Option<&Known>, delivery_id: String, dry_run: bool, restore: bool) -> Found {
+    fn of(entry: &Entry, known: Option<&Known>, delivery_id: String, options: &Options) -> Found {
         let read = || Some(entry.read().map(Box::new));
         let (outcome, read) = match known.map(|known| &known.fate) {
             None => (Outcome::Inserted, read()),
-            Some(Fate::Stored { severity, title }) if dry_run => (compare(entry, severity, title), None),
+            Some(Fate::Stored { severity, title }) if options.dry_run => (compare(entry, severity, title), None),
             Some(Fate::Stored { .. }) => (Outcome::There, None),
-            Some(Fate::Deleted) if restore => match read() {
+            Some(Fate::Deleted) if options.restore_deleted => match read() {
                 // It was stored by a version that could read it.
                 Some(Err(_)) => (Outcome::NotRestored, None),
                 read => (Outcome::Restored, read),
             },
             Some(Fate::Deleted) => (Outcome::Deleted, None),
             Some(Fate::Dead) => (Outcome::Dead, None),
+            Some(Fate::Discarded) if options.restore_discarded => (Outcome::TakenBack, read()),
             Some(Fate::Discarded) => (Outcome::Discarded, None),
         };
         Found { sequence: entry.sequence, delivery_id, outcome, read }

@@ -18,6 +18,9 @@ A row that is deleted stays deleted. With --restore-deleted each missing row of 
 its id and times (the issue gets a new number); where only the signal or only the issue is gone, the other is left as
 it is.
 
+A dead letter that was discarded stays so. With --restore-discarded it is read again from the stream: what this version
+and the database take is stored, the rest is a dead letter again.
+
 --dry-run says what a replay would do. It tries rows on temporary tables, so it foresees what types, NOT NULL and CHECK
 constraints refuse, not what a trigger, a foreign key or a unique index that somebody added would.
 
@@ -60,6 +63,7 @@ pub(crate) fn command() -> Command {
         )
         .arg(flag("dry-run", "Change nothing, say what would be done"))
         .arg(flag("restore-deleted", "Also write rows again that were stored and then deleted"))
+        .arg(flag("restore-discarded", "Also take back what `worker dead-letters discard` gave up"))
         .arg(flag("verbose", "A line a message: sequence, delivery, what became of it"))
 }
 
@@ -82,6 +86,7 @@ pub(super) struct Options {
     pub(super) rate: Option<u64>,
     pub(super) dry_run: bool,
     pub(super) restore_deleted: bool,
+    pub(super) restore_discarded: bool,
     pub(super) verbose: bool,
 }
 
@@ -98,6 +103,7 @@ impl Options {
             rate: matches.get_one("rate").copied(),
             dry_run: matches.get_flag("dry-run"),
             restore_deleted: matches.get_flag("restore-deleted"),
+            restore_discarded: matches.get_flag("restore-discarded"),
             verbose: matches.get_flag("verbose"),
         }
     }
@@ -118,7 +124,14 @@ impl Options {
     }
 
     fn all_but_from(&self) -> String {
-        let Options { span: Span { from: _, until, resource }, rate, dry_run, restore_deleted, verbose } = self;
+        let Options {
+            span: Span { from: _, until, resource },
+            rate,
+            dry_run,
+            restore_deleted,
+            restore_discarded,
+            verbose,
+        } = self;
         let mut command = String::new();
         match until {
             Until::Newest => {}
@@ -131,7 +144,12 @@ impl Options {
         if let Some(rate) = rate {
             command += &format!(" --rate {rate}");
         }
-        let flags = [(dry_run, "dry-run"), (restore_deleted, "restore-deleted"), (verbose, "verbose")];
+        let flags = [
+            (dry_run, "dry-run"),
+            (restore_deleted, "restore-deleted"),
+            (restore_discarded, "restore-discarded"),
+            (verbose, "verbose"),
+        ];
         flags.iter().filter(|(set, _)| **set).for_each(|(_, flag)| command += &format!(" --{flag}"));
         command
     }
@@ -148,7 +166,7 @@ mod tests {
     #[test]
     fn what_goes_on_is_what_was_asked_for() {
         let asked = "replay --from-seq 7 --until 2026-01-31T08:00:00Z --resource issue --rate 9 --dry-run \
-                     --restore-deleted --verbose";
+                     --restore-deleted --restore-discarded --verbose";
         let going_on = parse(asked).unwrap().going_on(8);
         assert_eq!(going_on, format!("worker {}", asked.replace("--from-seq 7", "--from-seq 8")));
         assert_eq!(parse("replay --until 9").unwrap().going_on(8), "worker replay --from-seq 8 --until 9");

@@ -115,6 +115,24 @@ impl Store {
     }
 }
 
+/// Forgets that letters were discarded.
+const FORGET: &str = "DELETE FROM ingest.deliveries WHERE delivery_id = ANY ($1) AND state = 'discarded'";
+
+impl Store {
+    /// Takes back that these deliveries were discarded: to the ledger they are new. The caller stores them at once.
+    /// Should it end before, they are missing, and any replay stores them.
+    ///
+    /// # Errors
+    /// [`StoreError::Outage`]; nothing was changed then.
+    pub async fn forget_discarded(&self, delivery_ids: &[String]) -> Result<(), StoreError> {
+        let mut client = self.client().await?;
+        let tx = begin(&mut client).await?;
+        within(tx.batch_execute(SETTINGS)).await?;
+        within(tx.execute(FORGET, &[&delivery_ids])).await?;
+        within(tx.commit()).await
+    }
+}
+
 async fn take(tx: &Transaction<'_>, delivery_id: &str) -> Result<Option<DeadLetter>, StoreError> {
     let Some(row) = within(tx.query_opt(TAKE, &[&delivery_id])).await? else { return Ok(None) };
     let letter = || {

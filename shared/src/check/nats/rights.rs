@@ -13,6 +13,9 @@ use crate::stream::{CONSUMER, NatsSettings, SUBJECTS};
 /// The request for the account's limits. Only a check sends it.
 pub(super) const ACCOUNT_INFO: &str = "$JS.API.INFO";
 
+/// The request for the names of streams. Only a check sends it.
+pub(super) const STREAM_NAMES: &str = "$JS.API.STREAM.NAMES";
+
 /// The rights that one program needs.
 pub(super) struct Rights {
     /// Subjects, each with the message that tries it.
@@ -32,7 +35,7 @@ impl Rights {
         let try_get = (get.clone(), r#"{"seq":"none"}"#);
         match side {
             Side::Gateway { .. } => {
-                let create = api("STREAM.CREATE");
+                let create = stream_create(nats);
                 let tried =
                     vec![(stream.clone(), ""), (create.clone(), r#"{"name":0}"#), try_get, (consumer.clone(), "")];
                 let publish = vec![SUBJECTS.to_owned(), stream, create, get, consumer];
@@ -60,10 +63,10 @@ impl Rights {
         }
     }
 
-    /// Publishes to each subject and to [`ACCOUNT_INFO`]. A refusal comes as an event.
+    /// Publishes to each subject and to those that only a check needs. A refusal comes as an event.
     pub(super) async fn try_all(&self, client: &Client) {
         let all = self.tried.iter().map(|(subject, message)| (subject.as_str(), *message));
-        for (subject, message) in all.chain([(ACCOUNT_INFO, "")]) {
+        for (subject, message) in all.chain([(ACCOUNT_INFO, ""), (STREAM_NAMES, "")]) {
             let _ = client.publish(subject.to_owned(), message.into()).await; // refused by the server, not here
         }
     }
@@ -82,6 +85,11 @@ pub(super) fn stream_info(nats: &NatsSettings) -> String {
 /// The request for the consumer's state.
 pub(super) fn consumer_info(nats: &NatsSettings) -> String {
     format!("$JS.API.CONSUMER.INFO.{}.{CONSUMER}", nats.stream)
+}
+
+/// The request that makes the stream.
+pub(super) fn stream_create(nats: &NatsSettings) -> String {
+    format!("$JS.API.STREAM.CREATE.{}", nats.stream)
 }
 
 /// The request that moves the consumer back. The check never sends it: a request without a sequence moves it, too.
