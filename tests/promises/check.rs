@@ -581,11 +581,17 @@ async fn a_database_that_would_not_do_is_named() {
     servers.sql(&format!("ALTER ROLE {role} CONNECTION LIMIT 3")).await;
     servers.worker(&limited).await.fails_for(&["connections", "3 are allowed"]);
 
+    let name = servers.database.rsplit('/').next().unwrap();
+    servers.sql(&format!("REVOKE CONNECT ON DATABASE {name} FROM PUBLIC")).await;
+    servers
+        .worker(&limited)
+        .await
+        .fails_for(&["permission denied", &format!("GRANT CONNECT ON DATABASE {name} TO {role}")]);
+
     servers.sql("ALTER TABLE signals ALTER COLUMN source_id TYPE varchar(9)").await;
     servers.worker(&[]).await.fails_for(&["table public.signals, column source_id", "ALTER TABLE"]);
     servers.sql("ALTER TABLE signals ALTER COLUMN source_id TYPE text").await;
     servers.worker(&[]).await.well();
-    let name = servers.database.rsplit('/').next().unwrap();
     servers.sql(&format!("ALTER DATABASE {name} SET synchronous_commit = off")).await;
     let weak = servers.worker(&[]).await;
     assert!(weak.well().found("warning").contains("synchronous_commit"), "{:#}", weak.json);

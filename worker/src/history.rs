@@ -14,7 +14,7 @@ use tokio::time::sleep;
 
 use crate::metrics::Metrics;
 use crate::pull::Database;
-use crate::store::{SEARCH_PATH, Store, StoreError, within};
+use crate::store::{SEARCH_PATH, Store, StoreError, Tx, within};
 
 /// How often the stream's size is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -44,14 +44,14 @@ pub async fn keep_room(stream: &Stream, store: &Store, database: &Database) {
 /// The same, where no other worker is doing it. The lock goes with its transaction, so it also works behind a
 /// connection pooler, and a worker that dies holds it no longer than PostgreSQL needs to notice.
 async fn make_room_alone(stream: &Stream, store: &Store, metrics: &Metrics) -> Result<(), StoreError> {
-    let mut client = store.client().await?;
-    let tx = within(client.transaction()).await?;
-    within(tx.batch_execute(SEARCH_PATH)).await?;
-    let mine = within(tx.query_one("SELECT pg_try_advisory_xact_lock($1)", &[&LOCK])).await?;
-    if mine.try_get(0).map_err(|err| StoreError::from_sql(&err))? {
-        make_room(stream, metrics).await;
-    }
-    within(tx.rollback()).await
+    let alone = |tx: Tx| async move {
+        let mine = within(tx.query_one("SELECT pg_try_advisory_xact_lock($1)", &[&LOCK])).await?;
+        if mine.try_get(0).map_err(|err| StoreError::from_sql(&err))? {
+            make_room(stream, metrics).await;
+        }
+        Ok(())
+    };
+    store.transact(SEARCH_PATH, alone).await
 }
 
 /// Purges in small steps, looking again before each, until there is room or all that is left is unread.

@@ -17,7 +17,7 @@ use time::OffsetDateTime;
 use crate::Config;
 use crate::commands::{self, Ending, count, flag, print, print_json, show_time};
 use crate::severity::Severity;
-use crate::store::{Store, StoreError, query};
+use crate::store::{Store, StoreError};
 
 /// Both are asked for at once; the ledger has no index on time (every insert would pay for it), so this reads the whole
 /// of it, on several cores where PostgreSQL sees fit. Its rows are short.
@@ -158,8 +158,7 @@ struct Database {
 
 async fn database(config: &Config) -> Result<Database, String> {
     let ask = async {
-        let mut client = Store::new(&config.database, 1).client().await?;
-        let rows = query(&mut client, COUNTS, &[]).await?;
+        let rows = Store::new(&config.database, 1).query(COUNTS, &[]).await?;
         let number = |column| {
             let number: i64 = rows[0].try_get(column).map_err(|err| StoreError::from_sql(&err))?;
             Ok::<_, StoreError>(number.unsigned_abs())

@@ -10,7 +10,7 @@ use tokio_postgres::Row;
 
 use crate::Config;
 use crate::commands::{self, Ending, flag, patiently, print, print_json, show_time, time_option};
-use crate::store::{Retried, Store, StoreError, query};
+use crate::store::{Retried, Store, StoreError};
 
 /// Letters without their bodies. `$1` ids, `$2` reason, `$3` and `$4` times; each may be NULL for any.
 const LIST: &str = "\
@@ -114,9 +114,8 @@ impl Filter {
     }
 
     async fn letters(&self, store: &Store) -> Result<Vec<Letter>, StoreError> {
-        let mut client = store.client().await?;
         let Filter { ids, reason, since, until } = self;
-        let rows = query(&mut client, LIST, &[ids, reason, since, until]).await?;
+        let rows = store.query(LIST, &[ids, reason, since, until]).await?;
         rows.iter().map(|row| Letter::of(row).map_err(|err| StoreError::from_sql(&err))).collect()
     }
 }
@@ -193,8 +192,7 @@ async fn list(store: &Store, filter: &Filter, json: bool) -> anyhow::Result<Endi
 async fn show(store: &Store, matches: &ArgMatches) -> anyhow::Result<Ending> {
     let id = matches.get_one::<String>("id").context("which letter?")?;
     if matches.get_flag("body") {
-        let mut client = store.client().await?;
-        let rows = query(&mut client, BODY, &[id]).await?;
+        let rows = store.query(BODY, &[id]).await?;
         let Some(row) = rows.first() else { return none(id) };
         let body: &[u8] = row.try_get(0).map_err(|err| StoreError::from_sql(&err))?;
         use std::io::Write as _;
