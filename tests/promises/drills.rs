@@ -10,10 +10,3 @@ mod broker;
 mod disk;
 mod faults;
 mod memory;
-
-use std::io::Write as _;
-
-/// Says that a drill or a test was skipped, past the test runner, which shows nothing of a test that passes.
-pub(crate) fn skipped(drill: &str, because: &str) {
-    let _ = writeln!(std::io::stderr(), "SKIPPED {drill}: {because}");
-}

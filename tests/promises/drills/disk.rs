@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use world::{Answer, Setup, World, eventually};
 
 use super::faults::Faults;
-use super::skipped;
 use crate::load::{Load, exactly_once, percentile, size, watchful};
 
 #[tokio::test]
@@ -74,7 +73,10 @@ async fn a_disk_that_fails_refuses_what_is_not_on_it_and_takes_deliveries_again_
 #[tokio::test]
 async fn a_disk_of_64_mb_that_fills_up_refuses_loses_nothing_and_heals() {
     let Some(setup) = on_a_disk_of_64_mb(watchful()) else {
-        skipped("a_disk_of_64_mb_that_fills_up_refuses_loses_nothing_and_heals", "this process may not mount a tmpfs");
+        world::skipped(
+            "a_disk_of_64_mb_that_fills_up_refuses_loses_nothing_and_heals",
+            "this process may not mount a tmpfs",
+        );
         return;
     };
     let mut world = setup.start().await;
