@@ -101,7 +101,7 @@ async fn check(program: &'static str, under: &[&str], environment: &[(&str, &str
     let problems = json["findings"].as_array().unwrap().iter().filter(|finding| finding["state"] == "problem").count();
     assert!(
         people.out.ends_with("warning(s)\n") && people.out.contains(&format!("\n{problems} problem(s)")),
-        "{people:?}"
+        "{people:?} {json:#}"
     );
     assert_eq!((machines.code, &json["well"]), (Some(i32::from(problems > 0)), &(problems == 0).into()), "{json:#}");
     Checked { code: machines.code, json }

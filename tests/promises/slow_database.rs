@@ -186,8 +186,9 @@ async fn a_statement_beyond_its_time_limit_is_split() {
     world.on_stream(34).await;
     lock.rollback().await.unwrap();
     let begin = Instant::now();
+    // A minute until the limit, another one where the second try was abandoned amid its statement, and the rows.
     while world.value::<i64>("SELECT count(*) FROM signals").await < 34 {
-        assert!(begin.elapsed() < Duration::from_secs(240), "never stored");
+        assert!(begin.elapsed() < Duration::from_secs(400), "never stored");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     settled(&world, &consumer, 34).await;

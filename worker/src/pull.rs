@@ -104,7 +104,7 @@ impl Puller<'_> {
         Ok(messages)
     }
 
-    /// Whether a delivery may be given back with a delay. It stays un-acked meanwhile, and at `max_ack_pending` the server
+    /// Returns `true` where a delivery may be given back with a delay. It stays un-acked meanwhile, and at `max_ack_pending` the server
     /// delivers nothing new. So half of that is kept for deliveries that can be stored.
     async fn may_set_back(&self) -> bool {
         let Ok(info) = self.consumer.get_info().await else { return false };

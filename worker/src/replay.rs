@@ -74,7 +74,7 @@ pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result
     }
 }
 
-/// What was done to a batch, or would be.
+/// The changes of a batch, done or foreseen.
 #[derive(Debug, Default)]
 struct Done {
     /// The deliveries to which something was done.
@@ -200,11 +200,11 @@ impl Replay<'_> {
         Ok(done)
     }
 
-    /// Stores `part`. Where that fails for a reason that may lie in single rows, those are left out.
+    /// Stores `part`. Single rows that fail for an unclear reason are left out.
     async fn store(&self, part: &Batch) -> Result<Stored, StoreError> {
-        let may_pass = |error: &StoreError| error.is_outage() && error.unclear().is_none();
+        let may_pass = |error: &StoreError| error.is_outage() && !error.is_unclear();
         match patiently_while(may_pass, || self.store.persist(part)).await {
-            Err(error) if error.unclear().is_some() => patiently(|| self.store.persist_each(part)).await,
+            Err(error) if error.is_unclear() => patiently(|| self.store.persist_each(part)).await,
             outcome => outcome,
         }
     }

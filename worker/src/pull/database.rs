@@ -58,9 +58,9 @@ struct State {
     silent: Option<Instant>,
     /// The batches that are being stored, the oldest first.
     in_hand: Vec<Arc<InHand>>,
-    /// How many of them have failed at least once.
+    /// The number of them that have failed at least once.
     held: usize,
-    /// What the oldest of those that take long waits for.
+    /// The wait of the oldest of those that take long.
     wait: Option<Wait>,
     set_back: SetBackRows,
     /// When a row was last written.
@@ -200,7 +200,7 @@ impl Database {
             }
             match answer {
                 Ok(Ok(wait)) => {
-                    self.waits(wait);
+                    self.waits(&mut self.lock(), wait);
                     // It may answer and yet refuse every row (read-only, disk full): then a batch has the last word.
                     if self.lock().held == 0 {
                         self.proven();
@@ -209,7 +209,7 @@ impl Database {
                 Ok(Err(error)) => self.failed(&error),
                 Err(_) => {
                     self.lock().silent.get_or_insert_with(Instant::now);
-                    self.waits(None);
+                    self.waits(&mut self.lock(), None);
                     self.failed(&silent(ANSWERS_WITHIN));
                 }
             }
@@ -224,13 +224,13 @@ impl Database {
             self.show(&state);
         }
         let slow: Vec<_> = state.in_hand.iter().filter(|batch| batch.since.elapsed() >= TOLD_AFTER).cloned().collect();
-        if slow.is_empty() && state.wait.take().is_some() {
-            self.show(&state);
+        if slow.is_empty() {
+            self.waits(&mut state, None);
         }
         slow
     }
 
-    /// Whether it answers, and what the first of these batches waits for.
+    /// Asks whether it answers, and what the first of these batches waits for.
     async fn ask(&self, slow: &[Arc<InHand>]) -> Result<Option<Wait>, StoreError> {
         self.store.ping().await?;
         let sessions: Vec<i32> = slow.iter().flat_map(|batch| batch.pids()).collect();
@@ -242,14 +242,20 @@ impl Database {
         Ok(Wait::of(slow, &delays))
     }
 
-    fn waits(&self, wait: Option<Wait>) {
-        let mut state = self.lock();
+    /// Keeps in mind what a batch waits for. The log tells of locks.
+    fn waits(&self, state: &mut State, wait: Option<Wait>) {
         let holder = |wait: &Option<Wait>| wait.as_ref().and_then(|wait| wait.holder);
-        if let Some(wait) = wait.as_ref().filter(|it| it.holder.is_some() && it.holder != holder(&state.wait)) {
-            tracing::warn!("deliveries are not stored yet: {wait}");
+        match (&wait, holder(&state.wait)) {
+            (Some(wait), before) if wait.holder.is_some() && wait.holder != before => {
+                tracing::warn!("deliveries are not stored yet: {wait}");
+            }
+            (wait, Some(_)) if holder(wait).is_none() => tracing::info!("no batch waits for a lock any more"),
+            _ => {}
         }
-        state.wait = wait;
-        self.show(&state);
+        if wait.is_some() || state.wait.is_some() {
+            state.wait = wait;
+            self.show(state);
+        }
     }
 
     /// Keeps what became of a batch in mind.
@@ -312,14 +318,14 @@ fn silent(time: Duration) -> StoreError {
     StoreError::Outage(Outage::new(Class::NoAnswer, silence))
 }
 
-/// What is said where a row that should be set back may not be.
+/// Adds why a row that should be set back is not.
 fn too_many_set_back(error: StoreError) -> StoreError {
     match error {
-        StoreError::Outage(outage) => StoreError::Outage(outage.with(
+        StoreError::Outage(outage) if outage.is_unclear() => StoreError::Outage(outage.with(
             "; the row waits with its batch, because half of the consumer's max_ack_pending is un-acked already, or NATS does \
              not tell",
         )),
-        error @ (StoreError::Refused(_) | StoreError::Denied(_)) => error,
+        StoreError::Outage(_) | StoreError::Refused(_) | StoreError::Denied(_) => error,
     }
 }
 
@@ -328,7 +334,7 @@ struct Work<'a> {
     database: &'a Database,
     in_hand: Arc<InHand>,
     has_failed: AtomicBool,
-    /// Failures one after another for a reason that may lie in one row.
+    /// Failures for a reason that may lie in one row.
     unclear: AtomicU32,
 }
 
@@ -343,18 +349,21 @@ impl<'a> Work<'a> {
         if !self.has_failed.swap(true, Ordering::Relaxed) {
             self.database.lock().held += 1;
         }
-        // A statement that took too long takes as long the next time, unless it has less to do.
-        let is_too_long = matches!(error, StoreError::Outage(outage) if outage.class() == Class::Canceled);
-        let failures = match error.unclear() {
-            Some(_) if is_too_long => FAILURES_TOGETHER,
-            Some(_) => self.unclear.load(Ordering::Relaxed).saturating_add(1),
-            None => 0,
-        };
-        self.unclear.store(failures, Ordering::Relaxed);
+        match error {
+            // A statement that took too long takes as long the next time, unless it has less to do.
+            StoreError::Outage(outage) if outage.is_unclear() && outage.class() == Class::Canceled => {
+                self.unclear.store(FAILURES_TOGETHER, Ordering::Relaxed);
+            }
+            StoreError::Outage(outage) if outage.is_unclear() => {
+                self.unclear.fetch_add(1, Ordering::Relaxed);
+            }
+            StoreError::Outage(_) | StoreError::Refused(_) | StoreError::Denied(_) => {}
+        }
         self.database.failed(error);
     }
 
-    /// Whether the trouble may lie in single rows: so it was before with one of them, or the batch has failed so often.
+    /// Returns `true` where the trouble may lie in single rows: one of them was set back before, or the batch has failed
+    /// so often.
     fn is_suspect(&self, batch: &Batch) -> bool {
         self.unclear.load(Ordering::Relaxed) >= FAILURES_TOGETHER || self.database.lock().set_back.holds_one_of(batch)
     }
@@ -365,5 +374,35 @@ impl Drop for Work<'_> {
         let mut state = self.database.lock();
         state.in_hand.retain(|batch| !Arc::ptr_eq(batch, &self.in_hand));
         state.held -= usize::from(self.has_failed.load(Ordering::Relaxed));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::registry::Registry;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_question_that_fails_late_is_outweighed_by_a_batch_that_was_stored_meanwhile() {
+        // Takes connections, and says nothing.
+        let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("postgres://loop@{}/loop", server.local_addr().unwrap()).parse().unwrap();
+        let store = Store::new(&url, 1);
+        let metrics = Metrics::new(&mut Registry::default(), &store);
+        let database = Database::new(store, &Readiness::default(), metrics);
+        let meanwhile = async {
+            // It asks 3 to 4 s after the beginning, and waits for 5.
+            sleep(Duration::from_secs(6)).await;
+            database.proven();
+            sleep(Duration::from_secs(4)).await;
+            database.is_up()
+        };
+        let is_up = tokio::select! {
+            is_up = meanwhile => is_up,
+            () = database.watch() => unreachable!("it never ends"),
+        };
+        assert!(is_up, "PostgreSQL has stored a batch since it was asked");
     }
 }

@@ -1,8 +1,8 @@
 //! Deliveries that are set back: PostgreSQL refuses their rows for a reason that is no verdict on what they say.
 //!
-//! Such a delivery is given back to the consumer with a delay, and comes again until it is stored. What is kept here is
-//! for the operator's eyes, and so that the next batch with such a delivery is run row by row at once. A delivery that
-//! did not come again is another worker's by now.
+//! Such a delivery is given back to the consumer with a delay, and comes again until it is stored. This list serves the
+//! operator. By it the next batch with such a delivery is run row by row at once. Another worker may have got a delivery
+//! that did not come again.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ const FORGOTTEN_AFTER: Duration = Duration::from_secs(2 * 300);
 /// Most reasons that are told at once.
 const REASONS_MAX: usize = 5;
 
-/// How long a delivery waits that was delivered so many times.
+/// The delay of a delivery that was delivered so many times.
 pub(super) fn delay(attempts: i64) -> Duration {
     let attempts = u32::try_from(attempts.max(1)).unwrap_or(u32::MAX);
     DELAY.saturating_mul(attempts).min(DELAY_MAX)
@@ -37,12 +37,12 @@ struct Row {
 }
 
 impl SetBackRows {
-    /// Whether the batch holds one of them.
+    /// Returns `true` where the batch holds one of them.
     pub(super) fn holds_one_of(&self, batch: &Batch) -> bool {
         !self.0.is_empty() && batch.records.iter().any(|record| self.0.contains_key(&record.delivery_id))
     }
 
-    /// What became of a batch. Gives those that are set back for the first time, or with another code than before.
+    /// Notes what became of a batch. Gives those that are set back for the first time, or with another code than before.
     pub(super) fn note<'a>(&mut self, stored: &'a Stored, now: Instant) -> Vec<&'a SetBack> {
         let dead = stored.dead.iter().map(|dead| &dead.delivery_id);
         if !self.0.is_empty() {
@@ -76,7 +76,7 @@ impl SetBackRows {
         self.0.values().map(|row| row.first).min()
     }
 
-    /// How many there are, by code.
+    /// Their number, by code.
     pub(super) fn counts(&self) -> BTreeMap<String, u64> {
         let mut counts = BTreeMap::new();
         for row in self.0.values() {

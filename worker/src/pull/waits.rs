@@ -27,7 +27,7 @@ impl InHand {
     }
 }
 
-/// What a batch waits for, in words.
+/// The wait of a batch, in words.
 #[derive(Debug)]
 pub(super) struct Wait {
     deliveries: usize,

@@ -73,7 +73,7 @@ impl Totals {
         self.0[outcome.kind().0]
     }
 
-    /// Whether there is something that an operator should look at.
+    /// Returns `true` where there is something that an operator should look at.
     pub(super) fn look_at_it(&self) -> bool {
         [Outcome::Buried, Outcome::NotRestored, Outcome::NotStored].iter().any(|outcome| self.of(outcome) > 0)
     }

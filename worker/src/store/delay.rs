@@ -1,4 +1,4 @@
-//! What a statement that takes long waits for, as PostgreSQL tells it.
+//! The waits of statements that take long, as PostgreSQL tells them.
 
 use std::fmt;
 
@@ -47,7 +47,7 @@ pub(crate) struct Holder {
 }
 
 impl Store {
-    /// What the sessions `pids` wait for. Asked on the connection of [`Store::ping`], so that no batch is in its way.
+    /// Asks what the sessions `pids` wait for, on the connection of [`Store::ping`], so that no batch is in its way.
     ///
     /// # Errors
     /// [`StoreError::Outage`]

@@ -17,6 +17,7 @@
 
 mod connect;
 mod delay;
+mod error;
 mod ledger;
 mod pool;
 mod restore;
@@ -31,7 +32,6 @@ mod trial;
 mod url;
 
 use std::collections::HashSet;
-use std::fmt;
 
 use bytes::Bytes;
 use deadpool_postgres::Pool;
@@ -43,6 +43,7 @@ use crate::dead_letters::{self, DeadLetter};
 use crate::migrate::{self, MigrateError, Report};
 
 pub(crate) use delay::Delay;
+pub use error::{Outage, StoreError};
 pub(crate) use ledger::LOOK_UP;
 pub use ledger::{Fate, Known};
 pub(crate) use pool::ANSWER_WITHIN;
@@ -196,7 +197,7 @@ pub struct SetBack {
     pub delivery_id: String,
     /// PostgreSQL's code, or [`Outage::NO_SQLSTATE`].
     pub sqlstate: String,
-    /// What PostgreSQL says, without anything of what the delivery says.
+    /// The words of PostgreSQL's error, without anything of what the delivery says.
     pub reason: String,
 }
 
@@ -207,104 +208,6 @@ pub struct Dead {
     pub delivery_id: String,
     /// Why, without anything of what it said.
     pub reason: String,
-}
-
-/// PostgreSQL is in trouble of that class.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Outage {
-    class: Class,
-    reason: String,
-    /// The code, where the cause may lie in one row alone.
-    of_row: Option<String>,
-}
-
-impl Outage {
-    /// Stands for the code where an INSERT wrote nothing and reported no error.
-    pub const NO_SQLSTATE: &str = "none";
-
-    /// For that reason, in words for a person.
-    pub(crate) fn new(class: Class, reason: String) -> Self {
-        Outage { class, reason, of_row: None }
-    }
-
-    /// One whose cause may lie in one row alone.
-    pub(crate) fn of_row(class: Class, reason: String, sqlstate: &str) -> Self {
-        Outage { class, reason, of_row: Some(sqlstate.to_owned()) }
-    }
-
-    /// The same with more words.
-    pub(crate) fn with(self, more: &str) -> Self {
-        Outage { reason: self.reason + more, ..self }
-    }
-
-    /// What kind of trouble.
-    pub fn class(&self) -> Class {
-        self.class
-    }
-}
-
-impl fmt::Display for Outage {
-    /// The reason.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.reason)
-    }
-}
-
-/// Why a batch was not stored. Nothing of it was.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum StoreError {
-    /// PostgreSQL is away, full, read-only, out of step with this program. Try again later, with the same batch.
-    #[error("PostgreSQL cannot store this now: {0}")]
-    Outage(Outage),
-    /// PostgreSQL refused a row for what is in it. [`Store::persist`] deals with this itself; it only comes out when
-    /// even the dead letter is refused.
-    #[error("PostgreSQL refused a row: {0}")]
-    Refused(String),
-    /// The role lacks a right that this takes; only a GRANT helps.
-    #[error("{0}")]
-    Denied(String),
-}
-
-impl StoreError {
-    /// What an error of one statement means.
-    pub(crate) fn from_sql(err: &tokio_postgres::Error) -> StoreError {
-        sqlstate::judge(err)
-    }
-
-    /// Whether trying again later can help.
-    pub fn is_outage(&self) -> bool {
-        match self {
-            StoreError::Outage(_) => true,
-            StoreError::Refused(_) | StoreError::Denied(_) => false,
-        }
-    }
-
-    /// Whether the cause may lie in one row alone, so that the others can be stored without it.
-    pub(crate) fn may_be_of_one_row(&self) -> bool {
-        match self {
-            StoreError::Outage(outage) => outage.of_row.is_some(),
-            StoreError::Refused(_) => true,
-            StoreError::Denied(_) => false,
-        }
-    }
-
-    /// The code of an outage whose cause may lie in one row alone.
-    pub(crate) fn unclear(&self) -> Option<&str> {
-        match self {
-            StoreError::Outage(outage) => outage.of_row.as_deref(),
-            StoreError::Refused(_) | StoreError::Denied(_) => None,
-        }
-    }
-
-    /// Why the tables could not be checked, or why they do not fit.
-    fn from_check(err: MigrateError) -> StoreError {
-        match err {
-            MigrateError::Store(err) => err,
-            err @ (MigrateError::DoesNotFit(_) | MigrateError::MayNotCreate { .. }) => {
-                StoreError::Outage(Outage::new(Class::Schema, err.to_string()))
-            }
-        }
-    }
 }
 
 /// The connections of a [`Store`].
@@ -386,7 +289,7 @@ impl Store {
         self.transact(SETTINGS, work).await
     }
 
-    /// Whether PostgreSQL answers. May be dropped at any time, so that the caller says how long that may take.
+    /// Asks whether PostgreSQL answers. May be dropped at any time, so that the caller says how long that may take.
     ///
     /// # Errors
     /// [`StoreError::Outage`] with the cause.
@@ -550,21 +453,5 @@ async fn store_one(tx: &Tx, statements: &Statements, record: &Record) -> Result<
 impl Dead {
     fn of(letter: &DeadLetter) -> Dead {
         Dead { delivery_id: letter.delivery_id.clone(), reason: letter.reason.clone() }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_check_that_could_not_be_made_is_no_verdict_on_the_tables() {
-        let class = |err| match StoreError::from_check(err) {
-            StoreError::Outage(outage) => outage.class(),
-            refused @ (StoreError::Refused(_) | StoreError::Denied(_)) => panic!("{refused:?}"),
-        };
-        let lost = StoreError::Outage(Outage::new(Class::Connection, "the connection failed".into()));
-        assert_eq!(class(MigrateError::Store(lost)), Class::Connection);
-        assert_eq!(class(MigrateError::DoesNotFit(Vec::new())), Class::Schema);
     }
 }

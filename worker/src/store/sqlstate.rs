@@ -2,7 +2,7 @@
 //! (<https://www.postgresql.org/docs/current/errcodes-appendix.html>).
 //!
 //! "Ours" is the safe side: the batch waits and is tried again, and nothing is lost. Only what PostgreSQL says about
-//! the data itself is the row's, because those bytes cannot change. What this table does not know is unclear: a trigger
+//! the data itself is the row's, because those bytes cannot change. A code that is not in this table is unclear: a trigger
 //! may raise any code for one row alone. The batch waits as well, and may be run without that row.
 
 use std::error::Error;

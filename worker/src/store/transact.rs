@@ -28,7 +28,7 @@ impl Failure for StoreError {
     }
 }
 
-/// How a transaction ends whose work has ended well.
+/// The end of a transaction whose work has ended well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
     Commit,
@@ -64,8 +64,8 @@ impl End {
     }
 }
 
-/// A transaction that is open. Clones are the same one; none is to be kept by who was given it. Where the last is dropped
-/// before the end, the connection is closed, and PostgreSQL rolls back.
+/// An open transaction. Clones are the same one; work drops its clone before it ends. The connection is closed when the
+/// last clone is dropped before the end, and PostgreSQL rolls back.
 #[derive(Clone)]
 pub(crate) struct Tx(Arc<Lease>);
 
@@ -89,7 +89,7 @@ impl Deref for Tx {
     }
 }
 
-/// Sends two requests together, which PostgreSQL runs in this order. Where both fail, the first has the cause: the second
+/// Sends two requests together, which PostgreSQL runs in this order. If both fail, the first has the cause: the second
 /// was only refused because the transaction had failed (SQLSTATE 25P02).
 pub(super) async fn in_order<A, B, E>(
     first: impl Future<Output = Result<A, E>>,
@@ -100,7 +100,7 @@ pub(super) async fn in_order<A, B, E>(
     Ok((first?, second?))
 }
 
-/// Runs `work` in a savepoint. Where PostgreSQL has refused a row, what `work` did is undone and the transaction goes on.
+/// Runs `work` in a savepoint. If PostgreSQL refuses a row, the changes of `work` are undone and the transaction goes on.
 pub(super) async fn savepoint<T>(tx: &Tx, work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
     within(tx.batch_execute("SAVEPOINT delivery")).await?;
     let outcome = work.await;

@@ -10,7 +10,7 @@
 use super::rows::Statements;
 use super::{Dead, ISSUES, LEDGER, Record, SETTINGS, SIGNALS, Store, StoreError, Tx, savepoint, within};
 
-/// Whether the role may make temporary tables, and its name and the database's, for the GRANT.
+/// The right to make temporary tables, and the names of role and database, for the GRANT.
 const MAY: &str = "\
     SELECT has_database_privilege(current_database(), 'TEMPORARY'), quote_ident(current_user::text),
            quote_ident(current_database()::text)";
