@@ -35,6 +35,8 @@ const SLOW_AFTER: Duration = Duration::from_secs(15);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// A batch that takes so long is asked about, and told.
 const TOLD_AFTER: Duration = Duration::from_secs(5);
+/// How long PostgreSQL may take to tell what a batch waits for.
+const TOLD_WITHIN: Duration = Duration::from_secs(2);
 /// After so many failures of a batch, each for a reason that may lie in one row, it is run row by row.
 const FAILURES_TOGETHER: u32 = 3;
 
@@ -191,7 +193,7 @@ impl Database {
                 continue;
             }
             let asked = Instant::now();
-            let answer = timeout(ANSWERS_WITHIN, self.ask(&slow)).await;
+            let answer = timeout(ANSWERS_WITHIN, self.store.ping()).await;
             if self.lock().proven > asked {
                 continue; // a batch was stored meanwhile, which says more
             }
@@ -199,7 +201,8 @@ impl Database {
                 self.lock().silent = None;
             }
             match answer {
-                Ok(Ok(wait)) => {
+                Ok(Ok(())) => {
+                    let wait = self.wait_of(&slow).await;
                     self.waits(&mut self.lock(), wait);
                     // It may answer and yet refuse every row (read-only, disk full): then a batch has the last word.
                     if self.lock().held == 0 {
@@ -230,16 +233,15 @@ impl Database {
         slow
     }
 
-    /// Asks whether it answers, and what the first of these batches waits for.
-    async fn ask(&self, slow: &[Arc<InHand>]) -> Result<Option<Wait>, StoreError> {
-        self.store.ping().await?;
+    /// The wait of the first of these batches. None also where PostgreSQL does not tell: its catalog may be locked, or the
+    /// role may not ask.
+    async fn wait_of(&self, slow: &[Arc<InHand>]) -> Option<Wait> {
         let sessions: Vec<i32> = slow.iter().flat_map(|batch| batch.pids()).collect();
         if sessions.is_empty() {
-            return Ok(None);
+            return None;
         }
-        // A role that may not ask this has its answer all the same.
-        let delays = self.store.delays(&sessions).await.unwrap_or_default();
-        Ok(Wait::of(slow, &delays))
+        let delays = timeout(TOLD_WITHIN, self.store.delays(&sessions)).await.ok()?.ok()?;
+        Wait::of(slow, &delays)
     }
 
     /// Keeps in mind what a batch waits for. The log tells of locks.
