@@ -101,7 +101,7 @@ async fn check(program: &'static str, under: &[&str], environment: &[(&str, &str
     let problems = json["findings"].as_array().unwrap().iter().filter(|finding| finding["state"] == "problem").count();
     assert!(
         people.out.ends_with("warning(s)\n") && people.out.contains(&format!("\n{problems} problem(s)")),
-        "{people:?}"
+        "{people:?} {json:#}"
     );
     assert_eq!((machines.code, &json["well"]), (Some(i32::from(problems > 0)), &(problems == 0).into()), "{json:#}");
     Checked { code: machines.code, json }
@@ -666,11 +666,17 @@ async fn a_database_that_would_not_do_is_named() {
     servers.sql(&format!("ALTER ROLE {role} CONNECTION LIMIT 3")).await;
     servers.worker(&limited).await.fails_for(&["connections", "3 are allowed"]);
 
+    let name = servers.database.rsplit('/').next().unwrap();
+    servers.sql(&format!("REVOKE CONNECT ON DATABASE {name} FROM PUBLIC")).await;
+    servers
+        .worker(&limited)
+        .await
+        .fails_for(&["permission denied", &format!("GRANT CONNECT ON DATABASE {name} TO {role}")]);
+
     servers.sql("ALTER TABLE signals ALTER COLUMN source_id TYPE varchar(9)").await;
     servers.worker(&[]).await.fails_for(&["table public.signals, column source_id", "ALTER TABLE"]);
     servers.sql("ALTER TABLE signals ALTER COLUMN source_id TYPE text").await;
     servers.worker(&[]).await.well();
-    let name = servers.database.rsplit('/').next().unwrap();
     servers.sql(&format!("ALTER DATABASE {name} SET synchronous_commit = off")).await;
     let weak = servers.worker(&[]).await;
     assert!(weak.well().found("warning").contains("synchronous_commit"), "{:#}", weak.json);

@@ -272,3 +272,87 @@ async fn a_dry_run_says_what_would_be_read_differently_today() {
     assert_eq!(replay.number("already there"), 3, "{replay:?}");
     assert_eq!(world.stored(&ids[0]).await.signal["severity"], "low", "a replay touches nothing that is there");
 }
+
+#[tokio::test]
+async fn a_replay_goes_on_after_an_outage_of_the_database() {
+    let mut world = setup().workers(0).own_postgres().start().await;
+    assert_eq!(world.worker(&["migrate"]).await.code, Some(0));
+    let ids = publish(&world, 2_000).await;
+    let replay = world.worker_command(&["replay", "--rate", "400"]).spawn().unwrap();
+    eventually("its second batch", || async {
+        (world.value::<i64>("SELECT count(*) FROM signals").await > 400).then_some(())
+    })
+    .await;
+    world.postgres.as_ref().unwrap().kill().await;
+    // Long enough for it to meet the outage: it has a batch each second.
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    start(&mut world).await;
+    let replay = Ran::of(replay.wait_with_output().await.unwrap());
+    assert_eq!(replay.code, Some(0), "{replay:?}");
+    assert!(replay.err.contains("will try again"), "it met the outage: {replay:?}");
+    assert_eq!(replay.number("inserted") + replay.number("already there"), 2_000, "{replay:?}");
+    for table in ["signals", "issues", "ingest.deliveries WHERE state = 'stored'"] {
+        assert_eq!(world.value::<i64>(&format!("SELECT count(*) FROM {table}")).await, 2_000, "{table}");
+    }
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM ingest.dead_letters").await, 0);
+    let in_order = "SELECT array_agg(l.delivery_id ORDER BY i.number) = $1::text[] FROM issues i
+        JOIN ingest.deliveries l ON l.issue_id = i.id";
+    assert!(world.query(in_order, &[&ids]).await[0].get::<_, bool>(0), "numbers follow the stream");
+    assert_eq!(world.worker(&["audit"]).await.code, Some(0));
+}
+
+#[tokio::test]
+async fn a_replay_ends_although_letters_outlived_the_ledger_and_a_row_is_refused() {
+    let world = setup().start().await;
+    let dead = world.post("not JSON").await.accepted();
+    world.all_acknowledged().await;
+    world.workers[0].kill().await;
+    post(&world, 3).await;
+    let refused = world.post(r#"{"fails":"LP001"}"#).await.accepted();
+    world.on_stream(5).await;
+    world
+        .execute(
+            "TRUNCATE ingest.deliveries;
+             CREATE FUNCTION unclear() RETURNS trigger LANGUAGE plpgsql AS
+                 $$ BEGIN RAISE EXCEPTION 'hunter2' USING ERRCODE = 'LP001'; END $$;
+             CREATE TRIGGER unclear BEFORE INSERT ON issues FOR EACH ROW
+                 WHEN (NEW.signal_payload ? 'fails') EXECUTE FUNCTION unclear()",
+        )
+        .await;
+    let replay = world.worker(&["replay", "--verbose"]).await;
+    assert_eq!(replay.code, Some(1), "{replay:?}");
+    let counts = ["inserted", "became a dead letter", "could not be stored"].map(|what| replay.number(what));
+    assert_eq!(counts, [3, 1, 1], "{replay:?}");
+    let line = |id: &str| replay.out.lines().find(|line| line.contains(id)).unwrap().to_owned();
+    assert!(line(&refused).contains("SQLSTATE LP001") && !replay.out.contains("hunter2"), "{replay:?}");
+    assert!(line(&dead).contains("became a dead letter"), "{replay:?}");
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM ingest.dead_letters").await, 1);
+
+    world.execute("DROP TRIGGER unclear ON issues").await;
+    let again = world.worker(&["replay"]).await;
+    assert_eq!((again.code, again.number("inserted")), (Some(0), 1), "{again:?}");
+}
+
+#[tokio::test]
+async fn a_dry_run_of_a_role_without_temporary_tables_ends_at_once() {
+    let name = format!("limited_{}", uuid::Uuid::new_v4().simple());
+    let url = world::postgres().await.create_database(&name).await.unwrap();
+    worker::store::Store::new(&url.parse().unwrap(), 1).migrate().await.unwrap();
+    let (client, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    let grants = format!(
+        "CREATE ROLE {name} LOGIN; GRANT SELECT, INSERT ON issues, signals TO {name};
+         GRANT USAGE ON SCHEMA ingest TO {name}; GRANT SELECT, INSERT, UPDATE ON ingest.deliveries TO {name};
+         GRANT SELECT, INSERT, DELETE ON ingest.dead_letters TO {name};
+         GRANT USAGE ON SEQUENCE issues_number_seq TO {name}; REVOKE TEMPORARY ON DATABASE {name} FROM PUBLIC"
+    );
+    client.batch_execute(&grants).await.unwrap();
+    let limited = url.replace("loop@", &format!("{name}@"));
+    let world = setup().workers(0).worker("DATABASE_URL", &limited).start().await;
+    post(&world, 2).await;
+    world.on_stream(2).await;
+    let dry_run = world.worker(&["replay", "--dry-run"]).await;
+    assert_eq!(dry_run.code, Some(2), "{dry_run:?}");
+    let grant = format!("GRANT TEMPORARY ON DATABASE {name} TO {name}");
+    assert!(dry_run.err.contains(&grant) && !dry_run.err.contains("will try again"), "{dry_run:?}");
+}

@@ -412,7 +412,7 @@ async fn a_schema_that_changed_under_us_is_no_poison() {
 async fn a_server_that_became_read_only_is_an_outage() {
     let database = Database::migrated().await;
     let store = database.store();
-    store.ping().await.unwrap();
+    store.persist(&Batch::default()).await.unwrap(); // connects
     let set = format!("ALTER DATABASE {} SET default_transaction_read_only", database.name);
     database.run(&format!("{set} = on")).await;
     let kill = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity \
@@ -619,4 +619,212 @@ async fn a_role_that_owns_no_table_works_with_the_tables_of_an_earlier_version()
         database.text("SELECT count(*)::text FROM pg_indexes WHERE indexname = 'deliveries_stored_at'").await,
         "1"
     );
+}
+
+/// A trigger on `table` that drops every row without an error, and how to take it away.
+fn dropping(table: &str) -> (String, String) {
+    let name = table.replace('.', "_");
+    let make = format!(
+        "CREATE OR REPLACE FUNCTION drop_{name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+         CREATE TRIGGER dropping BEFORE INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION drop_{name}()"
+    );
+    (make, format!("DROP TRIGGER dropping ON {table}"))
+}
+
+#[tokio::test]
+async fn rows_that_a_trigger_drops_are_an_outage_that_names_the_table() {
+    let database = Database::migrated().await;
+    let store = database.store();
+    let batch = || Batch { records: records(0..5).records, dead_letters: vec![letter(10)] };
+    for table in ["public.signals", "public.issues", "ingest.deliveries", "ingest.dead_letters"] {
+        let (make, remove) = dropping(table);
+        database.run(&make).await;
+        let err = store.persist(&batch()).await.expect_err(table);
+        let text = err.to_string();
+        assert!(err.is_outage() && text.contains(table) && text.contains("returns NULL"), "{table}: {text}");
+        assert_eq!(database.counts().await, [0, 0, 0, 0], "{table}");
+        database.run(&remove).await;
+    }
+    let stored = store.persist(&batch()).await.unwrap();
+    assert_eq!((stored.fresh, stored.dead.len()), (ids(0..5), 1));
+    // After the ledger alone was lost, the rows that are there count, though no statement writes them.
+    database.run("TRUNCATE ingest.deliveries").await;
+    assert_eq!(store.persist(&batch()).await.unwrap().fresh, ids(0..5));
+    // The check of the rows that are known finds them.
+    let (make, _) = dropping("public.issues");
+    database.run(&make).await;
+    assert_eq!(store.persist(&batch()).await.unwrap().known.len(), 6);
+}
+
+#[tokio::test]
+async fn a_restored_row_that_a_trigger_drops_is_an_outage() {
+    let database = Database::migrated().await;
+    let store = database.store();
+    store.persist(&records(0..2)).await.unwrap();
+    database.run("DELETE FROM signals").await;
+    let (make, remove) = dropping("public.signals");
+    database.run(&make).await;
+    let records = records(0..2).records;
+    let all: Vec<&Record> = records.iter().collect();
+    let err = store.restore(&all).await.expect_err("no row was written");
+    assert!(err.is_outage() && err.to_string().contains("public.signals"), "{err}");
+    database.run(&remove).await;
+    assert_eq!(store.restore(&all).await.unwrap().restored, ids(0..2));
+}
+
+/// Rights that are enough for a worker.
+const RIGHTS: &str = "GRANT SELECT, INSERT ON issues, signals TO ROLE; GRANT USAGE ON SCHEMA ingest TO ROLE; \
+     GRANT SELECT, INSERT, UPDATE ON ingest.deliveries TO ROLE; \
+     GRANT SELECT, INSERT, DELETE ON ingest.dead_letters TO ROLE; \
+     GRANT USAGE ON SEQUENCE issues_number_seq TO ROLE";
+
+#[tokio::test]
+async fn row_level_security_that_hides_rows_is_named() {
+    let database = Database::migrated().await;
+    let store = database.store_of_role(RIGHTS).await;
+    store.check().await.unwrap();
+    database
+        .run("ALTER TABLE issues ENABLE ROW LEVEL SECURITY; CREATE POLICY put ON issues FOR INSERT WITH CHECK (true)")
+        .await;
+    // A row that this role cannot see is a row that it cannot link a signal to.
+    let err = store.persist(&records(0..3)).await.expect_err("no signal was written");
+    assert!(err.is_outage() && err.to_string().contains("row-level security"), "{err}");
+    assert_eq!(database.counts().await, [0, 0, 0, 0]);
+    let err = store.check().await.expect_err("the check sees it");
+    let text = err.to_string();
+    assert!(text.contains("public.issues: found row-level security"), "{text}");
+    assert!(text.contains(&format!("ALTER ROLE {} BYPASSRLS", database.name)), "{text}");
+    // A policy that lets it do everything is no problem.
+    database.run("CREATE POLICY all_rows ON issues USING (true)").await;
+    let report = store.check().await.unwrap();
+    assert!(report.notes().iter().any(|note| note.contains("row-level security")), "{report}");
+    assert_eq!(store.persist(&records(10..12)).await.unwrap().fresh, ids(10..12));
+    database.run("DROP POLICY all_rows ON issues").await;
+    database.run(&format!("ALTER ROLE {} BYPASSRLS", database.name)).await;
+    let store = Store::new(&database.url.replace("loop@", &format!("{}@", database.name)).parse().unwrap(), 1);
+    store.check().await.unwrap();
+    assert_eq!(store.persist(&records(0..3)).await.unwrap().fresh, ids(0..3));
+}
+
+#[tokio::test]
+async fn a_connection_that_failed_is_not_used_again() {
+    let database = Database::migrated().await;
+    let store = database.store();
+    store.persist(&Batch { records: records(0..2).records, dead_letters: vec![letter(5)] }).await.unwrap();
+    let records = records(0..2).records;
+    let all: Vec<&Record> = records.iter().collect();
+    // Each of these meets a table that is away, which is an outage.
+    let away = |table: &str| format!("ALTER TABLE {table} RENAME TO away");
+    let back = |table: &str| {
+        let (schema, name) = table.split_once('.').unwrap();
+        format!("ALTER TABLE {schema}.away RENAME TO {name}")
+    };
+    for what in ["retry", "discard", "look_up", "restore", "try_out", "persist"] {
+        let table = match what {
+            "retry" | "discard" => "ingest.dead_letters",
+            "look_up" | "restore" => "ingest.deliveries",
+            _ => "public.issues",
+        };
+        assert_eq!(store.look_up(&ids(0..1)).await.unwrap().len(), 1);
+        let sound = store.connections();
+        assert_eq!((sound.idle, sound.used), (1, 0), "{what}");
+        database.run(&away(table)).await;
+        let failed = match what {
+            "retry" => store.retry("delivery-5").await.map(drop),
+            "discard" => store.discard("delivery-5").await.map(drop),
+            "look_up" => store.look_up(&ids(0..1)).await.map(drop),
+            "restore" => store.restore(&all).await.map(drop),
+            "try_out" => store.try_out(&all).await.map(drop),
+            _ => store.persist(&Batch { records: records.clone(), dead_letters: vec![] }).await.map(drop),
+        };
+        assert!(failed.as_ref().is_err_and(|err| err.is_outage()), "{what}: {failed:?}");
+        let after = store.connections();
+        assert_eq!((after.idle, after.used), (0, 0), "{what}: it may lead to a server that is no primary any more");
+        database.run(&back(table)).await;
+    }
+}
+
+#[tokio::test]
+async fn numbers_that_are_used_up_are_an_outage() {
+    let database = Database::migrated().await;
+    let store = database.store();
+    database.run("ALTER SEQUENCE issues_number_seq MAXVALUE 3").await;
+    let err = store.persist(&records(0..5)).await.expect_err("two have no number");
+    assert!(err.is_outage() && err.to_string().contains("2200H"), "{err}");
+    assert_eq!(database.counts().await, [0, 0, 0, 0]);
+    database.run("ALTER SEQUENCE issues_number_seq MAXVALUE 2147483647").await;
+    assert_eq!(store.persist(&records(0..5)).await.unwrap().fresh, ids(0..5));
+    // A sequence that goes beyond what the column holds fails with the SQLSTATE of a row's fault.
+    database.run("ALTER SEQUENCE issues_number_seq AS bigint; SELECT setval('issues_number_seq', 2147483647)").await;
+    let err = store.persist(&records(5..7)).await.expect_err("the column holds no such number");
+    assert!(err.is_outage() && err.to_string().contains("2147483647"), "{err}");
+    assert_eq!(database.counts().await, [5, 5, 5, 0]);
+}
+
+#[tokio::test]
+async fn a_schema_that_changed_is_no_verdict_on_a_letter_or_a_deleted_row() {
+    let database = Database::migrated().await;
+    let store = database.store();
+    store.persist(&records(0..1)).await.unwrap();
+    let mut letter = letter(5);
+    letter.origin.body = Bytes::from_static(b"{}");
+    store.persist(&Batch { records: vec![], dead_letters: vec![letter.clone()] }).await.unwrap();
+    database.run("DELETE FROM signals").await;
+    let add =
+        "ALTER TABLE signals ADD COLUMN team text NOT NULL DEFAULT ''; ALTER TABLE signals ALTER team DROP DEFAULT";
+    database.run(add).await;
+    let named = |err: &worker::store::StoreError| err.is_outage() && err.to_string().contains("column team");
+    let retried = store.retry("delivery-5").await;
+    assert!(retried.as_ref().is_err_and(named), "{retried:?}");
+    let record = record(0);
+    let restored = store.restore(&[&record]).await;
+    assert!(restored.as_ref().is_err_and(named), "{restored:?}");
+    let kept = database.text("SELECT reason || ' ' || attempts FROM ingest.dead_letters").await;
+    assert_eq!(kept, format!("{} 3", letter.reason), "the letter is as it was");
+    database.run("ALTER TABLE signals DROP COLUMN team").await;
+    assert_eq!(store.retry("delivery-5").await.unwrap(), worker::store::Retried::Stored);
+    assert_eq!(store.restore(&[&record]).await.unwrap().restored, ids(0..1));
+}
+
+#[tokio::test]
+async fn ten_workers_may_migrate_at_once_under_another_default_isolation() {
+    let database = Database::empty().await;
+    let set = "ALTER DATABASE NAME SET default_transaction_isolation = 'serializable'".replace("NAME", &database.name);
+    database.run(&set).await;
+    let stores: Vec<Store> = (0..10).map(|_| database.store()).collect();
+    let reports = join_all(stores.iter().map(Store::migrate)).await;
+    let failed: Vec<_> = reports.iter().filter_map(|report| report.as_ref().err().map(ToString::to_string)).collect();
+    assert_eq!(failed, [""; 0]);
+    assert_eq!(reports.iter().filter(|report| report.as_ref().is_ok_and(|it| it.changed())).count(), 1);
+}
+
+#[tokio::test]
+async fn letters_that_outlived_the_ledger_are_kept() {
+    let database = Database::migrated().await;
+    let store = database.store();
+    let mut batch = Batch { records: records(0..2).records, dead_letters: vec![letter(5)] };
+    batch.records[1].payload = "not json".into();
+    store.persist(&batch).await.unwrap();
+    let before = database.texts("SELECT to_jsonb(l)::text FROM ingest.dead_letters l ORDER BY delivery_id").await;
+    database.run("TRUNCATE ingest.deliveries").await;
+    let stored = store.persist(&batch).await.unwrap();
+    assert_eq!((stored.fresh, stored.dead.len()), (ids(0..1), 2));
+    assert_eq!(
+        database.texts("SELECT to_jsonb(l)::text FROM ingest.dead_letters l ORDER BY delivery_id").await,
+        before
+    );
+    assert_eq!(database.counts().await, [1, 1, 3, 2]);
+}
+
+#[tokio::test]
+async fn a_dry_run_of_a_role_without_temporary_tables_names_the_grant() {
+    let database = Database::migrated().await;
+    database.run(&format!("REVOKE TEMPORARY ON DATABASE {} FROM PUBLIC", database.name)).await;
+    let store = database.store_of_role(RIGHTS).await;
+    let record = record(0);
+    let err = store.try_out(&[&record]).await.expect_err("it may make no temporary table");
+    let grant = format!("GRANT TEMPORARY ON DATABASE {} TO {}", database.name, database.name);
+    assert!(!err.is_outage() && err.to_string().contains(&grant), "{err}");
+    database.run(&grant).await;
+    assert_eq!(store.try_out(&[&record]).await.unwrap(), []);
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use async_nats::jetstream::consumer::{PullConsumer, pull};
 use futures_util::StreamExt as _;
 use local::{Postgres, PostgresOptions, Scratch};
+use nix::sys::signal::Signal;
 use tokio::task::JoinSet;
 use world::{Connection, Post, SmallDisk, World, eventually, programs};
 
@@ -392,6 +393,37 @@ async fn what_a_worker_holds_through_an_outage_is_delivered_to_nobody_else() {
         world.stored(id).await;
     }
     world.settled(2).await;
+}
+
+#[tokio::test]
+async fn a_worker_that_was_stopped_for_longer_than_the_ack_wait_stores_nothing_twice() {
+    let mut world = setup().workers(2).worker("WORKER_BATCH_MAX", "50").start().await;
+    short_ack_wait(&mut world).await;
+    let (mut locker, connection) = tokio_postgres::connect(&world.database_url, tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    let lock = locker.transaction().await.unwrap();
+    lock.batch_execute("LOCK TABLE issues").await.unwrap();
+    Load::of(300, world.port(), fixture!("issue_created")).end().await;
+    let waiting = "SELECT count(*) FROM pg_stat_activity
+        WHERE wait_event_type = 'Lock' AND application_name = 'loop-worker' AND datname = current_database()";
+    world.until(waiting, 4_i64).await; // both workers with two batches each, all in the middle of them
+    world.workers[0].process().signal(Signal::SIGSTOP);
+    lock.rollback().await.unwrap();
+    // Its transactions hold their claims until PostgreSQL ends them, half a minute later. The other worker gets their
+    // messages after the ack wait.
+    world.until("SELECT count(*) FROM signals", 300_i64).await;
+    world.workers[0].process().signal(Signal::SIGCONT);
+    world.all_acknowledged().await;
+    let last = world.post(fixture!("issue_created")).await.accepted();
+    world.stored(&last).await;
+    for worker in &world.workers {
+        worker.ready().await;
+    }
+    world.all_acknowledged().await;
+    for table in ["signals", "issues", "ingest.deliveries WHERE state = 'stored'"] {
+        assert_eq!(world.value::<i64>(&format!("SELECT count(*) FROM {table}")).await, 301, "{table}");
+    }
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM ingest.dead_letters").await, 0);
 }
 
 #[tokio::test]

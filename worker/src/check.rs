@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use clap::{ArgMatches, Command};
-use deadpool_postgres::Object;
 use shared::check::nats::{self, Side};
 use shared::check::{self, Finding, Report};
 use shared::settings;
@@ -14,7 +13,7 @@ use crate::Config;
 use crate::commands::{Ending, print};
 use crate::migrate::{self, MigrateError};
 use crate::settings::SETTINGS;
-use crate::store::{Store, StoreError, query};
+use crate::store::{Store, StoreError};
 
 /// How long one try may take.
 const TRY_WITHIN: Duration = Duration::from_secs(6);
@@ -59,17 +58,12 @@ pub(crate) async fn run(config: &Config, arguments: &ArgMatches) -> anyhow::Resu
 async fn database(config: &Config) -> Vec<Finding> {
     let what = format!("PostgreSQL {}", config.database);
     let store = Store::new(&config.database, 1);
-    let mut client = match timeout(TRY_WITHIN, store.client()).await {
-        Ok(Ok(client)) => client,
-        Ok(Err(error)) => return vec![away(&what, &error)],
-        Err(_) => return vec![hangs(&what)],
-    };
-    let mut findings = match timeout(TRY_WITHIN, server(&what, &mut client, config)).await {
+    let mut findings = match timeout(TRY_WITHIN, server(&what, &store, config)).await {
         Ok(Ok(findings)) => findings,
-        Ok(Err(error)) => return vec![away(&what, &error)],
+        Ok(Err(error)) => return vec![away(&what, &error, config)],
         Err(_) => return vec![hangs(&what)],
     };
-    match timeout(TRY_WITHIN, tables(&mut client, config.migrate)).await {
+    match timeout(TRY_WITHIN, tables(&store, config.migrate)).await {
         Ok(found) => findings.extend(found),
         Err(_) => findings.push(hangs("tables")),
     }
@@ -81,12 +75,17 @@ fn hangs(what: &str) -> Finding {
     Finding::problem(what, detail, "does the server hang, or is something between that swallows packets?")
 }
 
-fn away(what: &str, error: &StoreError) -> Finding {
+fn away(what: &str, error: &StoreError, config: &Config) -> Finding {
     let words = match error {
         StoreError::Outage(outage) => outage.to_string(),
-        StoreError::Refused(words) => words.clone(),
+        StoreError::Refused(words) | StoreError::Denied(words) => words.clone(),
     };
     let says = |part: &str| words.to_ascii_lowercase().contains(part);
+    if says("permission denied for database") {
+        let role = config.database.user().unwrap_or("the role");
+        let grant = format!("as its owner, GRANT CONNECT ON DATABASE {} TO {role}", config.database.name());
+        return Finding::problem(what, words, grant);
+    }
     let advice = if says("does not allow writes") || says("25006") {
         "this is a standby, or set read-only: name the primary (of several hosts separated by commas, the one that may be \
          written to is taken)"
@@ -105,8 +104,8 @@ fn away(what: &str, error: &StoreError) -> Finding {
 }
 
 /// The server itself.
-async fn server(what: &str, client: &mut Object, config: &Config) -> Result<Vec<Finding>, StoreError> {
-    let rows = query(client, SERVER, &[]).await?;
+async fn server(what: &str, store: &Store, config: &Config) -> Result<Vec<Finding>, StoreError> {
+    let rows = store.query(SERVER, &[]).await?;
     let row = &rows[0]; // without FROM there is exactly one
     let (version, number, role): (String, i32, String) = (row.get(0), row.get(1), row.get(2));
     let (encoding, commit, fsync): (String, String, String) = (row.get(3), row.get(4), row.get(5));
@@ -124,7 +123,7 @@ async fn server(what: &str, client: &mut Object, config: &Config) -> Result<Vec<
         let advice = "make the database anew with ENCODING 'UTF8': deliveries are Unicode";
         findings.push(Finding::problem("encoding", format!("the database's is {encoding}"), advice));
     }
-    findings.push(connections(config.concurrency + 2, most, used, of_role, of_database));
+    findings.push(connections(Store::connections_of_worker(config.concurrency), most, used, of_role, of_database));
     let durable = [("synchronous_commit", commit), ("fsync", fsync)];
     let off: Vec<&str> = durable.iter().filter(|(_, value)| value == "off").map(|(name, _)| *name).collect();
     findings.push(if off.is_empty() {
@@ -172,12 +171,12 @@ fn connections(needed: usize, most: i64, used: i64, of_role: Option<i64>, of_dat
 }
 
 /// The tables as they are, or as a start would make them.
-async fn tables(client: &mut Object, migrate: bool) -> Vec<Finding> {
+async fn tables(store: &Store, migrate: bool) -> Vec<Finding> {
     // Only looked at first: nothing is rehearsed where all is there.
-    let mut looked = migrate::check(client).await;
+    let mut looked = migrate::check(store).await;
     let fits = looked.is_ok();
     if !fits && migrate && matches!(looked, Err(MigrateError::DoesNotFit(_))) {
-        looked = migrate::rehearse(client).await;
+        looked = migrate::rehearse(store).await;
     }
     match looked {
         Ok(report) => {

@@ -168,6 +168,20 @@ pub(crate) async fn patiently<T, F>(attempt: impl FnMut() -> F) -> Result<T, Sto
 where
     F: Future<Output = Result<T, StoreError>>,
 {
+    patiently_while(StoreError::is_outage, attempt).await
+}
+
+/// The same for errors of which `may_pass` says that they may pass by themselves.
+///
+/// # Errors
+/// Any other error, or the last one after a minute of waiting.
+pub(crate) async fn patiently_while<T, F>(
+    may_pass: impl FnMut(&StoreError) -> bool,
+    attempt: impl FnMut() -> F,
+) -> Result<T, StoreError>
+where
+    F: Future<Output = Result<T, StoreError>>,
+{
     let backoff = ExponentialBuilder::default()
         .with_min_delay(Duration::from_millis(100))
         .with_max_delay(Duration::from_secs(5))
@@ -175,7 +189,7 @@ where
         .without_max_times()
         .with_total_delay(Some(PATIENCE));
     let note = |error: &StoreError, _: Duration| tracing::warn!("will try again: {error}");
-    attempt.retry(backoff).when(StoreError::is_outage).notify(note).await
+    attempt.retry(backoff).when(may_pass).notify(note).await
 }
 
 /// A flag of a command.

@@ -4,17 +4,18 @@
 pub(crate) mod command;
 
 use async_nats::HeaderMap;
-use deadpool_postgres::Transaction;
 use serde_json::{Map, Value};
 use time::OffsetDateTime;
 
-use crate::store::{JsonText, Origin, Record, StoreError, bigint, within};
+use crate::store::{DEAD_LETTERS, JsonText, Origin, Record, StoreError, Tx, bigint, within};
 
-/// Writes dead letters whose ledger rows were claimed in this transaction: one each time.
+/// Writes dead letters whose ledger rows were claimed in this transaction: one each time. A letter is there already where
+/// the ledger was lost and the letters were not. It is kept as it is.
 const BURY: &str = "\
     INSERT INTO ingest.dead_letters
         (delivery_id, stream_sequence, subject, headers, body, reason, attempts, failed_at)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8)";
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+    ON CONFLICT (delivery_id) DO NOTHING";
 
 /// A delivery that cannot become a row.
 #[derive(Debug, Clone)]
@@ -45,11 +46,11 @@ impl DeadLetter {
 }
 
 /// Writes `letters`, which are fresh. One at a time: they are few, and each may be 8 MiB.
-pub(crate) async fn bury(tx: &Transaction<'_>, letters: &[&DeadLetter]) -> Result<(), StoreError> {
+pub(crate) async fn bury(tx: &Tx, letters: &[&DeadLetter]) -> Result<(), StoreError> {
     for letter in letters {
         let Origin { subject, headers, body, attempts } = &letter.origin;
         let statement = within(tx.prepare_cached(BURY)).await?;
-        within(tx.execute(
+        let written = within(tx.execute(
             &statement,
             &[
                 &letter.delivery_id,
@@ -63,6 +64,7 @@ pub(crate) async fn bury(tx: &Transaction<'_>, letters: &[&DeadLetter]) -> Resul
             ],
         ))
         .await?;
+        DEAD_LETTERS.has_taken(tx, written, &[&letter.delivery_id]).await?;
     }
     Ok(())
 }

@@ -20,7 +20,7 @@ use tokio::time::sleep;
 
 use crate::metrics::Metrics;
 use crate::pull::{Database, Session};
-use crate::store::{SEARCH_PATH, Store, StoreError, within};
+use crate::store::{SEARCH_PATH, Store, StoreError, Tx, within};
 
 /// How often the stream's size is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -68,19 +68,14 @@ impl Room<'_> {
     /// Makes room where no other worker is doing it. The lock goes with its transaction, so it also works behind a
     /// connection pooler, and a worker that dies holds it no longer than PostgreSQL needs to notice.
     async fn make_alone(&self, store: &Store) -> anyhow::Result<()> {
-        let locked = async {
-            let mut client = store.client().await?;
-            let tx = within(client.transaction()).await?;
-            within(tx.batch_execute(SEARCH_PATH)).await?;
+        let alone = |tx: Tx| async move {
             let mine = within(tx.query_one("SELECT pg_try_advisory_xact_lock($1)", &[&LOCK])).await?;
-            let made = match mine.try_get(0).map_err(|err| StoreError::from_sql(&err))? {
-                true => self.make().await,
-                false => Ok(()),
-            };
-            within(tx.rollback()).await?;
-            Ok::<_, StoreError>(made)
+            match mine.try_get(0).map_err(|err| StoreError::from_sql(&err))? {
+                true => Ok::<_, StoreError>(self.make().await),
+                false => Ok(Ok(())),
+            }
         };
-        match locked.await {
+        match store.transact(SEARCH_PATH, alone).await {
             Ok(made) => made,
             Err(error) => {
                 tracing::debug!("history waits for the lock: {error}");

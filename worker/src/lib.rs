@@ -56,12 +56,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let problem = || format!("cannot listen on {}; WORKER_OPS_LISTEN sets another address", config.ops_listen);
     let ops = TcpListener::bind(config.ops_listen).await.with_context(problem)?;
     tracing::info!(ops = %ops.local_addr()?, "listening");
-    let readiness = Readiness::tolerating(&["stream_settings"]);
+    let readiness = Readiness::tolerating(&["stream_settings", "rows"]);
     for check in ["database", "consumer", "stream_settings"] {
         readiness.set(check, Err("not looked at yet".into()));
     }
-    // A connection for each batch, one to ask whether PostgreSQL answers while they wait, one for the lock of history.
-    let store = Store::new(&config.database, config.concurrency + 2);
+    let store = Store::for_worker(&config.database, config.concurrency);
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry, &store);
     shared::metrics::of_process(&mut registry, "worker", env!("CARGO_PKG_VERSION"), &readiness);

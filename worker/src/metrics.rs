@@ -1,8 +1,9 @@
 //! What the worker counts, and what each number means. All of it is on `/metrics`, and in the README's table.
 
+use std::collections::BTreeMap;
 use std::fmt::Error;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use prometheus_client::collector::Collector;
@@ -15,7 +16,7 @@ use prometheus_client::registry::{Registry, Unit};
 use shared::metrics::{Each, counter, labels};
 use time::OffsetDateTime;
 
-use crate::store::{Batch, Class, Store, StoreError, Stored};
+use crate::store::{Batch, Class, Outage, Store, StoreError, Stored};
 
 /// Bounds of the number of deliveries in a batch.
 const BATCH: [f64; 11] = [1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 2500.0, 10000.0];
@@ -42,7 +43,7 @@ impl Attempt {
         match outcome {
             Ok(_) => Attempt::Stored,
             Err(StoreError::Outage(_)) => Attempt::Outage,
-            Err(StoreError::Refused(_)) => Attempt::Refused,
+            Err(StoreError::Refused(_) | StoreError::Denied(_)) => Attempt::Refused,
         }
     }
 
@@ -97,6 +98,7 @@ pub struct Metrics {
     purged: Counter,
     resets: Counter,
     lag: Arc<Lag>,
+    set_back: Arc<SetBackCounts>,
 }
 
 impl Metrics {
@@ -130,7 +132,22 @@ impl Metrics {
         let lag = Arc::<Lag>::default();
         registry.register_collector(Box::new(OfConsumer(lag.clone())));
         registry.register_collector(Box::new(OfPool(store.clone())));
-        Metrics { batch, persist, fates, age, retries, acks_unconfirmed, ignored, unreadable, purged, resets, lag }
+        let set_back = Arc::<SetBackCounts>::default();
+        registry.register_collector(Box::new(OfSetBack(set_back.clone())));
+        Metrics {
+            batch,
+            persist,
+            fates,
+            age,
+            retries,
+            acks_unconfirmed,
+            ignored,
+            unreadable,
+            purged,
+            resets,
+            lag,
+            set_back,
+        }
     }
 
     /// A batch was pulled.
@@ -165,7 +182,7 @@ impl Metrics {
         // What is refused for good cannot be tried again with another end, but who calls may.
         let class = match error {
             StoreError::Outage(outage) => outage.class(),
-            StoreError::Refused(_) => Class::Unknown,
+            StoreError::Refused(_) | StoreError::Denied(_) => Class::Unknown,
         };
         let place = Class::ALL.iter().position(|member| *member == class).expect("ALL has every member");
         self.retries.at(place).inc();
@@ -200,6 +217,11 @@ impl Metrics {
     /// The consumer was moved back.
     pub fn consumer_reset(&self) {
         self.resets.inc();
+    }
+
+    /// The number of deliveries that are set back now, by SQLSTATE.
+    pub fn set_back(&self, counts: BTreeMap<String, u64>) {
+        *self.set_back.lock().unwrap_or_else(PoisonError::into_inner) = counts;
     }
 
     /// What the consumer says, or nothing while it cannot be asked.
@@ -294,6 +316,36 @@ impl Collector for OfConsumer {
     }
 }
 
+/// Deliveries that are set back, by SQLSTATE.
+type SetBackCounts = Mutex<BTreeMap<String, u64>>;
+
+/// Most codes that are shown by themselves. A trigger may raise any five characters.
+const CODES_MAX: usize = 20;
+
+#[derive(Debug)]
+struct OfSetBack(Arc<SetBackCounts>);
+
+impl Collector for OfSetBack {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
+        let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let name = "worker_deliveries_set_back";
+        let help = "Deliveries that wait alone because PostgreSQL refuses their rows for a reason that is not known, by SQLSTATE";
+        let mut codes = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        // Always there, so that it can be asked for before there are any.
+        let none = counts.get(Outage::NO_SQLSTATE).copied().unwrap_or(0);
+        ConstGauge::new(none as f64).encode(codes.encode_family(&[("sqlstate", Outage::NO_SQLSTATE)])?)?;
+        let mut others = counts.iter().filter(|(code, _)| *code != Outage::NO_SQLSTATE);
+        for (code, count) in others.by_ref().take(CODES_MAX) {
+            ConstGauge::new(*count as f64).encode(codes.encode_family(&[("sqlstate", code.as_str())])?)?;
+        }
+        let rest: u64 = others.map(|(_, count)| count).sum();
+        if rest > 0 {
+            ConstGauge::new(rest as f64).encode(codes.encode_family(&[("sqlstate", "other")])?)?;
+        }
+        Ok(())
+    }
+}
+
 /// The connections to PostgreSQL at the moment somebody asks.
 #[derive(Debug)]
 struct OfPool(Store);
@@ -334,7 +386,7 @@ mod tests {
         let records = vec![record("a", 60), record("b", 0), record("a", 0), record("c", 200)];
         let batch = Batch { records, dead_letters: vec![] };
         let ids = |ids: &[&str]| ids.iter().map(|id| (*id).to_owned()).collect();
-        let stored = Stored { fresh: ids(&["a", "c"]), dead: vec![], known: ids(&["b"]) };
+        let stored = Stored { fresh: ids(&["a", "c"]), dead: vec![], known: ids(&["b"]), set_back: vec![] };
         metrics.stored(&batch, &stored, at);
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();

@@ -12,9 +12,12 @@ mod database;
 mod pulled;
 mod requests;
 mod session;
+mod set_back;
 mod unreadable;
+mod waits;
 mod watch;
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -24,7 +27,7 @@ use shared::stream::ACK_WAIT;
 use tokio_util::sync::CancellationToken;
 
 use crate::receipt;
-use crate::store::{Batch, tell};
+use crate::store::{Batch, Stored, tell};
 
 pub use database::Database;
 pub use pulled::Pulled;
@@ -84,7 +87,7 @@ impl Puller<'_> {
         self.database.metrics().pulled(messages.len());
         let (messages, batch) = read_all(messages).await;
         // Tried again for as long as the session lasts; what is not stored by then comes again in the next.
-        let stored = self.database.persist(&batch, || !self.session.is_over());
+        let stored = self.database.persist(&batch, || !self.session.is_over(), || self.may_set_back());
         let kept = async {
             self.session.keep(&messages, self.progress_every()).await;
             std::future::pending().await // a try that has begun is worth its end, even without an ack
@@ -96,7 +99,17 @@ impl Puller<'_> {
         };
         let Some(stored) = stored else { return Err(messages) };
         tell(&stored, &batch);
+        let (set_back, messages) = part(messages, &batch, &stored);
+        self.session.set_back(&set_back).await;
         Ok(messages)
+    }
+
+    /// Returns `true` where a delivery may be given back with a delay. It stays un-acked meanwhile, and at `max_ack_pending` the server
+    /// delivers nothing new. So half of that is kept for deliveries that can be stored.
+    async fn may_set_back(&self) -> bool {
+        let Ok(info) = self.consumer.get_info().await else { return false };
+        let limit = info.config.max_ack_pending;
+        limit <= 0 || i64::try_from(info.num_ack_pending).is_ok_and(|pending| pending <= limit / 2)
     }
 
     /// Acknowledges messages that are stored, and tells the gateways that they are.
@@ -117,6 +130,14 @@ impl Puller<'_> {
         let waits = config.backoff.iter().copied().chain([config.ack_wait]).filter(|wait| !wait.is_zero());
         waits.min().unwrap_or(ACK_WAIT).div_f64(3.0).max(Duration::from_millis(10))
     }
+}
+
+/// The messages whose deliveries are set back, and all others.
+fn part(messages: Vec<Pulled>, batch: &Batch, stored: &Stored) -> (Vec<Pulled>, Vec<Pulled>) {
+    let ids: HashSet<&str> = stored.set_back.iter().map(|row| row.delivery_id.as_str()).collect();
+    let records = batch.records.iter().filter(|record| ids.contains(record.delivery_id.as_str()));
+    let sequences: HashSet<u64> = records.map(|record| record.stream_sequence).collect();
+    messages.into_iter().partition(|pulled| sequences.contains(&pulled.sequence))
 }
 
 /// What the messages say, in their order. Reading megabytes of JSON takes a while, so it happens on a thread that may.

@@ -24,10 +24,10 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::Config;
-use crate::commands::{self, Ending, Progress, count, patiently};
+use crate::commands::{self, Ending, Progress, count, patiently, patiently_while};
 use crate::dead_letters::DeadLetter;
 use crate::reading::Reading;
-use crate::store::{Batch, Dead, LOOK_UP, Record, Store, StoreError, tell};
+use crate::store::{Batch, Dead, LOOK_UP, Record, SetBack, Store, StoreError, Stored, tell};
 
 use findings::{Found, Outcome, Totals, find};
 use options::Options;
@@ -68,7 +68,7 @@ pub(crate) async fn run(
         None => "nothing was done yet; run it again".to_owned(),
     };
     match ended {
-        Some(Ok(())) if totals.of(&Outcome::Buried) + totals.of(&Outcome::NotRestored) > 0 => Ok(Ending::LookAtIt),
+        Some(Ok(())) if totals.look_at_it() => Ok(Ending::LookAtIt),
         Some(Ok(())) => Ok(Ending::Well),
         Some(Err(error)) => Err(error.context(format!("stopped before the end; {}", go_on()))),
         None => {
@@ -76,6 +76,17 @@ pub(crate) async fn run(
             Ok(Ending::Interrupted)
         }
     }
+}
+
+/// The changes of a batch, done or foreseen.
+#[derive(Debug, Default)]
+struct Done {
+    /// The deliveries to which something was done.
+    ids: HashSet<String>,
+    /// Those of them that are dead letters now, and those that could not be restored.
+    dead: Vec<Dead>,
+    /// Those that are not stored, because their rows are refused for an unclear reason.
+    left: Vec<SetBack>,
 }
 
 /// A replay under way.
@@ -132,7 +143,7 @@ impl Replay<'_> {
             }
             told.push((sequence, delivery_id, outcome));
         }
-        let (mut done, dead) = match self.options.dry_run {
+        let Done { ids: mut done, dead, left } = match self.options.dry_run {
             true => self.try_out(&missing, &deleted).await?,
             false => {
                 if !discarded.is_empty() {
@@ -144,8 +155,12 @@ impl Replay<'_> {
         let mut lines = String::new();
         for (sequence, id, outcome) in told {
             let letter = || dead.iter().find(|dead| dead.delivery_id == id);
+            let left = left.iter().find(|left| left.delivery_id == id);
             let mine = done.remove(&id); // a second message of the same delivery finds it there
             let (outcome, reason) = match outcome {
+                Outcome::Inserted | Outcome::TakenBack if left.is_some() => {
+                    (Outcome::NotStored, left.map(|left| &left.reason))
+                }
                 Outcome::Inserted | Outcome::TakenBack if !mine => (Outcome::There, None),
                 Outcome::Inserted | Outcome::TakenBack => {
                     letter().map_or((outcome, None), |dead| (Outcome::Buried, Some(&dead.reason)))
@@ -159,6 +174,7 @@ impl Replay<'_> {
                 | Outcome::There
                 | Outcome::Differs(_)
                 | Outcome::Deleted
+                | Outcome::NotStored
                 | Outcome::NotRestored
                 | Outcome::Dead
                 | Outcome::Discarded => (outcome, None),
@@ -176,35 +192,41 @@ impl Replay<'_> {
         Ok(())
     }
 
-    /// Stores what is missing and restores what was deleted. The ids that something was done to now, and the dead.
-    async fn write(&self, missing: &Batch, deleted: &[Record]) -> Result<(HashSet<String>, Vec<Dead>), StoreError> {
-        let (mut done, mut dead) = (HashSet::new(), Vec::new());
+    /// Stores what is missing and restores what was deleted.
+    async fn write(&self, missing: &Batch, deleted: &[Record]) -> Result<Done, StoreError> {
+        let mut done = Done::default();
         let letters = missing.dead_letters.chunks(self.batch_max).map(|letters| (&[][..], letters));
         let records = missing.records.chunks(self.batch_max).map(|records| (records, &[][..]));
         for (records, letters) in records.chain(letters) {
             let (records, dead_letters): (&[Record], &[DeadLetter]) = (records, letters);
             let part = Batch { records: records.to_vec(), dead_letters: dead_letters.to_vec() };
-            let stored = patiently(|| self.store.persist(&part)).await?;
+            let stored = self.store(&part).await?;
             tell(&stored, &part);
-            done.extend(stored.fresh);
-            done.extend(stored.dead.iter().map(|dead| dead.delivery_id.clone()));
-            dead.extend(stored.dead);
+            done.ids.extend(stored.fresh);
+            done.ids.extend(stored.dead.iter().map(|dead| dead.delivery_id.clone()));
+            done.dead.extend(stored.dead);
+            done.left.extend(stored.set_back);
         }
         let deleted: Vec<&Record> = deleted.iter().collect();
         for part in deleted.chunks(self.batch_max) {
             let restored = patiently(|| self.store.restore(part)).await?;
-            done.extend(restored.restored);
-            dead.extend(restored.refused);
+            done.ids.extend(restored.restored);
+            done.dead.extend(restored.refused);
         }
-        Ok((done, dead))
+        Ok(done)
+    }
+
+    /// Stores `part`. Single rows that fail for an unclear reason are left out.
+    async fn store(&self, part: &Batch) -> Result<Stored, StoreError> {
+        let may_pass = |error: &StoreError| error.is_outage() && !error.is_unclear();
+        match patiently_while(may_pass, || self.store.persist(part)).await {
+            Err(error) if error.is_unclear() => patiently(|| self.store.persist_each(part)).await,
+            outcome => outcome,
+        }
     }
 
     /// The same, only foreseen.
-    async fn try_out(
-        &mut self,
-        missing: &Batch,
-        deleted: &[Record],
-    ) -> Result<(HashSet<String>, Vec<Dead>), StoreError> {
+    async fn try_out(&mut self, missing: &Batch, deleted: &[Record]) -> Result<Done, StoreError> {
         let mut fresh = |id: &String| self.foreseen.insert(fingerprint(id));
         let records: Vec<&Record> =
             missing.records.iter().chain(deleted).filter(|record| fresh(&record.delivery_id)).collect();
@@ -217,7 +239,7 @@ impl Replay<'_> {
                 .map(|letter| Dead { delivery_id: letter.delivery_id.clone(), reason: letter.reason.clone() }),
         );
         let ids = records.iter().map(|record| &record.delivery_id).chain(letters.iter().map(|it| &it.delivery_id));
-        Ok((ids.cloned().collect(), dead))
+        Ok(Done { ids: ids.cloned().collect(), dead, left: Vec::new() })
     }
 }
 

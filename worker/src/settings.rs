@@ -18,8 +18,11 @@ const WORKER_OPS_LISTEN: Setting =
     Setting::new("WORKER_OPS_LISTEN", "127.0.0.1:9465", "Where operators reach /healthz and /readyz");
 const WORKER_BATCH_MAX: Setting =
     Setting::new("WORKER_BATCH_MAX", "256", "Most deliveries stored in one transaction (1 to 10000)");
-const WORKER_CONCURRENCY: Setting =
-    Setting::new("WORKER_CONCURRENCY", "2", "Batches worked on at once, a database connection each (1 to 64)");
+const WORKER_CONCURRENCY: Setting = Setting::new(
+    "WORKER_CONCURRENCY",
+    "2",
+    "Batches worked on at once (1 to 64); a worker opens up to twice as many database connections, and two",
+);
 const WORKER_MIGRATE: Setting = Setting::new(
     "WORKER_MIGRATE",
     "on",

@@ -19,7 +19,7 @@ use time::OffsetDateTime;
 use crate::Config;
 use crate::commands::{self, Ending, count, flag, print, print_json, show_time};
 use crate::severity::Severity;
-use crate::store::{Store, StoreError, query};
+use crate::store::{Store, StoreError};
 
 /// Both are asked for at once. The ledger has a BRIN index on `stored_at`: only its newest part is read.
 const COUNTS: &str = "\
@@ -177,8 +177,7 @@ struct Database {
 
 async fn database(config: &Config) -> Result<Database, String> {
     let ask = async {
-        let mut client = Store::new(&config.database, 1).client().await?;
-        let rows = query(&mut client, COUNTS, &[]).await?;
+        let rows = Store::new(&config.database, 1).query(COUNTS, &[]).await?;
         let number = |column| {
             let number: i64 = rows[0].try_get(column).map_err(|err| StoreError::from_sql(&err))?;
             Ok::<_, StoreError>(number.unsigned_abs())

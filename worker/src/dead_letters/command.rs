@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::Config;
 use crate::commands::{self, Ending, flag, patiently, print, print_json, show_time, time_option};
-use crate::store::{Retried, Store, StoreError, query};
+use crate::store::{Retried, Store, StoreError};
 
 /// Letters without their bodies, a page of them. `$1` ids, `$2` reason, `$3` and `$4` times; each may be NULL for any.
 /// `$5` and `$6` are the last letter of the page before, `$7` is the size of a page. The inner query sorts no headers.
@@ -147,10 +147,7 @@ async fn discard_letters(
 
 /// The number of these letters, and their reasons.
 async fn summary(store: &Store, ids: &[String]) -> anyhow::Result<String> {
-    let rows = patiently(|| async {
-        let mut client = store.client().await?;
-        query(&mut client, REASONS, &[&ids]).await
-    });
+    let rows = patiently(|| async { store.query(REASONS, &[&ids]).await });
     let (mut letters, mut reasons) = (0_i64, String::new());
     for row in rows.await? {
         let (count, reason): (i64, String) = (row.try_get(0)?, row.try_get(1)?);
@@ -222,10 +219,9 @@ impl Filter {
 
     /// The letters after `last`, a page of them.
     async fn page(&self, store: &Store, last: Option<&Letter>) -> Result<Vec<Letter>, StoreError> {
-        let mut client = store.client().await?;
         let Filter { ids, reason, since, until } = self;
         let after = last.map(|letter| (letter.stream_sequence, letter.delivery_id.as_str())).unzip();
-        let rows = query(&mut client, LIST, &[ids, reason, since, until, &after.0, &after.1, &i64::from(PAGE)]).await?;
+        let rows = store.query(LIST, &[ids, reason, since, until, &after.0, &after.1, &i64::from(PAGE)]).await?;
         rows.iter().map(|row| Letter::of(row).map_err(|err| StoreError::from_sql(&err))).collect()
     }
 
@@ -347,8 +343,7 @@ async fn list(store: &Store, filter: &Filter, json: bool) -> anyhow::Result<Endi
 async fn show(store: &Store, matches: &ArgMatches) -> anyhow::Result<Ending> {
     let id = matches.get_one::<String>("id").context("which letter?")?;
     if matches.get_flag("body") {
-        let mut client = store.client().await?;
-        let rows = query(&mut client, BODY, &[id]).await?;
+        let rows = store.query(BODY, &[id]).await?;
         let Some(row) = rows.first() else { return none(id) };
         let body: &[u8] = row.try_get(0).map_err(|err| StoreError::from_sql(&err))?;
         use std::io::Write as _;

@@ -7,9 +7,7 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use tokio_postgres::Transaction;
-
-use crate::store::{StoreError, within};
+use crate::store::{StoreError, Tx, within};
 
 /// How this program fills a column.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,7 +137,7 @@ impl fmt::Display for Problem {
 }
 
 /// Everything that does not fit. What does no harm goes to `notes`.
-pub(super) async fn problems(tx: &Transaction<'_>, notes: &mut Vec<String>) -> Result<Vec<Problem>, StoreError> {
+pub(super) async fn problems(tx: &Tx, notes: &mut Vec<String>) -> Result<Vec<Problem>, StoreError> {
     let mut problems = Vec::new();
     for table in &TABLES {
         check_table(tx, table, &mut problems, notes).await?;
@@ -151,6 +149,9 @@ pub(super) async fn problems(tx: &Transaction<'_>, notes: &mut Vec<String>) -> R
         check_rights(tx, &mut problems).await?;
     }
     if problems.is_empty() {
+        check_policies(tx, &mut problems, notes).await?;
+    }
+    if problems.is_empty() {
         check_sequence(tx, &mut problems).await?;
     }
     Ok(problems)
@@ -158,20 +159,20 @@ pub(super) async fn problems(tx: &Transaction<'_>, notes: &mut Vec<String>) -> R
 
 /// Whether a table, view or type of this name (`schema.name`) is there. By the catalog, which anybody may read:
 /// `to_regclass` fails where the schema may not be used.
-pub(super) async fn exists(tx: &Transaction<'_>, name: &str) -> Result<bool, StoreError> {
+pub(super) async fn exists(tx: &Tx, name: &str) -> Result<bool, StoreError> {
     let found = "SELECT EXISTS (SELECT FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace \
                                 WHERE n.nspname || '.' || t.typname = $1)"; // a table has a type of its own name
     Ok(within(tx.query_one(found, &[&name])).await?.get(0))
 }
 
 /// Whether a schema of this name is there.
-pub(super) async fn schema_exists(tx: &Transaction<'_>, name: &str) -> Result<bool, StoreError> {
+pub(super) async fn schema_exists(tx: &Tx, name: &str) -> Result<bool, StoreError> {
     let found = "SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1)";
     Ok(within(tx.query_one(found, &[&name])).await?.get(0))
 }
 
 /// Whether the role may read the table `name`.
-pub(super) async fn may_read(tx: &Transaction<'_>, name: &str) -> Result<bool, StoreError> {
+pub(super) async fn may_read(tx: &Tx, name: &str) -> Result<bool, StoreError> {
     let may = "SELECT has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT') \
                FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname || '.' || c.relname = $1";
     Ok(within(tx.query_opt(may, &[&name])).await?.is_some_and(|row| row.get(0)))
@@ -201,7 +202,7 @@ const UNIQUE: &str = "\
           AND i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL)";
 
 async fn check_table(
-    tx: &Transaction<'_>,
+    tx: &Tx,
     table: &Table,
     problems: &mut Vec<Problem>,
     notes: &mut Vec<String>,
@@ -283,12 +284,7 @@ fn mend(table: &Table) -> &'static str {
     if table.ours { "somebody changed it; put it back" } else { "run Loop's migrations, or if that is not it" }
 }
 
-async fn check_labels(
-    tx: &Transaction<'_>,
-    name: &str,
-    wanted: &[&str],
-    problems: &mut Vec<Problem>,
-) -> Result<(), StoreError> {
+async fn check_labels(tx: &Tx, name: &str, wanted: &[&str], problems: &mut Vec<Problem>) -> Result<(), StoreError> {
     let labels = "SELECT e.enumlabel::text FROM pg_enum e JOIN pg_type t ON t.oid = e.enumtypid \
                   JOIN pg_namespace n ON n.oid = t.typnamespace WHERE n.nspname || '.' || t.typname = $1 \
                   ORDER BY e.enumsortorder";
@@ -314,7 +310,7 @@ const RIGHTS: &str = "\
     WHERE n.nspname || '.' || c.relname = $1
       AND NOT (has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, needed))";
 
-async fn check_rights(tx: &Transaction<'_>, problems: &mut Vec<Problem>) -> Result<(), StoreError> {
+async fn check_rights(tx: &Tx, problems: &mut Vec<Problem>) -> Result<(), StoreError> {
     for table in &TABLES {
         for row in within(tx.query(RIGHTS, &[&table.name, &table.rights])).await? {
             let (right, role): (String, String) = (row.get(0), row.get(1));
@@ -334,6 +330,44 @@ async fn check_rights(tx: &Transaction<'_>, problems: &mut Vec<Problem>) -> Resu
     Ok(())
 }
 
+/// Row-level security that binds the role: which of the rights (`$2`) no policy gives it, so that rows are hidden or
+/// refused. (<https://www.postgresql.org/docs/current/ddl-rowsecurity.html>)
+const POLICIES: &str = "\
+    SELECT quote_ident(current_user::text), string_agg(needed, ', ') FILTER (WHERE NOT EXISTS (
+        SELECT FROM pg_policy p
+        WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd::text IN ('*', CASE needed
+                  WHEN 'SELECT' THEN 'r' WHEN 'INSERT' THEN 'a' WHEN 'UPDATE' THEN 'w' ELSE 'd' END)
+          AND EXISTS (SELECT FROM unnest(p.polroles) AS m (role)
+                      WHERE CASE m.role WHEN 0 THEN true ELSE pg_has_role(m.role, 'USAGE') END)))
+    FROM unnest(string_to_array($2, ', ')) AS r (needed)
+    JOIN pg_class c ON true JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname || '.' || c.relname = $1 AND row_security_active(c.oid)
+    GROUP BY 1";
+
+async fn check_policies(tx: &Tx, problems: &mut Vec<Problem>, notes: &mut Vec<String>) -> Result<(), StoreError> {
+    for table in &TABLES {
+        let Some(row) = within(tx.query_opt(POLICIES, &[&table.name, &table.rights])).await? else { continue };
+        let (role, missing): (String, Option<String>) = (row.get(0), row.get(1));
+        match missing {
+            Some(missing) => problems.push(Problem {
+                object: table.name.into(),
+                part: None,
+                found: format!("row-level security, and no policy that lets the role {role} {missing}"),
+                expected: "a role that reads and writes every row".into(),
+                remedy: format!(
+                    "as a superuser: ALTER ROLE {role} BYPASSRLS; or CREATE POLICY loop_worker ON {} TO {role} USING (true)",
+                    table.name
+                ),
+            }),
+            None => notes.push(format!(
+                "{}: row-level security binds the role {role}; a delivery whose row a policy hides or refuses is not stored",
+                table.name
+            )),
+        }
+    }
+    Ok(())
+}
+
 /// The sequence behind `issues.number`: owned by the column in Loop's schema and in ours. A number drawn from
 /// elsewhere (a default of somebody's own) is left to them.
 const SEQUENCE: &str = "\
@@ -341,7 +375,7 @@ const SEQUENCE: &str = "\
            CASE WHEN has_sequence_privilege(s.oid, 'USAGE, SELECT') THEN pg_sequence_last_value(s.oid) END
     FROM pg_class s WHERE s.oid = pg_get_serial_sequence('public.issues', 'number')::regclass";
 
-async fn check_sequence(tx: &Transaction<'_>, problems: &mut Vec<Problem>) -> Result<(), StoreError> {
+async fn check_sequence(tx: &Tx, problems: &mut Vec<Problem>) -> Result<(), StoreError> {
     // The highest number first: the sequence can only have moved on since.
     let highest: i32 = within(tx.query_one("SELECT coalesce(max(number), 0) FROM public.issues", &[])).await?.get(0);
     let Some(row) = within(tx.query_opt(SEQUENCE, &[])).await? else { return Ok(()) };
@@ -362,6 +396,12 @@ async fn check_sequence(tx: &Transaction<'_>, problems: &mut Vec<Problem>) -> Re
             format!("its sequence at {} and numbers up to {highest}", last.unwrap_or(0)),
             "a sequence that is not behind".into(),
             format!("SELECT setval('{name}', (SELECT max(number) FROM public.issues))"),
+        );
+    } else if last.is_some_and(|last| last >= i64::from(i32::MAX)) {
+        problem(
+            format!("its sequence at {}", last.unwrap_or_default()),
+            format!("numbers below {}, which is the highest that an integer holds", i32::MAX),
+            "numbers are used up: Loop has to make the column bigint, or begin again with free ones".into(),
         );
     }
     Ok(())

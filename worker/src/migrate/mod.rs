@@ -12,9 +12,7 @@ mod tables;
 
 use std::fmt;
 
-use tokio_postgres::{Client, Transaction};
-
-use crate::store::{Class, Outage, StoreError, within};
+use crate::store::{Class, Failure, Outage, Store, StoreError, Tx, within};
 
 pub use check::Problem;
 
@@ -27,6 +25,19 @@ const SETTINGS: &str = "\
     SET LOCAL search_path = pg_catalog, pg_temp;
     SET LOCAL statement_timeout = 0;
     SET LOCAL lock_timeout = '30s'";
+
+/// For a look that changes nothing.
+const READ_ONLY: &str = "\
+    SET TRANSACTION READ ONLY;
+    SET LOCAL search_path = pg_catalog, pg_temp;
+    SET LOCAL statement_timeout = 0;
+    SET LOCAL lock_timeout = '30s'";
+
+/// A rehearsal is not worth waiting for, nor being waited for.
+const REHEARSAL: &str = "\
+    SET LOCAL search_path = pg_catalog, pg_temp;
+    SET LOCAL statement_timeout = '5s';
+    SET LOCAL lock_timeout = '2s'";
 
 /// What was found and what was done, one line an object.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -108,6 +119,12 @@ impl MigrateError {
     }
 }
 
+impl Failure for MigrateError {
+    fn is_outage(&self) -> bool {
+        MigrateError::is_outage(self)
+    }
+}
+
 fn list(problems: &[Problem]) -> String {
     problems.iter().map(|problem| format!("\n- {problem}")).collect()
 }
@@ -117,12 +134,8 @@ fn list(problems: &[Problem]) -> String {
 ///
 /// # Errors
 /// [`MigrateError`]; nothing was changed then.
-pub async fn migrate(client: &mut Client) -> Result<Report, MigrateError> {
-    let tx = within(client.transaction()).await?;
-    within(tx.batch_execute(SETTINGS)).await?;
-    let report = create_and_check(&tx).await?;
-    within(tx.commit()).await?;
-    Ok(report)
+pub async fn migrate(store: &Store) -> Result<Report, MigrateError> {
+    store.transact(SETTINGS, |tx| async move { create_and_check(&tx).await }).await
 }
 
 /// Does what [`migrate`] would do, and takes it all back: what a migration would create, or why it would fail. To
@@ -130,17 +143,11 @@ pub async fn migrate(client: &mut Client) -> Result<Report, MigrateError> {
 ///
 /// # Errors
 /// As [`migrate`].
-pub async fn rehearse(client: &mut Client) -> Result<Report, MigrateError> {
-    let tx = within(client.transaction()).await?;
-    within(tx.batch_execute(SETTINGS)).await?;
-    // A rehearsal is not worth waiting for, nor being waited for.
-    within(tx.batch_execute("SET LOCAL lock_timeout = '2s'; SET LOCAL statement_timeout = '5s'")).await?;
-    let report = create_and_check(&tx).await?;
-    within(tx.rollback()).await?;
-    Ok(report)
+pub async fn rehearse(store: &Store) -> Result<Report, MigrateError> {
+    store.rehearse(REHEARSAL, |tx| async move { create_and_check(&tx).await }).await
 }
 
-async fn create_and_check(tx: &Transaction<'_>) -> Result<Report, MigrateError> {
+async fn create_and_check(tx: &Tx) -> Result<Report, MigrateError> {
     within(tx.execute("SELECT pg_advisory_xact_lock($1)", &[&LOCK])).await?;
     let mut report = Report::default();
     create_loops_tables(tx, &mut report).await?;
@@ -153,14 +160,21 @@ async fn create_and_check(tx: &Transaction<'_>) -> Result<Report, MigrateError> 
 ///
 /// # Errors
 /// [`MigrateError`] with every missing object and every column that does not fit.
-pub async fn check(client: &mut Client) -> Result<Report, MigrateError> {
-    let tx = within(client.build_transaction().read_only(true).start()).await?;
-    within(tx.batch_execute(SETTINGS)).await?;
-    let mut report = Report::default();
-    fail_if_any(check::problems(&tx, &mut report.notes).await?)?;
+pub async fn check(store: &Store) -> Result<Report, MigrateError> {
+    let notes = store.transact(READ_ONLY, |tx| async move { fits(&tx).await }).await?;
+    let mut report = Report { notes, ..Report::default() };
     check::TABLES.iter().for_each(|table| report.line(table.name, FITS));
-    within(tx.rollback()).await?;
     Ok(report)
+}
+
+/// The same within a transaction. Gives the notes.
+///
+/// # Errors
+/// As [`check`].
+pub(crate) async fn fits(tx: &Tx) -> Result<Vec<String>, MigrateError> {
+    let mut notes = Vec::new();
+    fail_if_any(check::problems(tx, &mut notes).await?)?;
+    Ok(notes)
 }
 
 fn fail_if_any(problems: Vec<Problem>) -> Result<(), MigrateError> {
@@ -168,7 +182,7 @@ fn fail_if_any(problems: Vec<Problem>) -> Result<(), MigrateError> {
 }
 
 /// Loop's types and tables, each where it is missing.
-async fn create_loops_tables(tx: &Transaction<'_>, report: &mut Report) -> Result<(), MigrateError> {
+async fn create_loops_tables(tx: &Tx, report: &mut Report) -> Result<(), MigrateError> {
     let compression = if has_lz4(tx).await? { "COMPRESSION lz4" } else { "" };
     for object in tables::LOOPS {
         if check::exists(tx, object.name).await? {
@@ -189,7 +203,7 @@ async fn create_loops_tables(tx: &Transaction<'_>, report: &mut Report) -> Resul
 }
 
 /// The schema `ingest`, version by version.
-async fn create_ours(tx: &Transaction<'_>, report: &mut Report) -> Result<(), MigrateError> {
+async fn create_ours(tx: &Tx, report: &mut Report) -> Result<(), MigrateError> {
     if !check::schema_exists(tx, "ingest").await? {
         create(tx, "the schema ingest", "CREATE SCHEMA ingest").await?;
     }
@@ -232,7 +246,7 @@ async fn create_ours(tx: &Transaction<'_>, report: &mut Report) -> Result<(), Mi
 }
 
 /// Runs `sql`, which makes `object`.
-async fn create(tx: &Transaction<'_>, object: &'static str, sql: &str) -> Result<(), MigrateError> {
+async fn create(tx: &Tx, object: &'static str, sql: &str) -> Result<(), MigrateError> {
     // The savepoint keeps the transaction alive, so that it can still say who may not create where.
     within(tx.batch_execute("SAVEPOINT create_object")).await?;
     let Err(err) = tokio::time::timeout(crate::store::ANSWER_WITHIN, tx.batch_execute(sql))
@@ -259,7 +273,7 @@ async fn create(tx: &Transaction<'_>, object: &'static str, sql: &str) -> Result
 }
 
 /// Whether this server was built with lz4: PostgreSQL 14 and later can say so, and not every build has it.
-async fn has_lz4(tx: &Transaction<'_>) -> Result<bool, StoreError> {
+async fn has_lz4(tx: &Tx) -> Result<bool, StoreError> {
     let asks = "SELECT coalesce((SELECT 'lz4' = ANY (enumvals) FROM pg_settings \
                                  WHERE name = 'default_toast_compression'), false)";
     Ok(within(tx.query_one(asks, &[])).await?.get(0))

@@ -18,7 +18,7 @@ pub struct Pulled {
     /// When the stream stored it.
     stored_at: OffsetDateTime,
     /// Number of times that the consumer has delivered it.
-    attempts: i64,
+    pub(super) attempts: i64,
 }
 
 impl Pulled {

@@ -17,6 +17,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::pulled::Pulled;
+use super::set_back::delay;
 
 /// How long the server may take to confirm an ack. One that is not confirmed costs a redelivery, which changes nothing.
 const ACK_WITHIN: Duration = Duration::from_secs(5);
@@ -120,6 +121,17 @@ impl Session {
                 // One that is not told is delivered again after the ack wait.
                 let _ = pulled.message.ack_with(AckKind::Progress).await;
             }
+        }
+    }
+
+    /// Gives messages back to the consumer, which delivers them again after a while.
+    pub(super) async fn set_back(&self, messages: &[Pulled]) {
+        for pulled in messages {
+            if self.is_over() {
+                return;
+            }
+            // One that cannot be set back is delivered again after the ack wait.
+            let _ = pulled.message.ack_with(AckKind::Nak(Some(delay(pulled.attempts)))).await;
         }
     }
 

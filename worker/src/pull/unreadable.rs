@@ -73,7 +73,9 @@ async fn set_apart(
 ) -> bool {
     let sequence = letter.stream_sequence;
     let batch = Batch { records: vec![], dead_letters: vec![letter] };
-    let Some(stored) = database.persist(&batch, || !session.is_over()).await else { return false };
+    let Some(stored) = database.persist(&batch, || !session.is_over(), || std::future::ready(false)).await else {
+        return false;
+    };
     if !stored.dead.is_empty() {
         database.metrics().unreadable();
     }

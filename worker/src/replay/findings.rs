@@ -24,6 +24,8 @@ pub(super) enum Outcome {
     Restored,
     /// It was deleted, and PostgreSQL refuses it today.
     NotRestored,
+    /// It was missing, and PostgreSQL refuses its row for a reason that is no verdict on what it says.
+    NotStored,
     /// It is a dead letter.
     Dead,
     /// It was discarded.
@@ -33,7 +35,7 @@ pub(super) enum Outcome {
 }
 
 /// How many kinds of [`Outcome`] there are.
-const KINDS: usize = 10;
+const KINDS: usize = 11;
 
 impl Outcome {
     /// Its place in [`Totals`], and what it is called: what a dry run says, and what a replay says.
@@ -49,6 +51,7 @@ impl Outcome {
             Outcome::Dead => (7, "a dead letter already", "a dead letter already"),
             Outcome::Discarded => (8, "discarded", "discarded"),
             Outcome::TakenBack => (9, "discarded, would be stored", "was discarded, stored now"),
+            Outcome::NotStored => (10, "could not be stored", "could not be stored"),
         }
     }
 
@@ -73,6 +76,11 @@ impl Totals {
         self.0[outcome.kind().0]
     }
 
+    /// Returns `true` where there is something that an operator should look at.
+    pub(super) fn look_at_it(&self) -> bool {
+        [Outcome::Buried, Outcome::NotRestored, Outcome::NotStored].iter().any(|outcome| self.of(outcome) > 0)
+    }
+
     /// Of all outcomes.
     pub(super) fn read(&self) -> u64 {
         self.0.iter().sum()
@@ -95,6 +103,7 @@ impl Totals {
             Outcome::Deleted,
             Outcome::Restored,
             Outcome::NotRestored,
+            Outcome::NotStored,
             Outcome::Buried,
             Outcome::Dead,
             Outcome::Discarded,

@@ -2,9 +2,7 @@
 
 use std::collections::HashMap;
 
-use futures_util::try_join;
-
-use super::{SETTINGS, Store, StoreError, begin, within};
+use super::{SETTINGS, Store, StoreError, Tx, within};
 
 /// How many ids to look up at a time, for those who have many: with half as many a replay was 7 % slower.
 pub(crate) const LOOK_UP: usize = 1_000;
@@ -50,15 +48,11 @@ impl Store {
     /// # Errors
     /// [`StoreError::Outage`]
     pub async fn look_up(&self, ids: &[String]) -> Result<HashMap<String, Known>, StoreError> {
-        let mut client = self.client().await?;
-        let tx = begin(&mut client).await?;
-        let look_up = async {
+        let look_up = |tx: Tx| async move {
             let statement = within(tx.prepare_cached(QUERY)).await?;
             within(tx.query(&statement, &[&ids])).await
         };
-        // Sent together: PostgreSQL runs them in this order.
-        let ((), rows) = try_join!(within(tx.batch_execute(SETTINGS)), look_up)?;
-        within(tx.commit()).await?;
+        let rows = self.transact(SETTINGS, look_up).await?;
         rows.iter().map(|row| known(row).map_err(|err| StoreError::from_sql(&err))).collect()
     }
 }

@@ -12,34 +12,38 @@
 //!
 //! Whose fault a failure is, [`sqlstate`] decides. Ours (an outage): the whole batch waits, nothing is judged. The
 //! row's: the batch is run once more with a savepoint a row, and what PostgreSQL refuses becomes a dead letter in that
-//! same transaction, next to the rows of all the others.
+//! same transaction, next to the rows of all the others. Unclear: an outage, until the caller asks for a savepoint a row
+//! ([`Store::persist_each`]). Then the rows that fail alone are named, and all others are stored.
 
 mod connect;
+mod delay;
+mod error;
 mod ledger;
 mod pool;
 mod restore;
 mod retry;
 mod rows;
 mod sqlstate;
+mod taken;
 mod tls;
 mod told;
+mod transact;
 mod trial;
 mod url;
 
 use std::collections::HashSet;
-use std::fmt;
 
 use bytes::Bytes;
-use deadpool_postgres::{Object, Pool, Transaction};
-use futures_util::try_join;
+use deadpool_postgres::Pool;
 use time::OffsetDateTime;
-use tokio::time::timeout;
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{IsolationLevel, Row};
+use tokio_postgres::{Row, SimpleQueryMessage};
 
 use crate::dead_letters::{self, DeadLetter};
 use crate::migrate::{self, MigrateError, Report};
 
+pub(crate) use delay::Delay;
+pub use error::{Outage, StoreError};
 pub(crate) use ledger::LOOK_UP;
 pub use ledger::{Fate, Known};
 pub(crate) use pool::ANSWER_WITHIN;
@@ -49,13 +53,17 @@ pub use retry::Retried;
 use rows::{Claim, Statements};
 pub(crate) use rows::{JsonText, bigint};
 pub use sqlstate::Class;
-pub(crate) use told::tell;
+pub(crate) use taken::DEAD_LETTERS;
+pub(crate) use told::{tell, tell_set_back};
+pub(crate) use transact::{End, Failure, Tx, within};
+use transact::{Lease, in_order, savepoint};
 pub use url::{BadDatabaseUrl, DatabaseUrl, TLS_SETTINGS};
 
 /// Claims deliveries: `$1` to `$10` are columns, one array each. Returns the ids that nobody had claimed before. Where
 /// another worker is claiming the same id right now, this waits for its COMMIT or ROLLBACK, and so never answers
 /// "known" for a delivery that might yet not be stored. Callers send ids in ascending order: two workers with the same
-/// messages then wait for each other in the same order and cannot deadlock.
+/// messages then wait for each other in the same order and cannot deadlock. Row by row the claims follow the stream, as
+/// the numbers do. There two workers may deadlock. PostgreSQL ends one of the two transactions, and it is tried again.
 const LEDGER: &str = "\
     INSERT INTO ingest.deliveries
         (delivery_id, state, signal_id, issue_id, stream_sequence, resource, severity, type, source_id, received_at)
@@ -104,10 +112,12 @@ pub(crate) const SEARCH_PATH: &str = "SET LOCAL search_path = pg_catalog, pg_tem
 /// The time limits keep a transaction that lost its worker from holding its claims against the others. The planner is
 /// told to look issues up by their key: a plan made while the table was empty would read the whole of it, and
 /// PostgreSQL keeps a prepared plan until the next ANALYZE, by when there may be a million rows. A minute a statement:
-/// a slow server may take 20 s for a body of 8 MiB, and one of control characters is twice that as JSON.
+/// a slow server may take 20 s for a body of 8 MiB, and one of control characters is twice that as JSON. Less for a lock:
+/// a statement that waits for one then fails with another SQLSTATE than one that is slow by itself.
 const SETTINGS: &str = "\
     SET LOCAL search_path = pg_catalog, pg_temp;
     SET LOCAL statement_timeout = '60s';
+    SET LOCAL lock_timeout = '50s';
     SET LOCAL idle_in_transaction_session_timeout = '30s';
     SET LOCAL enable_seqscan = off;
     SET LOCAL enable_hashjoin = off;
@@ -176,6 +186,19 @@ pub struct Stored {
     pub dead: Vec<Dead>,
     /// Were in the ledger before; nothing was changed.
     pub known: Vec<String>,
+    /// Are not stored. Only [`Store::persist_each`] leaves any.
+    pub set_back: Vec<SetBack>,
+}
+
+/// A delivery whose row fails alone, for a reason that is no verdict on what it says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SetBack {
+    /// The delivery.
+    pub delivery_id: String,
+    /// PostgreSQL's code, or [`Outage::NO_SQLSTATE`].
+    pub sqlstate: String,
+    /// The words of PostgreSQL's error, without anything of what the delivery says.
+    pub reason: String,
 }
 
 /// A delivery that became a dead letter.
@@ -185,59 +208,6 @@ pub struct Dead {
     pub delivery_id: String,
     /// Why, without anything of what it said.
     pub reason: String,
-}
-
-/// PostgreSQL is in trouble of that class.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Outage {
-    class: Class,
-    reason: String,
-}
-
-impl Outage {
-    /// For that reason, in words for a person.
-    pub(crate) fn new(class: Class, reason: String) -> Self {
-        Outage { class, reason }
-    }
-
-    /// What kind of trouble.
-    pub fn class(&self) -> Class {
-        self.class
-    }
-}
-
-impl fmt::Display for Outage {
-    /// The reason.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.reason)
-    }
-}
-
-/// Why a batch was not stored. Nothing of it was.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum StoreError {
-    /// PostgreSQL is away, full, read-only, out of step with this program. Try again later, with the same batch.
-    #[error("PostgreSQL cannot store this now: {0}")]
-    Outage(Outage),
-    /// PostgreSQL refused a row for what is in it. [`Store::persist`] deals with this itself; it only comes out when
-    /// even the dead letter is refused.
-    #[error("PostgreSQL refused a row: {0}")]
-    Refused(String),
-}
-
-impl StoreError {
-    /// What an error of one statement means.
-    pub(crate) fn from_sql(err: &tokio_postgres::Error) -> StoreError {
-        sqlstate::judge(err)
-    }
-
-    /// Whether trying again later can help.
-    pub fn is_outage(&self) -> bool {
-        match self {
-            StoreError::Outage(_) => true,
-            StoreError::Refused(_) => false,
-        }
-    }
 }
 
 /// The connections of a [`Store`].
@@ -255,13 +225,26 @@ pub struct Connections {
 #[derive(Debug, Clone)]
 pub struct Store {
     pool: Pool,
+    /// One connection more, for questions about the others. It must never wait for one of them.
+    probe: Pool,
 }
 
 impl Store {
-    /// At most `connections` at a time, made when they are first needed: a database that is down is found out by the
-    /// first use, not here.
+    /// At most `connections` at a time, and one for [`Store::ping`]. They are made when they are first needed: a database
+    /// that is down is found out by the first use, not here.
     pub fn new(url: &DatabaseUrl, connections: usize) -> Store {
-        Store { pool: pool::pool(url, connections) }
+        Store { pool: pool::pool(url, connections), probe: pool::pool(url, 1) }
+    }
+
+    /// For a worker that stores `concurrency` batches at once: each may be tried a second time beside the first try, and
+    /// history takes a lock of its own.
+    pub fn for_worker(url: &DatabaseUrl, concurrency: usize) -> Store {
+        Store::new(url, Store::connections_of_worker(concurrency) - 1)
+    }
+
+    /// The most connections that such a worker opens.
+    pub(crate) fn connections_of_worker(concurrency: usize) -> usize {
+        2 * concurrency + 2
     }
 
     /// Stores a batch: all of it, in one transaction. When this returns, it is committed.
@@ -270,32 +253,75 @@ impl Store {
     /// [`StoreError::Outage`]: nothing was stored, or (when the connection died during COMMIT) everything was; the
     /// same call again settles it.
     pub async fn persist(&self, batch: &Batch) -> Result<Stored, StoreError> {
-        let mut lease = self.lease().await?;
-        let batch = Distinct::of(batch);
-        let mut outcome = store_whole(lease.client(), &batch).await;
-        if let Err(StoreError::Refused(_)) = outcome {
-            outcome = store_row_by_row(lease.client(), &batch).await;
-        }
-        if !outcome.as_ref().is_err_and(StoreError::is_outage) {
-            lease.give_back();
-        }
-        outcome
+        self.persist_at(batch, |_| ()).await
     }
 
-    /// Whether a connection can be had and answers. May be dropped at any time, so that the caller says how long that
-    /// may take.
+    /// The same. `at` is given the process id of each session in PostgreSQL that works on it.
+    pub(crate) async fn persist_at(&self, batch: &Batch, at: impl Fn(i32)) -> Result<Stored, StoreError> {
+        let distinct = Distinct::of(batch);
+        let (distinct, at) = (&distinct, &at);
+        let work = |tx: Tx| async move { Ok(in_order(backend(&tx, at), store_whole(&tx, distinct)).await?.1) };
+        match self.transact(SETTINGS, work).await {
+            Err(StoreError::Refused(_)) => self.row_by_row(distinct, false, at).await,
+            outcome => outcome,
+        }
+    }
+
+    /// Stores a batch with a savepoint a row. A row that fails alone for an unclear reason is set back, and all others are
+    /// stored.
+    ///
+    /// # Errors
+    /// As [`Store::persist`].
+    pub async fn persist_each(&self, batch: &Batch) -> Result<Stored, StoreError> {
+        self.persist_each_at(batch, |_| ()).await
+    }
+
+    /// The same. `at` is as in [`Store::persist_at`].
+    pub(crate) async fn persist_each_at(&self, batch: &Batch, at: impl Fn(i32)) -> Result<Stored, StoreError> {
+        self.row_by_row(&Distinct::of(batch), true, at).await
+    }
+
+    async fn row_by_row(&self, batch: &Distinct<'_>, set_back: bool, at: impl Fn(i32)) -> Result<Stored, StoreError> {
+        let at = &at;
+        let work = |tx: Tx| async move {
+            Ok(in_order(backend(&tx, at), Box::pin(store_row_by_row(&tx, batch, set_back))).await?.1)
+        };
+        self.transact(SETTINGS, work).await
+    }
+
+    /// Asks whether PostgreSQL answers. May be dropped at any time, so that the caller says how long that may take.
     ///
     /// # Errors
     /// [`StoreError::Outage`] with the cause.
     pub async fn ping(&self) -> Result<(), StoreError> {
-        let mut lease = self.lease().await?;
-        within(lease.client().batch_execute("SELECT 1")).await?;
+        let lease = Lease::of(&self.probe).await?;
+        within(lease.batch_execute("SELECT 1")).await?;
         lease.give_back();
         Ok(())
     }
 
-    async fn lease(&self) -> Result<Lease, StoreError> {
-        Ok(Lease(Some(self.client().await?)))
+    /// Runs `work` in one transaction after `settings`, and commits. `settings` and the first statement of `work` are sent
+    /// together. See [`transact`].
+    pub(crate) async fn transact<T, E: Failure, F: Future<Output = Result<T, E>>>(
+        &self,
+        settings: &str,
+        work: impl FnOnce(Tx) -> F,
+    ) -> Result<T, E> {
+        transact::transact(&self.pool, settings, End::Commit, work).await
+    }
+
+    /// The same, and rolls back.
+    pub(crate) async fn rehearse<T, E: Failure, F: Future<Output = Result<T, E>>>(
+        &self,
+        settings: &str,
+        work: impl FnOnce(Tx) -> F,
+    ) -> Result<T, E> {
+        transact::transact(&self.pool, settings, End::Rollback, work).await
+    }
+
+    /// Runs one statement that reads, in a transaction of its own with [`SEARCH_PATH`].
+    pub(crate) async fn query(&self, sql: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, StoreError> {
+        self.transact(SEARCH_PATH, |tx| async move { within(tx.query(sql, parameters)).await }).await
     }
 
     /// Creates what is missing and checks what is there. See [`migrate::migrate`].
@@ -303,7 +329,7 @@ impl Store {
     /// # Errors
     /// As [`migrate::migrate`] says.
     pub async fn migrate(&self) -> Result<Report, MigrateError> {
-        migrate::migrate(&mut *self.client().await?).await
+        migrate::migrate(self).await
     }
 
     /// Checks only, for a role that may not create. See [`migrate::check`].
@@ -311,49 +337,38 @@ impl Store {
     /// # Errors
     /// As [`migrate::check`] says.
     pub async fn check(&self) -> Result<Report, MigrateError> {
-        migrate::check(&mut *self.client().await?).await
+        migrate::check(self).await
     }
 
     /// The connections that there are now.
     pub fn connections(&self) -> Connections {
-        let status = self.pool.status();
-        let idle = status.available.min(status.size);
-        Connections { idle, used: status.size - idle, waiting: status.waiting }
+        let [batches, probe] = [&self.pool, &self.probe].map(|pool| {
+            let status = pool.status();
+            let idle = status.available.min(status.size);
+            Connections { idle, used: status.size - idle, waiting: status.waiting }
+        });
+        Connections {
+            idle: batches.idle + probe.idle,
+            used: batches.used + probe.used,
+            waiting: batches.waiting + probe.waiting,
+        }
     }
 
     /// Closes the connections that nobody uses.
     pub fn forget_idle(&self) {
         self.pool.retain(|_, _| false);
     }
-
-    /// A connection, for the commands that read.
-    ///
-    /// # Errors
-    /// [`StoreError::Outage`] with the cause.
-    pub async fn client(&self) -> Result<Object, StoreError> {
-        self.pool.get().await.map_err(pool::outage)
-    }
 }
 
-/// A connection that goes back to the pool only when it is known to be sound. One that failed us (to a server that has
-/// become read-only) or that we no longer wait for (to a server that hangs) is not used again.
-struct Lease(Option<Object>);
-
-impl Lease {
-    fn client(&mut self) -> &mut Object {
-        self.0.as_mut().expect("only `give_back` takes it, and ends the lease")
-    }
-
-    fn give_back(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        // Out of the pool, and closed.
-        drop(self.0.take().map(Object::take));
-    }
+/// Tells `at` which process of PostgreSQL's this session is now. Behind a pooler it is another one in each transaction.
+async fn backend(tx: &Tx, at: impl Fn(i32)) -> Result<(), StoreError> {
+    let answer = within(tx.simple_query("SELECT pg_catalog.pg_backend_pid()")).await?;
+    let pid = answer.iter().find_map(|message| {
+        let SimpleQueryMessage::Row(row) = message else { return None };
+        row.get(0)?.parse().ok()
+    });
+    pid.into_iter().for_each(at);
+    Ok(())
 }
 
 /// A batch in which every delivery id occurs once.
@@ -373,23 +388,16 @@ impl<'a> Distinct<'a> {
 }
 
 /// The ordinary way: three statements, four round trips.
-async fn store_whole(client: &mut Object, batch: &Distinct<'_>) -> Result<Stored, StoreError> {
-    let tx = begin(client).await?;
+async fn store_whole(tx: &Tx, batch: &Distinct<'_>) -> Result<Stored, StoreError> {
     let claims = batch.records.iter().map(|record| Claim::stored(record));
     let claims = claims.chain(batch.dead_letters.iter().map(|letter| Claim::dead(letter)));
-    let claim = async {
-        let statements = Statements::prepare(&tx, "").await?;
-        let fresh = statements.claim(&tx, claims.collect()).await?;
-        Ok((statements, fresh))
-    };
-    // Sent together: PostgreSQL runs them in this order.
-    let ((), (statements, fresh)) = try_join!(within(tx.batch_execute(SETTINGS)), claim)?;
+    let statements = Statements::prepare(tx, "").await?;
+    let fresh = statements.claim(tx, claims.collect()).await?;
     let (records, known): (Vec<_>, Vec<_>) = batch.records.iter().partition(|it| fresh.contains(&it.delivery_id));
     let (letters, known_letters): (Vec<_>, Vec<_>) =
         batch.dead_letters.iter().partition(|it| fresh.contains(&it.delivery_id));
-    statements.insert(&tx, &records).await?;
-    dead_letters::bury(&tx, &letters).await?;
-    within(tx.commit()).await?;
+    statements.insert(tx, &records).await?;
+    dead_letters::bury(tx, &letters).await?;
     Ok(Stored {
         fresh: records.iter().map(|record| record.delivery_id.clone()).collect(),
         dead: letters.iter().map(|letter| Dead::of(letter)).collect(),
@@ -397,47 +405,44 @@ async fn store_whole(client: &mut Object, batch: &Distinct<'_>) -> Result<Stored
             .chain(known_letters.iter().map(|it| &it.delivery_id))
             .cloned()
             .collect(),
+        set_back: Vec::new(),
     })
 }
 
-/// The way of a batch with a bad row in it: a savepoint a row, so that PostgreSQL says which one it refuses.
-async fn store_row_by_row(client: &mut Object, batch: &Distinct<'_>) -> Result<Stored, StoreError> {
+/// The way of a batch with a bad row in it: a savepoint a row, so that PostgreSQL says which one it refuses. With
+/// `set_back`, a row may also fail for an unclear reason.
+async fn store_row_by_row(tx: &Tx, batch: &Distinct<'_>, set_back: bool) -> Result<Stored, StoreError> {
     // A refusal is the row's fault only while the tables are what this program writes to. A column that somebody
     // added, an enum label that is gone: that is everybody's trouble, and a reason to wait.
-    migrate::check(client).await.map_err(|err| StoreError::Outage(Outage::new(Class::Schema, err.to_string())))?;
-    let mut tx = begin(client).await?;
-    within(tx.batch_execute(SETTINGS)).await?;
-    let statements = Statements::prepare(&tx, UNLESS_THERE).await?;
+    migrate::fits(tx).await.map_err(StoreError::from_check)?;
+    let statements = Statements::prepare(tx, UNLESS_THERE).await?;
     // A deferred constraint must refuse a row while the row's savepoint is open, not at COMMIT.
     within(tx.batch_execute("SET CONSTRAINTS ALL IMMEDIATE")).await?;
     let mut stored = Stored::default();
     let mut refused = Vec::new();
     for record in &batch.records {
-        let savepoint = within(tx.savepoint("delivery")).await?;
-        match store_one(&savepoint, &statements, record).await {
-            Ok(fresh) => {
-                within(savepoint.commit()).await?;
-                if fresh { &mut stored.fresh } else { &mut stored.known }.push(record.delivery_id.clone());
+        let delivery_id = record.delivery_id.clone();
+        match savepoint(tx, store_one(tx, &statements, record)).await {
+            Ok(true) => stored.fresh.push(delivery_id),
+            Ok(false) => stored.known.push(delivery_id),
+            Err(StoreError::Refused(reason)) => refused.push(DeadLetter::of(record, reason)),
+            Err(StoreError::Outage(Outage { reason, of_row: Some(sqlstate), .. })) if set_back => {
+                stored.set_back.push(SetBack { delivery_id, sqlstate, reason });
             }
-            Err(StoreError::Refused(reason)) => {
-                within(savepoint.rollback()).await?;
-                refused.push(DeadLetter::of(record, reason));
-            }
-            Err(outage @ StoreError::Outage(_)) => return Err(outage),
+            Err(error @ (StoreError::Outage(_) | StoreError::Denied(_))) => return Err(error),
         }
     }
     let letters: Vec<&DeadLetter> = batch.dead_letters.iter().copied().chain(&refused).collect();
-    let fresh = statements.claim(&tx, letters.iter().map(|letter| Claim::dead(letter)).collect()).await?;
+    let fresh = statements.claim(tx, letters.iter().map(|letter| Claim::dead(letter)).collect()).await?;
     let (letters, known): (Vec<_>, Vec<_>) = letters.into_iter().partition(|it| fresh.contains(&it.delivery_id));
-    dead_letters::bury(&tx, &letters).await?;
-    within(tx.commit()).await?;
+    dead_letters::bury(tx, &letters).await?;
     stored.dead.extend(letters.iter().map(|letter| Dead::of(letter)));
     stored.known.extend(known.iter().map(|letter| letter.delivery_id.clone()));
     Ok(stored)
 }
 
 /// Whether the delivery was fresh.
-async fn store_one(tx: &Transaction<'_>, statements: &Statements, record: &Record) -> Result<bool, StoreError> {
+async fn store_one(tx: &Tx, statements: &Statements, record: &Record) -> Result<bool, StoreError> {
     let fresh = !statements.claim(tx, vec![Claim::stored(record)]).await?.is_empty();
     if fresh {
         statements.insert(tx, &[record]).await?;
@@ -448,38 +453,5 @@ async fn store_one(tx: &Transaction<'_>, statements: &Statements, record: &Recor
 impl Dead {
     fn of(letter: &DeadLetter) -> Dead {
         Dead { delivery_id: letter.delivery_id.clone(), reason: letter.reason.clone() }
-    }
-}
-
-/// READ COMMITTED whatever the role's default: under a stricter level, two workers with the same delivery would get an
-/// error where waiting for each other is enough.
-async fn begin(client: &mut Object) -> Result<Transaction<'_>, StoreError> {
-    within(client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start()).await
-}
-
-/// Runs one statement that reads, in a transaction of its own with [`SEARCH_PATH`].
-pub(crate) async fn query(
-    client: &mut Object,
-    sql: &str,
-    parameters: &[&(dyn ToSql + Sync)],
-) -> Result<Vec<Row>, StoreError> {
-    let tx = begin(client).await?;
-    within(tx.batch_execute(SEARCH_PATH)).await?;
-    let rows = within(tx.query(sql, parameters)).await?;
-    within(tx.commit()).await?;
-    Ok(rows)
-}
-
-/// One exchange with the server, bounded on our side as well: a server that is frozen, not gone, answers nothing and
-/// breaks no connection.
-pub(crate) async fn within<T>(
-    exchange: impl Future<Output = Result<T, tokio_postgres::Error>>,
-) -> Result<T, StoreError> {
-    match timeout(ANSWER_WITHIN, exchange).await {
-        Ok(answer) => answer.map_err(|err| StoreError::from_sql(&err)),
-        Err(_) => {
-            let silence = format!("no answer within {} s", ANSWER_WITHIN.as_secs());
-            Err(StoreError::Outage(Outage::new(Class::NoAnswer, silence)))
-        }
     }
 }

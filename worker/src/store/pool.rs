@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use deadpool_postgres::{Manager, ManagerConfig, Pool, PoolError, RecyclingMethod, Runtime};
+use deadpool_postgres::{Manager, ManagerConfig, Pool, PoolError, RecyclingMethod, Runtime, TimeoutType};
 use tokio_postgres::config::{LoadBalanceHosts, TargetSessionAttrs};
 
 use super::connect::{self, Connector};
@@ -49,7 +49,12 @@ pub(super) fn pool(url: &DatabaseUrl, connections: usize) -> Pool {
 pub(super) fn outage(err: PoolError) -> StoreError {
     StoreError::Outage(match err {
         PoolError::Backend(err) => connect::outage(&err),
-        PoolError::Timeout(_) => {
+        // Says nothing of PostgreSQL.
+        PoolError::Timeout(TimeoutType::Wait) => {
+            let words = "all connections of this program are in use, and none became free within";
+            Outage::new(Class::Pool, format!("{words} {} s", CLIENT_WITHIN.as_secs()))
+        }
+        PoolError::Timeout(TimeoutType::Create | TimeoutType::Recycle) => {
             Outage::new(Class::Pool, format!("no connection within {} s", CLIENT_WITHIN.as_secs()))
         }
         PoolError::Closed | PoolError::NoRuntimeSpecified | PoolError::PostCreateHook(_) => {

@@ -6,12 +6,12 @@
 
 use std::collections::HashSet;
 
-use deadpool_postgres::Transaction;
 use tokio_postgres::Statement;
 use tokio_postgres::types::ToSql;
 
-use super::rows::{JsonText, Statements, statement_len};
-use super::{Dead, Record, SETTINGS, Store, StoreError, begin, within};
+use super::rows::{JsonText, Statements, issue_ids, signal_ids, statement_len};
+use super::{Dead, Record, SETTINGS, Store, StoreError, Tx, taken, within};
+use crate::migrate;
 
 /// Keeps two restorers apart. No worker waits for it: an `ON CONFLICT DO NOTHING` looks past locks on rows.
 const LOCK: &str = "\
@@ -47,55 +47,55 @@ impl Store {
     /// [`StoreError::Outage`]; the same call again settles it.
     pub async fn restore(&self, records: &[&Record]) -> Result<Restored, StoreError> {
         match self.restore_together(records).await {
-            Ok(restored) => Ok(Restored { restored, refused: Vec::new() }),
-            Err(StoreError::Refused(reason)) => match records {
-                [record] => {
-                    let refused = Dead { delivery_id: record.delivery_id.clone(), reason };
-                    Ok(Restored { restored: Vec::new(), refused: vec![refused] })
-                }
-                _ => {
-                    let mut all = Restored::default();
-                    for record in records {
-                        let one = Box::pin(self.restore(&[record])).await?;
-                        all.restored.extend(one.restored);
-                        all.refused.extend(one.refused);
-                    }
-                    Ok(all)
-                }
-            },
-            Err(outage @ StoreError::Outage(_)) => Err(outage),
+            Ok(restored) => return Ok(Restored { restored, refused: Vec::new() }),
+            Err(StoreError::Refused(_)) => {}
+            Err(error @ (StoreError::Outage(_) | StoreError::Denied(_))) => return Err(error),
         }
+        // A refusal is a row's fault only while the tables fit.
+        self.transact(SETTINGS, |tx| async move { migrate::fits(&tx).await }).await.map_err(StoreError::from_check)?;
+        let mut all = Restored::default();
+        for record in records {
+            match self.restore_together(&[record]).await {
+                Ok(restored) => all.restored.extend(restored),
+                Err(StoreError::Refused(reason)) => {
+                    all.refused.push(Dead { delivery_id: record.delivery_id.clone(), reason });
+                }
+                Err(error @ (StoreError::Outage(_) | StoreError::Denied(_))) => return Err(error),
+            }
+        }
+        Ok(all)
     }
 
     async fn restore_together(&self, records: &[&Record]) -> Result<Vec<String>, StoreError> {
-        let mut client = self.client().await?;
-        let tx = begin(&mut client).await?;
-        within(tx.batch_execute(SETTINGS)).await?;
-        let statements = Statements::prepare(&tx, "").await?;
-        let signals = within(tx.prepare_cached(SIGNALS)).await?;
-        let ids = |id: fn(&Record) -> &str| records.iter().map(|record| id(record)).collect::<Vec<&str>>();
-        let locked = texts(&tx, LOCK, &ids(|record| &record.delivery_id)).await?;
-        let issues_there = texts(&tx, ISSUES_THERE, &ids(|record| &record.issue_id)).await?;
-        let signals_there = texts(&tx, SIGNALS_THERE, &ids(|record| &record.signal_id)).await?;
-        let mut seen = HashSet::new();
-        let mine: Vec<&Record> = (records.iter().copied())
-            .filter(|record| locked.contains(&record.delivery_id) && seen.insert(&record.delivery_id))
-            .collect();
-        let without = |there: &HashSet<String>, id: fn(&Record) -> &String| {
-            mine.iter().copied().filter(|record| !there.contains(id(record))).collect::<Vec<&Record>>()
-        };
-        let no_issue = without(&issues_there, |record| &record.issue_id);
-        let no_signal = without(&signals_there, |record| &record.signal_id);
-        for part in parts(&no_issue) {
-            statements.insert_issues(&tx, part).await?;
-        }
-        for part in parts(&no_signal) {
-            insert_signals(&tx, &signals, part).await?;
-        }
-        within(tx.commit()).await?;
-        let written: HashSet<&String> = no_issue.iter().chain(&no_signal).map(|record| &record.delivery_id).collect();
-        Ok(mine.iter().map(|record| &record.delivery_id).filter(|id| written.contains(id)).cloned().collect())
+        self.transact(SETTINGS, |tx| async move { restore(&tx, records).await }).await
     }
+}
+
+/// The deliveries of which a row was written.
+async fn restore(tx: &Tx, records: &[&Record]) -> Result<Vec<String>, StoreError> {
+    let statements = Statements::prepare(tx, "").await?;
+    let signals = within(tx.prepare_cached(SIGNALS)).await?;
+    let ids: Vec<&str> = records.iter().map(|record| record.delivery_id.as_str()).collect();
+    let locked = texts(tx, LOCK, &ids).await?;
+    let issues_there = texts(tx, ISSUES_THERE, &issue_ids(records)).await?;
+    let signals_there = texts(tx, SIGNALS_THERE, &signal_ids(records)).await?;
+    let mut seen = HashSet::new();
+    let mine: Vec<&Record> = (records.iter().copied())
+        .filter(|record| locked.contains(&record.delivery_id) && seen.insert(&record.delivery_id))
+        .collect();
+    let without = |there: &HashSet<String>, id: fn(&Record) -> &String| {
+        mine.iter().copied().filter(|record| !there.contains(id(record))).collect::<Vec<&Record>>()
+    };
+    let no_issue = without(&issues_there, |record| &record.issue_id);
+    let no_signal = without(&signals_there, |record| &record.signal_id);
+    for part in parts(&no_issue) {
+        statements.insert_issues(tx, part).await?;
+    }
+    for part in parts(&no_signal) {
+        insert_signals(tx, &signals, part).await?;
+    }
+    let written: HashSet<&String> = no_issue.iter().chain(&no_signal).map(|record| &record.delivery_id).collect();
+    Ok(mine.iter().map(|record| &record.delivery_id).filter(|id| written.contains(id)).cloned().collect())
 }
 
 /// `records` in pieces that a statement carries.
@@ -110,20 +110,21 @@ fn parts<'a>(mut records: &'a [&'a Record]) -> impl Iterator<Item = &'a [&'a Rec
     })
 }
 
-async fn texts(tx: &Transaction<'_>, sql: &str, ids: &[&str]) -> Result<HashSet<String>, StoreError> {
+async fn texts(tx: &Tx, sql: &str, ids: &[&str]) -> Result<HashSet<String>, StoreError> {
     let statement = within(tx.prepare_cached(sql)).await?;
     let rows = within(tx.query(&statement, &[&ids])).await?;
     rows.iter().map(|row| row.try_get(0).map_err(|err| StoreError::from_sql(&err))).collect()
 }
 
-async fn insert_signals(tx: &Transaction<'_>, statement: &Statement, records: &[&Record]) -> Result<(), StoreError> {
-    let ids: Vec<&str> = records.iter().map(|record| record.signal_id.as_str()).collect();
+async fn insert_signals(tx: &Tx, statement: &Statement, records: &[&Record]) -> Result<(), StoreError> {
+    let ids = signal_ids(records);
     let sources: Vec<Option<&str>> = records.iter().map(|record| record.source_id.as_deref()).collect();
     let kinds: Vec<&str> = records.iter().map(|record| record.kind.as_str()).collect();
     let severities: Vec<&str> = records.iter().map(|record| record.severity).collect();
     let payloads: Vec<JsonText<'_>> = records.iter().map(|record| JsonText(&record.payload)).collect();
-    let issues: Vec<&str> = records.iter().map(|record| record.issue_id.as_str()).collect();
+    let issues = issue_ids(records);
     let received: Vec<_> = records.iter().map(|record| record.received_at).collect();
     let columns: [&(dyn ToSql + Sync); 7] = [&ids, &sources, &kinds, &severities, &payloads, &issues, &received];
-    within(tx.execute(statement, &columns)).await.map(drop)
+    let written = within(tx.execute(statement, &columns)).await?;
+    taken::SIGNALS.has_taken(tx, written, &ids).await
 }

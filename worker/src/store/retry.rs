@@ -3,7 +3,6 @@
 use async_nats::HeaderMap;
 use async_nats::header::{HeaderName, HeaderValue};
 use bytes::Bytes;
-use deadpool_postgres::Transaction;
 use serde_json::Value;
 use shared::delivery::{DELIVERY_ID, RECEIVED_AT, trace_of_message};
 use time::format_description::well_known::Rfc3339;
@@ -11,8 +10,9 @@ use time::{Duration, OffsetDateTime};
 use tracing::field::display;
 
 use super::rows::{Claim, Statements};
-use super::{LEDGER, Origin, SETTINGS, Store, StoreError, UNLESS_THERE, begin, within};
+use super::{LEDGER, Origin, Outage, SETTINGS, Store, StoreError, Tx, UNLESS_THERE, savepoint, within};
 use crate::dead_letters::{self, DeadLetter};
+use crate::migrate;
 use crate::read::read_message;
 
 /// Takes a letter out; two who want the same one take turns, and the second finds none.
@@ -50,51 +50,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Outage`]; nothing was changed then.
     pub async fn retry(&self, delivery_id: &str) -> Result<Retried, StoreError> {
-        let mut client = self.client().await?;
-        let if_dead = LEDGER.replace("DO NOTHING", IF_DEAD);
-        let mut tx = begin(&mut client).await?;
-        within(tx.batch_execute(SETTINGS)).await?;
-        let statements = Statements {
-            ledger: within(tx.prepare_cached(&if_dead)).await?,
-            ..Statements::prepare(&tx, UNLESS_THERE).await?
-        };
-        // What would be refused at COMMIT has to be refused while its savepoint is open.
-        within(tx.batch_execute("SET CONSTRAINTS ALL IMMEDIATE")).await?;
-        let Some(letter) = take(&tx, delivery_id).await? else { return Ok(Retried::NotThere) };
-        let attempts = letter.origin.attempts + 1;
-        let trace = trace_of_message(Some(&letter.origin.headers)).map(|trace| display(trace.trace_id()));
-        let read = tokio::task::spawn_blocking(move || read_again(letter)).await.expect("reading isolates its panics");
-        let mut dead = match read {
-            Ok(record) => {
-                let savepoint = within(tx.savepoint("delivery")).await?;
-                let stored = async {
-                    let claimed = statements.claim(&savepoint, vec![Claim::stored(&record)]).await?;
-                    if !claimed.is_empty() {
-                        statements.insert(&savepoint, &[&record]).await?;
-                    }
-                    Ok(!claimed.is_empty())
-                };
-                match stored.await {
-                    Ok(claimed) => {
-                        within(savepoint.commit()).await?;
-                        within(tx.commit()).await?;
-                        tracing::debug!(delivery.id = delivery_id, trace.id = trace, "stored what was a dead letter");
-                        return Ok(if claimed { Retried::Stored } else { Retried::Settled });
-                    }
-                    Err(StoreError::Refused(reason)) => {
-                        within(savepoint.rollback()).await?;
-                        DeadLetter::of(&record, reason)
-                    }
-                    Err(outage @ StoreError::Outage(_)) => return Err(outage),
-                }
-            }
-            Err(dead) => *dead,
-        };
-        dead.origin.attempts = attempts;
-        dead_letters::bury(&tx, &[&dead]).await?;
-        within(tx.commit()).await?;
-        tracing::debug!(delivery.id = delivery_id, trace.id = trace, reason = dead.reason, "still a dead letter");
-        Ok(Retried::StillDead(dead.reason))
+        self.transact(SETTINGS, |tx| async move { retry(&tx, delivery_id).await }).await
     }
 
     /// Gives a dead letter up: the letter goes, the ledger keeps the id as `discarded`, so that neither a redelivery
@@ -103,15 +59,14 @@ impl Store {
     /// # Errors
     /// [`StoreError::Outage`]; nothing was changed then.
     pub async fn discard(&self, delivery_id: &str) -> Result<bool, StoreError> {
-        let mut client = self.client().await?;
-        let tx = begin(&mut client).await?;
-        within(tx.batch_execute(SETTINGS)).await?;
-        let sql = "DELETE FROM ingest.dead_letters WHERE delivery_id = $1 RETURNING stream_sequence";
-        let Some(row) = within(tx.query_opt(sql, &[&delivery_id])).await? else { return Ok(false) };
-        let sequence: i64 = row.try_get(0).map_err(|err| StoreError::from_sql(&err))?;
-        within(tx.execute(DISCARD, &[&delivery_id, &sequence])).await?;
-        within(tx.commit()).await?;
-        Ok(true)
+        let discard = |tx: Tx| async move {
+            let sql = "DELETE FROM ingest.dead_letters WHERE delivery_id = $1 RETURNING stream_sequence";
+            let Some(row) = within(tx.query_opt(sql, &[&delivery_id])).await? else { return Ok(false) };
+            let sequence: i64 = row.try_get(0).map_err(|err| StoreError::from_sql(&err))?;
+            within(tx.execute(DISCARD, &[&delivery_id, &sequence])).await?;
+            Ok(true)
+        };
+        self.transact(SETTINGS, discard).await
     }
 }
 
@@ -125,15 +80,54 @@ impl Store {
     /// # Errors
     /// [`StoreError::Outage`]; nothing was changed then.
     pub async fn forget_discarded(&self, delivery_ids: &[String]) -> Result<(), StoreError> {
-        let mut client = self.client().await?;
-        let tx = begin(&mut client).await?;
-        within(tx.batch_execute(SETTINGS)).await?;
-        within(tx.execute(FORGET, &[&delivery_ids])).await?;
-        within(tx.commit()).await
+        let forget = |tx: Tx| async move { within(tx.execute(FORGET, &[&delivery_ids])).await.map(drop) };
+        self.transact(SETTINGS, forget).await
     }
 }
 
-async fn take(tx: &Transaction<'_>, delivery_id: &str) -> Result<Option<DeadLetter>, StoreError> {
+async fn retry(tx: &Tx, delivery_id: &str) -> Result<Retried, StoreError> {
+    let if_dead = LEDGER.replace("DO NOTHING", IF_DEAD);
+    let statements = Statements {
+        ledger: within(tx.prepare_cached(&if_dead)).await?,
+        ..Statements::prepare(tx, UNLESS_THERE).await?
+    };
+    // What would be refused at COMMIT has to be refused while its savepoint is open.
+    within(tx.batch_execute("SET CONSTRAINTS ALL IMMEDIATE")).await?;
+    let Some(letter) = take(tx, delivery_id).await? else { return Ok(Retried::NotThere) };
+    let attempts = letter.origin.attempts + 1;
+    let trace = trace_of_message(Some(&letter.origin.headers)).map(|trace| display(trace.trace_id()));
+    let read = tokio::task::spawn_blocking(move || read_again(letter)).await.expect("reading isolates its panics");
+    let mut dead = match read {
+        Ok(record) => {
+            let store = async {
+                let claimed = !statements.claim(tx, vec![Claim::stored(&record)]).await?.is_empty();
+                if claimed {
+                    statements.insert(tx, &[&record]).await?;
+                }
+                Ok(claimed)
+            };
+            match savepoint(tx, store).await {
+                Ok(claimed) => {
+                    tracing::debug!(delivery.id = delivery_id, trace.id = trace, "stored what was a dead letter");
+                    return Ok(if claimed { Retried::Stored } else { Retried::Settled });
+                }
+                // It stays a dead letter, whether or not the cause is in what it says.
+                Err(StoreError::Refused(reason) | StoreError::Outage(Outage { reason, of_row: Some(_), .. })) => {
+                    migrate::fits(tx).await.map_err(StoreError::from_check)?;
+                    DeadLetter::of(&record, reason)
+                }
+                Err(error @ (StoreError::Outage(_) | StoreError::Denied(_))) => return Err(error),
+            }
+        }
+        Err(dead) => *dead,
+    };
+    dead.origin.attempts = attempts;
+    dead_letters::bury(tx, &[&dead]).await?;
+    tracing::debug!(delivery.id = delivery_id, trace.id = trace, reason = dead.reason, "still a dead letter");
+    Ok(Retried::StillDead(dead.reason))
+}
+
+async fn take(tx: &Tx, delivery_id: &str) -> Result<Option<DeadLetter>, StoreError> {
     let Some(row) = within(tx.query_opt(TAKE, &[&delivery_id])).await? else { return Ok(None) };
     let letter = || {
         let sequence: i64 = row.try_get(0)?;

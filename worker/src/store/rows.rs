@@ -4,13 +4,11 @@ use std::collections::HashSet;
 use std::error::Error;
 
 use bytes::{BufMut, BytesMut};
-use deadpool_postgres::Transaction;
-use futures_util::try_join;
 use time::OffsetDateTime;
 use tokio_postgres::Statement;
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 
-use super::{ISSUES, LEDGER, Record, SIGNALS, StoreError, within};
+use super::{ISSUES, LEDGER, Record, SIGNALS, StoreError, Tx, in_order, taken, within};
 use crate::dead_letters::DeadLetter;
 
 /// How many bytes of payload one statement carries; a larger record goes alone. PostgreSQL takes messages of up to
@@ -66,7 +64,7 @@ pub(super) struct Statements {
 impl Statements {
     /// Prepares them in a transaction that has its [`super::SEARCH_PATH`]: PostgreSQL resolves their names now.
     /// `on_conflict` is appended to the statements that write Loop's tables.
-    pub(super) async fn prepare(tx: &Transaction<'_>, on_conflict: &str) -> Result<Statements, StoreError> {
+    pub(super) async fn prepare(tx: &Tx, on_conflict: &str) -> Result<Statements, StoreError> {
         Ok(Statements {
             ledger: within(tx.prepare_cached(LEDGER)).await?,
             issues: within(tx.prepare_cached(&format!("{ISSUES}{on_conflict}"))).await?,
@@ -74,12 +72,8 @@ impl Statements {
         })
     }
 
-    /// The delivery ids that were claimed now.
-    pub(super) async fn claim(
-        &self,
-        tx: &Transaction<'_>,
-        mut claims: Vec<Claim<'_>>,
-    ) -> Result<HashSet<String>, StoreError> {
+    /// The delivery ids that were claimed now. All others are in the ledger.
+    pub(super) async fn claim(&self, tx: &Tx, mut claims: Vec<Claim<'_>>) -> Result<HashSet<String>, StoreError> {
         claims.sort_unstable_by_key(|claim| claim.delivery_id);
         let records = || claims.iter().map(|claim| claim.stored);
         let ids: Vec<&str> = claims.iter().map(|claim| claim.delivery_id).collect();
@@ -95,23 +89,39 @@ impl Statements {
         let columns: [&(dyn ToSql + Sync); 10] =
             [&ids, &states, &signals, &issues, &sequences, &resources, &severities, &kinds, &sources, &received];
         let fresh = within(tx.query(&self.ledger, &columns)).await?;
-        fresh.iter().map(|row| row.try_get(0).map_err(|err| StoreError::from_sql(&err))).collect()
+        let fresh = fresh.iter().map(|row| row.try_get(0).map_err(|err| StoreError::from_sql(&err)));
+        let fresh: HashSet<String> = fresh.collect::<Result<_, _>>()?;
+        let known: Vec<&str> = ids.iter().copied().filter(|id| !fresh.contains(*id)).collect();
+        taken::DELIVERIES.has_taken(tx, 0, &known).await?;
+        Ok(fresh)
     }
 
     /// The issues and signals of `records`, which are fresh, in their order.
-    pub(super) async fn insert(&self, tx: &Transaction<'_>, mut records: &[&Record]) -> Result<(), StoreError> {
+    pub(super) async fn insert(&self, tx: &Tx, mut records: &[&Record]) -> Result<(), StoreError> {
         while !records.is_empty() {
-            let (statement, rest) = records.split_at(statement_len(records));
-            // Sent together: PostgreSQL runs them in this order, and the second reads what the first wrote.
-            try_join!(self.insert_issues(tx, statement), self.insert_signals(tx, statement))?;
+            let (part, rest) = records.split_at(statement_len(records));
+            Box::pin(self.insert_part(tx, part)).await?; // large
             records = rest;
         }
         Ok(())
     }
 
+    async fn insert_part(&self, tx: &Tx, records: &[&Record]) -> Result<(), StoreError> {
+        // The second reads what the first wrote.
+        let (issues, signals) = (self.write_issues(tx, records), self.write_signals(tx, records));
+        let (issues, signals) = in_order(issues, signals).await?;
+        taken::ISSUES.has_taken(tx, issues, &issue_ids(records)).await?;
+        taken::SIGNALS.has_taken(tx, signals, &signal_ids(records)).await
+    }
+
     /// Without their signals.
-    pub(super) async fn insert_issues(&self, tx: &Transaction<'_>, records: &[&Record]) -> Result<u64, StoreError> {
-        let ids: Vec<&str> = records.iter().map(|record| record.issue_id.as_str()).collect();
+    pub(super) async fn insert_issues(&self, tx: &Tx, records: &[&Record]) -> Result<(), StoreError> {
+        let written = self.write_issues(tx, records).await?;
+        taken::ISSUES.has_taken(tx, written, &issue_ids(records)).await
+    }
+
+    async fn write_issues(&self, tx: &Tx, records: &[&Record]) -> Result<u64, StoreError> {
+        let ids = issue_ids(records);
         let titles: Vec<&str> = records.iter().map(|record| record.title.as_str()).collect();
         let priorities: Vec<i32> = records.iter().map(|record| record.priority).collect();
         let payloads: Vec<JsonText<'_>> = records.iter().map(|record| JsonText(&record.payload)).collect();
@@ -119,14 +129,21 @@ impl Statements {
         within(tx.execute(&self.issues, &[&ids, &titles, &priorities, &payloads, &received])).await
     }
 
-    async fn insert_signals(&self, tx: &Transaction<'_>, records: &[&Record]) -> Result<u64, StoreError> {
-        let ids: Vec<&str> = records.iter().map(|record| record.signal_id.as_str()).collect();
-        let issues: Vec<&str> = records.iter().map(|record| record.issue_id.as_str()).collect();
+    async fn write_signals(&self, tx: &Tx, records: &[&Record]) -> Result<u64, StoreError> {
+        let (ids, issues) = (signal_ids(records), issue_ids(records));
         let sources: Vec<Option<&str>> = records.iter().map(|record| record.source_id.as_deref()).collect();
         let kinds: Vec<&str> = records.iter().map(|record| record.kind.as_str()).collect();
         let severities: Vec<&str> = records.iter().map(|record| record.severity).collect();
         within(tx.execute(&self.signals, &[&ids, &issues, &sources, &kinds, &severities])).await
     }
+}
+
+pub(super) fn issue_ids<'a>(records: &[&'a Record]) -> Vec<&'a str> {
+    records.iter().map(|record| record.issue_id.as_str()).collect()
+}
+
+pub(super) fn signal_ids<'a>(records: &[&'a Record]) -> Vec<&'a str> {
+    records.iter().map(|record| record.signal_id.as_str()).collect()
 }
 
 /// How many of `records`, from the first, one statement carries: at least one.

@@ -2,7 +2,8 @@
 //! (<https://www.postgresql.org/docs/current/errcodes-appendix.html>).
 //!
 //! "Ours" is the safe side: the batch waits and is tried again, and nothing is lost. Only what PostgreSQL says about
-//! the data itself is the row's, because those bytes cannot change. What this table does not know is ours.
+//! the data itself is the row's, because those bytes cannot change. A code that is not in this table is unclear: a trigger
+//! may raise any code for one row alone. The batch waits as well, and may be run without that row.
 
 use std::error::Error;
 
@@ -15,6 +16,8 @@ use super::{Outage, StoreError};
 enum Fault {
     /// Time, or a person, can mend it.
     Ours(Class),
+    /// The same, and it may concern one row alone.
+    Unclear(Class),
     /// This row can never be stored.
     Row,
 }
@@ -100,6 +103,7 @@ const TABLE: &[(&str, Fault, &str)] = &[
     ("22003", Fault::Row, "a number is out of range"),
     ("22021", Fault::Row, "a text holds a character that the database's encoding cannot store"),
     ("22P02", Fault::Row, "the payload is not JSON"),
+    ("2200H", Fault::Ours(Class::Schema), "a sequence has no number left"),
     ("22P05", Fault::Row, "the payload holds a character that jsonb cannot store"),
     ("22", Fault::Row, "a value is not one that its column can hold"),
     ("23502", Fault::Row, "a column that must have a value got none"),
@@ -108,11 +112,13 @@ const TABLE: &[(&str, Fault, &str)] = &[
     ("23514", Fault::Row, "a CHECK constraint does not hold"),
     ("23", Fault::Row, "an integrity constraint does not hold"),
     ("25006", Fault::Ours(Class::ReadOnly), "the server is read-only (a standby, or a primary that has become one)"),
+    ("25", Fault::Ours(Class::Conflict), "the transaction could not go on"),
+    ("26", Fault::Ours(Class::Connection), "the session has lost a prepared statement (a pooler, perhaps)"),
     ("28", Fault::Ours(Class::Login), "the login was refused"),
     ("3D000", Fault::Ours(Class::Login), "the database does not exist"),
     ("40", Fault::Ours(Class::Conflict), "the transaction was rolled back in favour of another"),
-    ("42501", Fault::Ours(Class::Schema), "the role lacks a privilege"),
-    ("42", Fault::Ours(Class::Schema), "the tables do not fit this program (see `worker migrate`)"),
+    ("42501", Fault::Unclear(Class::Schema), "the role lacks a privilege"),
+    ("42", Fault::Unclear(Class::Schema), "the tables do not fit this program (see `worker migrate`)"),
     ("53100", Fault::Ours(Class::DiskFull), "the server's disk is full"),
     ("53200", Fault::Ours(Class::Resources), "the server is out of memory"),
     ("53300", Fault::Ours(Class::Resources), "the server has no connection left"),
@@ -120,11 +126,11 @@ const TABLE: &[(&str, Fault, &str)] = &[
     ("54001", Fault::Row, "the payload is nested deeper than PostgreSQL's stack allows (max_stack_depth)"),
     ("54", Fault::Row, "a value is larger than PostgreSQL can hold"),
     ("55P03", Fault::Ours(Class::Lock), "a lock could not be had"),
-    ("57014", Fault::Ours(Class::Canceled), "the statement took too long, or somebody canceled it"),
+    ("57014", Fault::Unclear(Class::Canceled), "the statement took too long, or somebody canceled it"),
     ("57", Fault::Ours(Class::Shutdown), "the server is shutting down, starting up or recovering"),
     ("58", Fault::Ours(Class::Server), "the server's operating system failed it"),
     ("P0001", Fault::Row, "a trigger refuses it"),
-    ("XX", Fault::Ours(Class::Server), "the server found an internal error or corrupted data"),
+    ("XX", Fault::Unclear(Class::Server), "the server found an internal error or corrupted data"),
 ];
 
 fn look_up(code: &str) -> Option<(Fault, &'static str)> {
@@ -135,19 +141,21 @@ fn look_up(code: &str) -> Option<(Fault, &'static str)> {
 pub(super) fn judge(err: &tokio_postgres::Error) -> StoreError {
     let row = |db: &DbError| match look_up(db.code().code()) {
         Some((Fault::Row, words)) => Some(reason(words, db)),
-        Some((Fault::Ours(_), _)) | None => None,
+        Some((Fault::Ours(_) | Fault::Unclear(_), _)) | None => None,
     };
     err.as_db_error().and_then(row).map_or_else(|| StoreError::Outage(outage(err)), StoreError::Refused)
 }
 
 /// An error as an outage, whatever it is.
 pub(super) fn outage(err: &tokio_postgres::Error) -> Outage {
-    let class = match err.as_db_error().map(|db| look_up(db.code().code())) {
-        None => Class::Connection,
-        Some(Some((Fault::Ours(class), _))) => class,
-        Some(Some((Fault::Row, _)) | None) => Class::Unknown,
-    };
-    Outage::new(class, describe(err))
+    let Some(db) = err.as_db_error() else { return Outage::new(Class::Connection, describe(err)) };
+    let code = db.code().code();
+    match look_up(code) {
+        Some((Fault::Ours(class), _)) => Outage::new(class, describe(err)),
+        Some((Fault::Unclear(class), _)) => Outage::of_row(class, describe(err), code),
+        Some((Fault::Row, _)) => Outage::new(Class::Unknown, describe(err)),
+        None => Outage::of_row(Class::Unknown, describe(err), code),
+    }
 }
 
 /// A reason that can be shown to anybody: our words, the code, and names out of the schema.
@@ -158,15 +166,31 @@ fn reason(words: &str, db: &DbError) -> String {
 }
 
 /// The cause of an outage, for a person. Of PostgreSQL's own words only the main message, and only where the table says
-/// what it is about: no DETAIL, no CONTEXT, no text of a trigger.
+/// what it is about: no DETAIL, no CONTEXT, and no text of a function, which may quote the row.
 pub(super) fn describe(err: &tokio_postgres::Error) -> String {
     let Some(db) = err.as_db_error() else { return chain(err) };
     let code = db.code().code();
+    let place = function(db).map(|name| format!(", in function {name}")).unwrap_or_default();
     match look_up(code) {
-        Some((Fault::Ours(_), words)) => format!("{words}: {} (SQLSTATE {code})", db.message()),
+        Some((Fault::Unclear(Class::Schema), _)) if db.where_().is_some() => {
+            format!("a function that a trigger calls fails (SQLSTATE {code}){place}; PostgreSQL's log says more")
+        }
+        Some((Fault::Ours(_) | Fault::Unclear(_), words)) => match db.where_() {
+            None => format!("{words}: {} (SQLSTATE {code})", db.message()),
+            Some(_) => format!("{words} (SQLSTATE {code}){place}"),
+        },
         Some((Fault::Row, words)) => reason(words, db),
-        None => format!("an error that this program does not know (SQLSTATE {code}); PostgreSQL's log says more"),
+        None => {
+            format!("an error that this program does not know (SQLSTATE {code}){place}; PostgreSQL's log says more")
+        }
     }
+}
+
+/// The PL/pgSQL function in which the error was raised, by the first line of its context
+/// (`PL/pgSQL function refuse() line 1 at RAISE`).
+fn function(db: &DbError) -> Option<&str> {
+    let name = db.where_()?.strip_prefix("PL/pgSQL function ")?.split_once(" line ")?.0;
+    (!name.contains('\n')).then_some(name)
 }
 
 /// The error and its causes. Without the server in it, there is nothing of a row in it either.
@@ -185,7 +209,7 @@ mod tests {
     use super::*;
 
     fn fault(code: &str) -> Fault {
-        look_up(code).map_or(Fault::Ours(Class::Unknown), |(fault, _)| fault)
+        look_up(code).map_or(Fault::Unclear(Class::Unknown), |(fault, _)| fault)
     }
 
     #[test]
@@ -203,8 +227,19 @@ mod tests {
             "58000 58030 58P01 58P02",                         // I/O
             "F0000 XX000 XX001 XX002",                         // corruption
             "P0000 P0004 HV000 72000 99999",                   // not known
+            "2200H 26000",                                     // no number left, a pooler
         ];
         for code in ours.iter().flat_map(|class| class.split(' ')) {
+            assert!(matches!(fault(code), Fault::Ours(_) | Fault::Unclear(_)), "{code}");
+        }
+    }
+
+    #[test]
+    fn what_a_trigger_may_raise_for_one_row_is_unclear() {
+        for code in ["LP001", "P0002", "P0004", "XX000", "42883", "42501", "42P01", "57014", "F0000", "99999"] {
+            assert!(matches!(fault(code), Fault::Unclear(_)), "{code}");
+        }
+        for code in ["08006", "25006", "25P02", "28P01", "40P01", "53100", "53300", "55P03", "57P01", "58030"] {
             assert!(matches!(fault(code), Fault::Ours(_)), "{code}");
         }
     }

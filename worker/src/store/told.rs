@@ -7,11 +7,11 @@ use shared::trace::TraceId;
 use tracing::Level;
 use tracing::field::{DisplayValue, display};
 
-use super::{Batch, Origin, Stored};
+use super::{Batch, Origin, SetBack, Stored};
 
 /// Tells what became of each delivery of a committed batch: of what is stored at debug, of dead letters as warnings.
 pub(crate) fn tell(stored: &Stored, batch: &Batch) {
-    let Stored { fresh, dead, known } = stored;
+    let Stored { fresh, dead, known, set_back: _ } = stored;
     let each = tracing::enabled!(Level::DEBUG);
     if dead.is_empty() && !each {
         return;
@@ -29,6 +29,24 @@ pub(crate) fn tell(stored: &Stored, batch: &Batch) {
             tracing::debug!(delivery.id = id, trace.id = traces.of_delivery(id), "a delivery was stored before");
         }
         tracing::debug!(fresh = fresh.len(), known = known.len(), dead = dead.len(), "stored a batch");
+    }
+}
+
+/// Tells of deliveries of `batch` that are set back for the first time.
+pub(crate) fn tell_set_back(rows: &[&SetBack], batch: &Batch) {
+    if rows.is_empty() {
+        return;
+    }
+    let traces = Traces::of(batch);
+    for SetBack { delivery_id, sqlstate, reason } in rows {
+        let trace = traces.of_delivery(delivery_id);
+        tracing::warn!(
+            delivery.id = delivery_id,
+            trace.id = trace,
+            sqlstate,
+            "a delivery is set back, the others of its batch are stored: {reason}. Look at the triggers of its table. The \
+             delivery is tried again within 5 minutes, until it is stored"
+        );
     }
 }
 

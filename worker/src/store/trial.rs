@@ -8,7 +8,12 @@
 //! Not tried, because only the real tables could tell: triggers, foreign keys and unique indexes that somebody added.
 
 use super::rows::Statements;
-use super::{Dead, ISSUES, LEDGER, Record, SETTINGS, SIGNALS, Store, StoreError, begin, within};
+use super::{Dead, ISSUES, LEDGER, Record, SETTINGS, SIGNALS, Store, StoreError, Tx, savepoint, within};
+
+/// The right to make temporary tables, and the names of role and database, for the GRANT.
+const MAY: &str = "\
+    SELECT has_database_privilege(current_database(), 'TEMPORARY'), quote_ident(current_user::text),
+           quote_ident(current_database()::text)";
 
 /// Columns that these statements do not write get NULL here, whatever their default would be.
 const TABLES: &str = "\
@@ -34,16 +39,27 @@ impl Store {
     /// Which of these rows PostgreSQL would refuse, and why. Changes nothing.
     ///
     /// # Errors
-    /// [`StoreError::Outage`]; also where the role may make no temporary tables.
+    /// [`StoreError::Outage`]; [`StoreError::Denied`] where the role may make no temporary tables.
     pub async fn try_out(&self, records: &[&Record]) -> Result<Vec<Dead>, StoreError> {
         if records.is_empty() {
             return Ok(Vec::new());
         }
-        let mut client = self.client().await?;
-        let mut tx = begin(&mut client).await?;
-        within(tx.batch_execute(SETTINGS)).await?;
-        within(tx.batch_execute(TABLES)).await?;
-        let statements = Statements {
+        self.rehearse(SETTINGS, |tx| async move { try_out(&tx, records).await }).await
+    }
+}
+
+async fn try_out(tx: &Tx, records: &[&Record]) -> Result<Vec<Dead>, StoreError> {
+    let row = within(tx.query_one(MAY, &[])).await?;
+    if !row.get::<_, bool>(0) {
+        let (role, database): (String, String) = (row.get(1), row.get(2));
+        return Err(StoreError::Denied(format!(
+            "a dry run writes to temporary tables, and the role {role} may make none in the database {database}: as its \
+             owner, GRANT TEMPORARY ON DATABASE {database} TO {role}"
+        )));
+    }
+    within(tx.batch_execute(TABLES)).await?;
+    let statements =
+        Statements {
             ledger: within(tx.prepare(LEDGER)).await?,
             issues: within(tx.prepare(&ISSUES.replace("public.issues", "pg_temp.issues"))).await?,
             signals: within(tx.prepare(
@@ -51,29 +67,18 @@ impl Store {
             ))
             .await?,
         };
-        let mut refused = Vec::new();
-        let savepoint = within(tx.savepoint("together")).await?;
-        let together = statements.insert(&savepoint, records).await;
-        within(savepoint.rollback()).await?;
-        match together {
-            Ok(()) => {}
-            Err(StoreError::Refused(_)) => {
-                for record in records {
-                    let savepoint = within(tx.savepoint("delivery")).await?;
-                    let alone = statements.insert(&savepoint, &[record]).await;
-                    within(savepoint.rollback()).await?;
-                    match alone {
-                        Ok(()) => {}
-                        Err(StoreError::Refused(reason)) => {
-                            refused.push(Dead { delivery_id: record.delivery_id.clone(), reason });
-                        }
-                        Err(outage @ StoreError::Outage(_)) => return Err(outage),
-                    }
-                }
-            }
-            Err(outage @ StoreError::Outage(_)) => return Err(outage),
-        }
-        within(tx.rollback()).await?;
-        Ok(refused)
+    let mut refused = Vec::new();
+    match savepoint(tx, statements.insert(tx, records)).await {
+        Ok(()) => return Ok(refused),
+        Err(StoreError::Refused(_)) => {}
+        Err(error @ (StoreError::Outage(_) | StoreError::Denied(_))) => return Err(error),
     }
+    for record in records {
+        match savepoint(tx, statements.insert(tx, &[record])).await {
+            Ok(()) => {}
+            Err(StoreError::Refused(reason)) => refused.push(Dead { delivery_id: record.delivery_id.clone(), reason }),
+            Err(error @ (StoreError::Outage(_) | StoreError::Denied(_))) => return Err(error),
+        }
+    }
+    Ok(refused)
 }

@@ -114,6 +114,11 @@ impl DatabaseUrl {
         self.config.get_user()
     }
 
+    /// The database: that of the role's name, where none is named.
+    pub(crate) fn name(&self) -> &str {
+        self.config.get_dbname().or(self.user()).unwrap_or("postgres")
+    }
+
     /// Reads `DATABASE_URL`; what it does not say of TLS, `variable` does, which gives the value of one of
     /// [`TLS_SETTINGS`].
     ///
