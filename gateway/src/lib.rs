@@ -34,7 +34,7 @@ pub mod summary;
 pub mod top_sources;
 pub mod traffic;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -43,6 +43,7 @@ use shared::ops::{self, Readiness};
 use shared::stream::NatsSettings;
 use shared::telemetry;
 use tokio::net::{TcpListener, TcpSocket};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 pub use crate::settings::Config;
@@ -99,8 +100,10 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let settling = Settling { journal: &journal, publisher: &publisher, metrics: &metrics };
     let mut summary = Summary::new(metrics.clone(), journal.clone(), gateway.sources());
     let ending = server::Ending::default();
+    let stopped_at = OnceLock::new();
     let leave = async {
         shutdown.cancelled().await;
+        let _ = stopped_at.set(Instant::now());
         readiness.stopping();
         ending.leaving.cancel();
         if !config.shutdown_delay.is_zero() {
@@ -109,6 +112,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         tokio::time::sleep(config.shutdown_delay).await;
         ending.closing.cancel();
     };
+    let closing = CLOSING.min(config.grace / 4);
     let serving = async {
         let orderly = async {
             tokio::join!(leave, server::run(public, gateway, &config.limits, ending.clone()));
@@ -116,7 +120,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         };
         let grace_is_over = async {
             shutdown.cancelled().await;
-            tokio::time::sleep(config.grace).await;
+            tokio::time::sleep(config.grace.saturating_sub(closing)).await;
         };
         tokio::select! {
             () = orderly => {}
@@ -131,16 +135,27 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         settling.run(&config.nats, config.journal.confirm_after, &readiness, &after),
         after.run_until_cancelled(config.secrets.watch(&readiness, metrics.secret_file_rejected())),
         after.run_until_cancelled(summary.run()),
+        after.run_until_cancelled(journal.watch_disk()),
     );
     summary.tell();
     telemetry::tell_suppressed();
-    ops.await.context("the ops listener failed")?;
-    journal.close().await;
+    let ops = ops.await;
+    let grace_ends = stopped_at.get().map_or_else(Instant::now, |at| *at + config.grace);
+    if tokio::time::timeout_at(grace_ends, journal.close()).await.is_err() {
+        tracing::warn!(
+            "the journal's disk does not finish: the journal is left as it is, and the next start reads it through"
+        );
+    }
+    ops.context("the ops listener failed")?;
     // Leaves in good order; whether NATS notices is its own affair.
     let _ = publisher.link().current().client.drain().await;
     tracing::info!("stopped");
     Ok(())
 }
+
+/// The part of the grace period in which the journal is closed, a quarter of it at most. It takes milliseconds unless the
+/// disk hangs.
+const CLOSING: Duration = Duration::from_secs(2);
 
 /// What brings entries from the journal to their receipts.
 struct Settling<'a> {

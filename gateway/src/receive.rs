@@ -156,6 +156,12 @@ impl Gateway {
     ) -> Result<Accepted, Reject> {
         route(head)?;
         let signature = Signature::of(&head.headers)?;
+        if let Some(stall) = self.journal.stall() {
+            // At once: Sentry counts an answer that does not come as far worse than a 503.
+            let trace = trace.trace_id();
+            tracing::warn!(trace.id = %trace, %source, cause = %stall, "a delivery was answered 503 before it was read");
+            return Err(Reject::NotJournalled(AppendError::Stalled(stall)));
+        }
         let (body, _budget) = self.bodies.read(body).await?;
         if !lasts.ticket().leave() {
             return Err(Reject::TooManyConnections);

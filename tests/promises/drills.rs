@@ -9,6 +9,7 @@
 mod broker;
 mod disk;
 mod faults;
+mod hang;
 mod memory;
 
 use std::io::Write as _;

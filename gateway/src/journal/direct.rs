@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::format::BLOCK;
+use super::stall::{InFlight, Operation};
 
 const BLOCK_BYTES: usize = BLOCK as usize;
 
@@ -147,12 +148,14 @@ pub(super) struct Output<'a> {
     filled: usize,
     /// Where in the file the first of them goes.
     at: u64,
+    /// Told of each write.
+    in_flight: &'a InFlight,
 }
 
 impl<'a> Output<'a> {
     /// Into `file` from `at` on, a multiple of [`BLOCK`], through `blocks`, of which there is at least one.
-    pub(super) fn new(file: &'a SegmentFile, at: u64, blocks: &'a mut Blocks) -> Self {
-        Output { file, blocks, filled: 0, at }
+    pub(super) fn new(file: &'a SegmentFile, at: u64, blocks: &'a mut Blocks, in_flight: &'a InFlight) -> Self {
+        Output { file, blocks, filled: 0, at, in_flight }
     }
 
     pub(super) fn put(&mut self, mut bytes: &[u8]) -> io::Result<()> {
@@ -177,7 +180,9 @@ impl<'a> Output<'a> {
     }
 
     fn write(&mut self) -> io::Result<()> {
+        let writing = self.in_flight.begin(Operation::Write);
         self.file.write(&self.blocks.bytes()[..self.filled], self.at)?;
+        drop(writing);
         self.at += self.filled as u64;
         self.filled = 0;
         Ok(())
@@ -231,7 +236,8 @@ mod tests {
         let mut blocks = Blocks::new(2 * BLOCK_BYTES);
         let mut expected = vec![0; BLOCK_BYTES];
         for lengths in [&[1][..], &[100, 3000, 0, 30_000, 7], &[2 * BLOCK_BYTES], &[BLOCK_BYTES - 1, 1], &[]] {
-            let mut output = Output::new(&file, expected.len() as u64, &mut blocks);
+            let in_flight = InFlight::default();
+            let mut output = Output::new(&file, expected.len() as u64, &mut blocks, &in_flight);
             for (length, byte) in lengths.iter().zip(1..) {
                 output.put(&vec![byte; *length]).unwrap();
                 expected.resize(expected.len() + length, byte);

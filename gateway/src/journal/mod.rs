@@ -57,11 +57,14 @@
 //!   and only after the next segment's header, which says how long this one is, was synced. At an orderly shutdown, and
 //!   at a start, there is no such header: then the index is synced before the file is cut. The second thread seals, so
 //!   no delivery waits for that.
+//! - Only the writer keeps a segment's file open, the one that it writes to. All others are opened when they are read,
+//!   sealed or removed: a journal may have more segments than a process may have files open.
+//! - A disk that hangs is a fault. The writer notes each operation before it begins. When one takes more than a second,
+//!   appends are refused at once, and those that wait within 3 s of its beginning ([`stall`]). Their entries may be
+//!   on disk later, as those of a failed batch may, and are then delivered.
 //! - A segment goes as a whole, when every entry in it is confirmed and `retain` is over. At the byte limit, or on a
 //!   full disk, segments in which every entry is published or confirmed go first, the oldest first; never one with an
 //!   entry that is not in the stream.
-//! - Only the writer keeps a segment's file open, the one that it writes to. All others are opened when they are read,
-//!   sealed or removed: a journal may have more segments than a process may have files open.
 //! - Marks are hints: written at most once a second, never synced, replaced by rename. Without them confirmed entries
 //!   are published again, which changes nothing in the end. They are never the reason to let an entry go that was not
 //!   confirmed: checksum and marker tie them to their segment.
@@ -115,6 +118,7 @@ mod recover;
 mod scan;
 mod segment;
 mod snapshot;
+mod stall;
 mod state;
 mod stats;
 mod table;
@@ -139,6 +143,7 @@ pub use read::{ReadError, Stored};
 pub use receipts::{Judged, Receipt};
 pub use recover::{Damage, OpenError, Recovered};
 pub use snapshot::{Listed, SegmentStatus, Snapshot};
+pub use stall::{Operation, Stall};
 pub use state::{Refusal, State, Tally};
 pub use stats::{AppendError, SYNC_BUCKETS, Share, Stats, Syncs, Trouble, Unsettled};
 pub use table::Unconfirmed;
@@ -147,8 +152,14 @@ use format::{MAX_PAYLOAD, RECORD_HEADER};
 use keeper::Nudge;
 use recent::Recent;
 use segment::{Segment, Ticks};
+use stall::InFlight;
 use table::{Located, Table};
 use writer::{Job, Waiting, Work, Writer};
+
+/// Time after which an append looks whether the disk hangs, and how often it looks again. With the second after which an
+/// operation counts as hanging, an append is refused within 3 s of its beginning.
+const LOOK_AFTER: Duration = Duration::from_millis(1500);
+const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 /// What an entry costs while it waits, beside its bytes: so that the bound on waiting bytes also bounds empty ones.
 const WAITING_OVERHEAD: usize = 512;
@@ -238,6 +249,7 @@ struct Shared {
     receipt_key: [u8; 32],
     limits: Limits,
     table: Mutex<Table>,
+    in_flight: InFlight,
     /// Something waits for a publisher that did not before.
     appended: Notify,
     waiting: AtomicUsize,
@@ -297,6 +309,7 @@ impl Journal {
             receipt_key,
             limits: limits.sane(),
             table: Mutex::new(table),
+            in_flight: InFlight::default(),
             appended: Notify::new(),
             waiting: AtomicUsize::new(0),
             buffers: Arc::default(),
@@ -327,7 +340,8 @@ impl Journal {
     }
 
     /// Makes an entry durable. It is on disk when this returns its place. If the future is dropped before, it may be
-    /// on disk all the same, and will then be published.
+    /// on disk all the same, and will then be published. While the disk hangs this returns an error: at once, or within
+    /// 3 s of the beginning where the entry was on its way before.
     ///
     /// # Errors
     /// [`AppendError`]: it is not promised to anybody.
@@ -337,6 +351,7 @@ impl Journal {
         if bytes > MAX_PAYLOAD {
             return Err(AppendError::TooLarge { bytes, limit: MAX_PAYLOAD });
         }
+        self.stall().map_or(Ok(()), |stall| Err(AppendError::Stalled(stall)))?;
         let shared = &self.0.shared;
         let bytes = bytes + RECORD_HEADER + WAITING_OVERHEAD;
         let before = shared.waiting.fetch_add(bytes, Ordering::Relaxed);
@@ -351,7 +366,21 @@ impl Journal {
         let received_ms = read::unix_ms(received_at);
         let job = Job { received_ms, meta, body, payload_crc, waiting, answer };
         self.0.work.send(Work::Append(job)).map_err(|_| AppendError::ShutDown)?;
-        answered.await.unwrap_or(Err(AppendError::ShutDown))
+        self.answer(answered).await
+    }
+
+    /// The writer's answer, or an error while the disk hangs.
+    async fn answer(&self, mut answered: oneshot::Receiver<Result<Place, AppendError>>) -> Result<Place, AppendError> {
+        let mut wait = LOOK_AFTER;
+        loop {
+            if let Ok(answer) = tokio::time::timeout(wait, &mut answered).await {
+                return answer.unwrap_or(Err(AppendError::ShutDown));
+            }
+            if let Some(stall) = self.stall() {
+                return Err(AppendError::Stalled(stall));
+            }
+            wait = LOOK_EVERY;
+        }
     }
 
     /// The oldest entries that are journalled, neither published nor set aside, and not taken already: at most
@@ -601,7 +630,35 @@ impl Journal {
 
     /// What keeps the journal from taking entries, if anything does.
     pub fn trouble(&self) -> Option<Trouble> {
-        self.0.shared.table().trouble.clone()
+        let hangs = self
+            .stall()
+            .map(|stall| Trouble { since: SystemTime::now() - stall.lasts, problem: AppendError::Stalled(stall) });
+        hangs.or_else(|| self.0.shared.table().trouble.clone())
+    }
+
+    /// The operation that the disk does not finish, while it hangs.
+    pub fn stall(&self) -> Option<Stall> {
+        self.0.shared.in_flight.stall()
+    }
+
+    /// Logs when the disk begins to hang, and when it goes on. Never returns.
+    pub async fn watch_disk(&self) {
+        let mut since = None;
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            match (self.stall(), since) {
+                (Some(stall), None) => {
+                    tracing::warn!("{stall}; deliveries are answered 503 until it has");
+                    since = Some(Instant::now().checked_sub(stall.lasts).unwrap_or_else(Instant::now));
+                }
+                (None, Some(begin)) => {
+                    let took = Instant::elapsed(&begin);
+                    tracing::warn!(?took, "the journal's disk goes on; deliveries are taken again");
+                    since = None;
+                }
+                (Some(_), Some(_)) | (None, None) => {}
+            }
+        }
     }
 
     /// A snapshot, for metrics.

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use super::stall::Stall;
 use super::state::{State, Tally};
 
 /// Upper bounds of the buckets of [`Syncs`], seconds.
@@ -119,6 +120,9 @@ pub enum AppendError {
     /// Writing or syncing failed.
     #[error("the journal's disk fails: {0}")]
     Disk(#[source] Arc<io::Error>),
+    /// The disk hangs. The entry may be on it later all the same, and is then published.
+    #[error("{0}")]
+    Stalled(Stall),
     /// More bytes wait for the disk than may.
     #[error("{limit} bytes already wait to be written to the journal")]
     Busy {

@@ -20,6 +20,7 @@ use super::keeper::{self, Nudge};
 use super::recent::Remembered;
 use super::scan;
 use super::segment::{Appended, Segment};
+use super::stall::{InFlight, Operation};
 use super::stats::{AppendError, Trouble};
 use super::table::Spare;
 use super::{Place, Shared};
@@ -97,9 +98,9 @@ impl Active {
     }
 
     /// Writes a batch behind what is there. Gives its records and where they end; nothing is synced yet.
-    fn write(&self, jobs: &[Job], blocks: &mut Blocks) -> io::Result<(Vec<Appended>, u64)> {
+    fn write(&self, jobs: &[Job], blocks: &mut Blocks, in_flight: &InFlight) -> io::Result<(Vec<Appended>, u64)> {
         let begin = if self.header.is_some() { 0 } else { self.end };
-        let mut output = Output::new(&self.file, begin, blocks);
+        let mut output = Output::new(&self.file, begin, blocks, in_flight);
         if let Some(header) = self.header {
             output.put(&header.encode())?;
             output.fill_block();
@@ -276,9 +277,11 @@ impl Writer {
     /// A batch: a write or few, one fdatasync. After an error nothing is known of what is on disk beyond what was synced before.
     fn write_and_sync(&mut self, jobs: &[Job]) -> io::Result<Vec<Place>> {
         let active = self.active.as_mut().expect("room_for made one");
-        let (appended, end) = active.write(jobs, &mut self.blocks)?;
+        let (appended, end) = active.write(jobs, &mut self.blocks, &self.shared.in_flight)?;
         let began = Instant::now();
+        let syncing = self.shared.in_flight.begin(Operation::Sync);
         active.file.sync()?;
+        drop(syncing);
         let took = began.elapsed();
 
         let first = active.entries;
@@ -340,7 +343,8 @@ impl Writer {
 
     /// A blank file with room for `needed` bytes: the one that lies ready, or a new one for which others may have to
     /// go.
-    fn spare(&mut self, needed: u64) -> Result<Spare, AppendError> {
+    fn spare(&self, needed: u64) -> Result<Spare, AppendError> {
+        let _making = self.shared.in_flight.begin(Operation::NewSegment);
         let ready = self.shared.table().spare.take();
         if let Some(spare) = ready {
             // Numbers tell the age, so one that was overtaken is of no use.
@@ -389,6 +393,7 @@ impl Writer {
         } else {
             table.segments.remove(&active.number);
             drop(table);
+            let _removing = self.shared.in_flight.begin(Operation::NewSegment);
             let _ = files::remove(&files::segment(&self.shared.dir, active.number));
         }
     }
