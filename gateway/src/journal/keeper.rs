@@ -128,7 +128,7 @@ pub(super) fn make_room(shared: &Shared, needed: u64) -> bool {
     let Some(segment) = table.expendable().and_then(|number| table.segments.remove(&number)) else { return false };
     let unconfirmed = segment.tally(State::Published).entries;
     table.counters.dropped_unconfirmed += unconfirmed;
-    table.reserved += segment.on_disk;
+    table.begin_removal(&segment);
     drop(table);
     if unconfirmed > 0 {
         tracing::warn!(
@@ -149,7 +149,7 @@ fn let_finished_go(shared: &Shared) {
     for number in finished {
         let mut table = shared.table();
         let Some(segment) = table.segments.remove(&number) else { continue };
-        table.reserved += segment.on_disk;
+        table.begin_removal(&segment);
         drop(table);
         remove(shared, &segment);
     }
@@ -160,7 +160,7 @@ fn let_finished_go(shared: &Shared) {
 /// stay reserved until it is gone.
 ///
 /// No sync: should the name come back after a power cut, its entries are published once more, which changes nothing.
-fn remove(shared: &Shared, segment: &Segment) {
+pub(super) fn remove(shared: &Shared, segment: &Segment) {
     let path = files::segment(&shared.dir, segment.number);
     let removed = if segment.damaged {
         std::fs::rename(&path, files::damaged(&shared.dir, segment.number))
@@ -169,12 +169,13 @@ fn remove(shared: &Shared, segment: &Segment) {
     };
     let removed = removed.and_then(|()| files::remove(&files::marks(&shared.dir, segment.number)));
     let mut table = shared.table();
-    table.reserved -= segment.on_disk;
+    table.end_removal(segment);
     if segment.damaged {
         table.kept.0 += segment.on_disk;
         table.kept.1 += 1;
     }
     drop(table);
+    shared.space.notify_all();
     if let Err(error) = removed {
         tracing::warn!(file = %path.display(), %error, "a finished segment stays until the next start");
     }
@@ -182,13 +183,16 @@ fn remove(shared: &Shared, segment: &Segment) {
 
 /// Makes the next segment early, so that no delivery waits for it. Nothing is let go for it.
 fn make_spare(shared: &Shared) {
-    let wanted = std::mem::take(&mut shared.table().spare_wanted);
     let size = shared.limits.segment_bytes;
-    let Some(blank) = wanted.then(|| reserve(shared, size, size)).flatten() else { return };
-    // An error is no trouble yet: the writer meets it again if it is one.
-    if let Ok(spare) = create(shared, blank) {
-        shared.table().spare = Some(spare);
+    if !std::mem::take(&mut shared.table().spare_wanted) {
+        return;
     }
+    let Some(blank) = reserve(shared, size, size) else { return };
+    shared.table().making_spare = true;
+    // An error is no trouble yet: the writer meets it again if it is one.
+    let spare = create(shared, blank).ok();
+    shared.table().end_spare(spare);
+    shared.space.notify_all();
 }
 
 /// Writes the states of every segment in which one changed. Hints for the next start and for `gateway journal status`:

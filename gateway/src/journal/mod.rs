@@ -130,7 +130,7 @@ mod tests;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -249,6 +249,8 @@ struct Shared {
     receipt_key: [u8; 32],
     limits: Limits,
     table: Mutex<Table>,
+    /// With `table`: a segment was made or removed.
+    space: Condvar,
     in_flight: InFlight,
     /// Something waits for a publisher that did not before.
     appended: Notify,
@@ -309,6 +311,7 @@ impl Journal {
             receipt_key,
             limits: limits.sane(),
             table: Mutex::new(table),
+            space: Condvar::new(),
             in_flight: InFlight::default(),
             appended: Notify::new(),
             waiting: AtomicUsize::new(0),

@@ -55,6 +55,12 @@ impl InFlight {
         Running(self)
     }
 
+    /// The operation in flight, if there is one, and how long it has taken so far.
+    #[cfg(test)]
+    pub(super) fn now(&self) -> Option<(Operation, Duration)> {
+        self.lock().map(|(operation, begin)| (operation, begin.elapsed()))
+    }
+
     /// The operation in flight, if it takes too long.
     pub(super) fn stall(&self) -> Option<Stall> {
         let (operation, begin) = (*self.lock())?;

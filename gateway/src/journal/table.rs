@@ -32,8 +32,14 @@ pub(super) struct Table {
     pub(super) spare_wanted: bool,
     /// The number that the next file gets. Never one that any file here has had.
     pub(super) next_number: u64,
-    /// Bytes of files being made.
+    /// Bytes of files being made or removed.
     pub(super) reserved: u64,
+    /// The keeper makes a spare.
+    pub(super) making_spare: bool,
+    /// How many segments are being removed.
+    pub(super) being_removed: usize,
+    /// How often either has ended.
+    pub(super) space_given: u64,
     /// Bytes and number of files kept for people.
     pub(super) kept: (u64, usize),
     pub(super) trouble: Option<Trouble>,
@@ -70,6 +76,25 @@ impl Table {
         let segment = self.segments.get_mut(&place.segment)?;
         let index = place.index as usize;
         (segment.check == place.check && index < segment.entries()).then_some((segment, index))
+    }
+
+    /// A segment that was just taken out of the table is about to be removed. Its bytes count until that is done.
+    pub(super) fn begin_removal(&mut self, segment: &Segment) {
+        self.reserved += segment.on_disk;
+        self.being_removed += 1;
+    }
+
+    pub(super) fn end_removal(&mut self, segment: &Segment) {
+        self.reserved -= segment.on_disk;
+        self.being_removed -= 1;
+        self.space_given += 1;
+    }
+
+    /// The keeper has made a spare, or could not.
+    pub(super) fn end_spare(&mut self, spare: Option<Spare>) {
+        self.spare = spare;
+        self.making_spare = false;
+        self.space_given += 1;
     }
 
     /// Bytes that the journal's segments take on disk, or are about to.

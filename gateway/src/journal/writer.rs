@@ -3,9 +3,9 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
@@ -22,7 +22,7 @@ use super::scan;
 use super::segment::{Appended, Segment};
 use super::stall::{InFlight, Operation};
 use super::stats::{AppendError, Trouble};
-use super::table::Spare;
+use super::table::{Spare, Table};
 use super::{Place, Shared};
 
 /// No batch is larger, so that the first to wait in it does not wait for megabytes of others.
@@ -33,6 +33,9 @@ const WRITE_BYTES: usize = 1 << 20;
 /// each delivery refused is lost to its sender. For the same reason the longest is short.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Time that the writer waits for space that the keeper is about to give, before it makes a segment itself, lets one go or
+/// refuses. What waits for longer counts as a disk that hangs.
+const WAIT_FOR_SPACE: Duration = Duration::from_secs(1);
 
 /// What the thread is asked to do.
 pub(super) enum Work {
@@ -345,20 +348,19 @@ impl Writer {
     /// go.
     fn spare(&self, needed: u64) -> Result<Spare, AppendError> {
         let _making = self.shared.in_flight.begin(Operation::NewSegment);
-        let ready = self.shared.table().spare.take();
-        if let Some(spare) = ready {
-            // Numbers tell the age, so one that was overtaken is of no use.
-            if spare.capacity >= needed && spare.number > self.newest {
-                return Ok(spare);
-            }
-            let _ = files::remove(&spare.path);
-        }
+        let until = Instant::now() + WAIT_FOR_SPACE;
         let limits = &self.shared.limits;
         let smallest = keeper::smallest(limits, needed);
         let mut wanted = limits.segment_bytes.max(needed);
         loop {
+            if let Some(spare) = self.ready_spare(needed) {
+                return Ok(spare);
+            }
+            if self.wait_for_keeper(until, |table| table.making_spare) {
+                continue;
+            }
             let Some(blank) = keeper::reserve(&self.shared, wanted, smallest) else {
-                if keeper::make_room(&self.shared, smallest) {
+                if self.make_room(until, smallest) {
                     continue;
                 }
                 return Err(AppendError::Full { limit: limits.max_bytes_on_disk });
@@ -372,13 +374,44 @@ impl Writer {
             }
             // The disk is smaller than the journal's limit says. What may go at the limit may go now, and a smaller
             // segment is better than none.
-            if !keeper::make_room(&self.shared, smallest) {
+            if !self.make_room(until, smallest) {
                 if wanted / 2 < smallest {
                     return Err(problem);
                 }
                 wanted /= 2;
             }
         }
+    }
+
+    /// The file that lies ready, if it is of use.
+    fn ready_spare(&self, needed: u64) -> Option<Spare> {
+        let spare = self.shared.table().spare.take()?;
+        // Numbers tell the age, so one that was overtaken is of no use.
+        if spare.capacity >= needed && spare.number > self.newest {
+            return Some(spare);
+        }
+        let _ = files::remove(&spare.path);
+        None
+    }
+
+    /// Waits for space that the keeper is about to give, else lets a segment go. Returns `false` when there is none to be
+    /// had.
+    fn make_room(&self, until: Instant, needed: u64) -> bool {
+        self.wait_for_keeper(until, |table| table.being_removed > 0) || keeper::make_room(&self.shared, needed)
+    }
+
+    /// Waits until the keeper has made or removed a segment, if it is about to. Returns `false` when it is not, or not in
+    /// time.
+    fn wait_for_keeper(&self, until: Instant, is_about_to: impl Fn(&Table) -> bool) -> bool {
+        let table = self.shared.table();
+        if !is_about_to(&table) {
+            return false;
+        }
+        let (given, left) = (table.space_given, until.saturating_duration_since(Instant::now()));
+        let waited = self.shared.space.wait_timeout_while(table, left, |table| table.space_given == given);
+        let (table, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        drop(table);
+        !waited.timed_out()
     }
 
     /// Never writes to or syncs this segment again: after a failed fdatasync the kernel may have dropped the pages and

@@ -8,7 +8,7 @@ use tempfile::tempdir;
 
 use super::super::direct::SegmentFile;
 use super::super::files::{self, Kind};
-use super::super::{AppendError, ReadError, Refusal, Snapshot, State};
+use super::super::{AppendError, Operation, ReadError, Refusal, Shared, Snapshot, State, keeper};
 use super::*;
 
 const MIB: u64 = 1 << 20;
@@ -506,6 +506,81 @@ fn a_start_has_few_files_open_at_once() {
     assert!(most <= 6, "{most} were open at once");
 }
 
+/// Returns `true` when the writer has waited for a segment for a while.
+fn waits_for_space(shared: &Shared) -> bool {
+    matches!(shared.in_flight.now(), Some((Operation::NewSegment, lasts)) if lasts > Duration::from_millis(50))
+}
+
+fn wait_for_writer(condition: impl Fn() -> bool) {
+    let give_up = Instant::now() + Duration::from_secs(20);
+    while !condition() && Instant::now() < give_up {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A journal at its byte limit. All of it is published, nothing is confirmed.
+async fn at_its_limit(dir: &Path) -> (Journal, u64) {
+    let limits = Limits { max_bytes_on_disk: 4 * limits(7).segment_bytes, ..limits(7) };
+    let (journal, _) = open(dir, limits).await;
+    let mut id = 0;
+    while journal.append(entry(id, 500)).await.is_ok() {
+        id += 1;
+    }
+    for stored in journal.take(1000, MIB).await {
+        journal.mark_published(stored.place, 1);
+    }
+    eventually(|| journal.trouble().is_none()).await;
+    let dropped = journal.stats().dropped_unconfirmed;
+    (journal, dropped)
+}
+
+#[tokio::test]
+async fn nothing_unconfirmed_goes_while_a_segment_is_being_removed() {
+    let dir = tempdir().unwrap();
+    let (journal, before) = at_its_limit(dir.path()).await;
+    let shared = journal.0.shared.clone();
+    // As the keeper does it: out of the table, and on its way off the disk.
+    let mut table = shared.table();
+    let number = table.expendable().unwrap();
+    let segment = table.segments.remove(&number).unwrap();
+    table.begin_removal(&segment);
+    drop(table);
+    let removing = std::thread::spawn(move || {
+        wait_for_writer(|| waits_for_space(&shared) || shared.table().counters.dropped_unconfirmed > before);
+        keeper::remove(&shared, &segment);
+    });
+    for id in 0.. {
+        if removing.is_finished() {
+            break;
+        }
+        let place = journal.append(entry(1000 + id, 500)).await.unwrap();
+        journal.mark_published(place, 1);
+    }
+    removing.join().unwrap();
+    assert_eq!(journal.stats().dropped_unconfirmed, before, "room was on its way");
+}
+
+#[tokio::test]
+async fn a_delivery_waits_for_the_segment_that_is_just_being_made() {
+    let dir = tempdir().unwrap();
+    let limits = Limits { max_bytes_on_disk: 4 * limits(7).segment_bytes, ..limits(7) };
+    let (journal, _) = open(dir.path(), limits).await;
+    let shared = journal.0.shared.clone();
+    // As the keeper does it, when the active segment is half full: all that is left of the limit.
+    let blank = keeper::reserve(&shared, u64::MAX, limits.segment_bytes).unwrap();
+    shared.table().making_spare = true;
+    let making = std::thread::spawn(move || {
+        wait_for_writer(|| waits_for_space(&shared) || shared.table().trouble.is_some());
+        let spare = keeper::create(&shared, blank).unwrap();
+        shared.table().end_spare(Some(spare));
+        shared.space.notify_all();
+    });
+    for id in 0..10 {
+        journal.append(entry(id, 500)).await.unwrap();
+    }
+    making.join().unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_beside_a_busy_writer_shows_no_damage() {
     let dir = tempdir().unwrap();
@@ -541,6 +616,6 @@ async fn a_thread_that_has_ended_is_told() {
     let dir = tempdir().unwrap();
     let (journal, _) = open(dir.path(), limits(3)).await;
     assert!(!journal.is_broken());
-    journal.0.keeper.send(super::super::keeper::Nudge::Stop).unwrap();
+    journal.0.keeper.send(keeper::Nudge::Stop).unwrap();
     eventually(|| journal.is_broken()).await;
 }
