@@ -220,7 +220,7 @@ impl Config {
         }
         let logs = settings::logs(&mut reader);
         if let Some((journal, limits)) = journal.as_ref().zip(limits.as_ref()) {
-            let least = journal::Limits::least_for(limits.body_bytes);
+            let least = journal::Limits::least_for(limits.body_bytes + limits.header_bytes);
             if journal.limits.max_bytes_on_disk < least {
                 let (journal, body) = (GATEWAY_JOURNAL_MAX_BYTES.variable, GATEWAY_MAX_BODY_BYTES.variable);
                 reader.mistake(format!(

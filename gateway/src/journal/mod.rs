@@ -186,12 +186,12 @@ impl Limits {
         Limits { max_bytes_on_disk, segment_bytes, max_bytes_waiting: 256 << 20, retain: Duration::ZERO }.sane()
     }
 
-    /// The least [`Limits::max_bytes_on_disk`] of a journal that takes bodies of so many bytes. The segment that is written
-    /// to stays until the next one is there, and each may hold such a body.
-    pub fn least_for(body_bytes: usize) -> u64 {
-        /// A header block, and all that a segment holds beside one record.
+    /// The least [`Limits::max_bytes_on_disk`] of a journal that takes entries of so many bytes, header block included. The
+    /// segment that is written to stays until the next one is there, and each may hold such an entry.
+    pub fn least_for(entry_bytes: usize) -> u64 {
+        /// What a segment holds beside the bytes of one entry, and more.
         const BESIDE: u64 = 64 << 10;
-        2 * (body_bytes as u64 + BESIDE)
+        2 * (entry_bytes as u64 + BESIDE)
     }
 
     /// A journal needs several segments, or nothing in it could ever make room.
