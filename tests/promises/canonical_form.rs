@@ -50,9 +50,7 @@ fn node_agrees_on_nasty_bodies() {
     let mut random = fastrand::Rng::with_seed(seed);
     let bodies: Vec<Vec<u8>> = (0..BODIES).map(|_| nasty::body(&mut random)).collect();
     let Some(answers) = ask_node(&bodies) else {
-        // Not `eprintln!`: the test harness would keep that to itself.
-        let _ = writeln!(std::io::stderr(), "SKIPPED node_agrees_on_nasty_bodies: there is no `node` on PATH");
-        return;
+        return world::skipped("node_agrees_on_nasty_bodies", "there is no `node` on PATH");
     };
     assert_eq!(answers.len(), BODIES);
     for (body, expected) in bodies.iter().zip(&answers) {

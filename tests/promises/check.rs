@@ -495,7 +495,7 @@ async fn a_broker_without_logins_or_encryption_is_warned_of() {
     servers.nats.options.extra = users.replace("no_auth_user: guest", "");
     servers.nats.start_again().await.unwrap();
     let Some(address) = world::own_address() else {
-        return crate::drills::skipped("a_broker_that_speaks_in_clear", "this machine has no address but loopback");
+        return world::skipped("a_broker_that_speaks_in_clear", "this machine has no address but loopback");
     };
     let url = format!("nats://all:{SECRET}@{address}:{port}");
     for checked in [servers.gateway(&[("NATS_URL", &url)]).await, servers.worker(&[("NATS_URL", &url)]).await] {
@@ -532,7 +532,7 @@ async fn memory_and_full_disks_are_no_place_for_a_journal() {
     let under: &[&str] = if nix::unistd::geteuid().is_root() { &as_root } else { &as_others };
     let tried = Command::new(under[0]).args(&under[1..under.len() - 1]).arg("mount -t tmpfs x /mnt").output();
     if !tried.is_ok_and(|tried| tried.status.success()) {
-        return crate::drills::skipped("memory_and_full_disks_are_no_place_for_a_journal", "may not mount a tmpfs");
+        return world::skipped("memory_and_full_disks_are_no_place_for_a_journal", "may not mount a tmpfs");
     }
     let (url, dir) = (servers.nats.url(), servers.journal());
     let check_filled = async |fill: &str| {

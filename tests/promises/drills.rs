@@ -11,10 +11,3 @@ mod disk;
 mod faults;
 mod hang;
 mod memory;
-
-use std::io::Write as _;
-
-/// Says that a drill or a test was skipped, past the test runner, which shows nothing of a test that passes.
-pub(crate) fn skipped(drill: &str, because: &str) {
-    let _ = writeln!(std::io::stderr(), "SKIPPED {drill}: {because}");
-}

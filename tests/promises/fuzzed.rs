@@ -3,7 +3,6 @@
 //! a thousand times a second, agree on it.
 
 use std::collections::BTreeSet;
-use std::io::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
@@ -88,9 +87,7 @@ fn node_agrees_on_what_the_fuzzers_found() {
     }
     let (names, bodies): (Vec<_>, Vec<_>) = bodies.into_iter().unzip();
     let Some(answers) = canonical_form::ask_node(&bodies) else {
-        let _ =
-            writeln!(std::io::stderr(), "SKIPPED node_agrees_on_what_the_fuzzers_found: there is no `node` on PATH");
-        return;
+        return world::skipped("node_agrees_on_what_the_fuzzers_found", "there is no `node` on PATH");
     };
     assert_eq!(answers.len(), bodies.len());
     for ((name, body), expected) in names.iter().zip(&bodies).zip(&answers) {

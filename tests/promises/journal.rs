@@ -3,7 +3,6 @@
 //! Each drill has a short form, run by the suite. `DRILLS=long` makes each the size that its promise speaks of:
 //! `DRILLS=long cargo test --release -p tests --test promises journal:: -- --test-threads 1`.
 
-use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull};
@@ -255,8 +254,7 @@ async fn a_broker_whose_disk_is_full_delays_and_loses_nothing() {
     world.nats.stop().await.unwrap();
     let Some(disk) = SmallDisk::mount(&world.nats.options.dir.join("jetstream"), "24m") else {
         let test = "a_broker_whose_disk_is_full_delays_and_loses_nothing";
-        let _ = writeln!(std::io::stderr(), "SKIPPED {test}: this process may not mount a tmpfs");
-        return;
+        return world::skipped(test, "this process may not mount a tmpfs");
     };
     world.nats.start_again().await.unwrap(); // on an empty disk: the stream is made anew
     let mut ids = post(&world, 1).await;

@@ -2,7 +2,7 @@
 
 use world::{Post, World, eventually};
 
-use crate::load::watchful;
+use crate::load::{Load, exactly_once, watchful};
 use crate::{fixture, setup};
 
 async fn state(world: &World, program: usize, check: &str) -> Option<bool> {
@@ -55,6 +55,7 @@ async fn nats_away_changes_nothing_for_the_sender() {
         world.stored(id).await;
     }
     world.until_confirmed().await;
+    world.settled(21).await;
 }
 
 #[tokio::test]
@@ -66,6 +67,7 @@ async fn a_broker_that_hangs_changes_nothing_for_the_sender() {
     world.nats.process().thaw().unwrap();
     world.stored(&id).await;
     world.until_confirmed().await;
+    world.settled(2).await;
 }
 
 #[tokio::test]
@@ -84,28 +86,39 @@ async fn postgresql_killed_and_back_loses_and_doubles_nothing() {
     for id in &ids {
         world.stored(id).await;
     }
-    assert_eq!(world.value::<i64>("SELECT count(*) FROM signals").await, 51);
-    assert_eq!(world.value::<i64>("SELECT count(*) FROM ingest.dead_letters").await, 0);
+    world.settled(51).await;
+}
+
+/// Kills a worker five times while it stores, with so many batches at a time.
+async fn kill_a_worker_amid_its_work(concurrency: &str) {
+    let mut world = watchful().worker("WORKER_CONCURRENCY", concurrency).worker("WORKER_BATCH_MAX", "4").start().await;
+    let mut accepted = Vec::new();
+    for round in 0..5 {
+        let load = Load::start(&world, 4);
+        world.until_at_least("SELECT count(*) FROM signals", 20 * (round + 1)).await;
+        world.workers[0].kill().await;
+        accepted.extend(load.stop().await.accepted);
+        world.workers[0].start_again();
+    }
+    // The stream delivers what the killed worker held after the ack wait. A new consumer does not wait for that.
+    let stream = world.jetstream().await.get_stream("SIGNALS").await.unwrap();
+    stream.delete_consumer("worker").await.unwrap();
+    exactly_once(&world, &accepted, 0).await;
 }
 
 #[tokio::test]
 async fn a_worker_killed_amid_its_work_loses_and_doubles_nothing() {
-    let mut world = setup().start().await;
-    let mut ids = Vec::new();
-    for round in 0..5 {
-        for _ in 0..40 {
-            ids.push(Post::signed(fixture!("issue_created")).send(world.port()).await.accepted());
-        }
-        world.workers[0].kill().await;
-        assert!(world.value::<i64>("SELECT count(*) FROM signals").await <= 40 * (round + 1));
-        world.workers[0].start_again();
-    }
-    // What the killed worker held comes again after the ack wait; nobody has to wait for that here.
-    let stream = world.jetstream().await.get_stream("SIGNALS").await.unwrap();
-    stream.delete_consumer("worker").await.unwrap();
-    world.until("SELECT count(*) FROM signals", 200_i64).await;
-    world.all_acknowledged().await;
-    assert_eq!(world.value::<i64>("SELECT count(*) FROM issues").await, 200);
+    kill_a_worker_amid_its_work("2").await;
+}
+
+#[tokio::test]
+async fn a_worker_with_one_batch_at_a_time_loses_and_doubles_nothing() {
+    kill_a_worker_amid_its_work("1").await;
+}
+
+#[tokio::test]
+async fn a_worker_with_eight_batches_at_a_time_loses_and_doubles_nothing() {
+    kill_a_worker_amid_its_work("8").await;
 }
 
 #[tokio::test]
@@ -130,5 +143,6 @@ async fn a_stop_answers_what_is_in_flight_and_exits_0() {
     for id in &answered {
         world.stored(id).await;
     }
+    world.settled(answered.len()).await;
     assert_eq!(world.workers[0].stop().await, Some(0), "{}", world.workers[0].log());
 }

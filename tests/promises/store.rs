@@ -9,6 +9,7 @@ use tokio_postgres::{Client, NoTls};
 use worker::dead_letters::DeadLetter;
 use worker::migrate::MigrateError;
 use worker::store::{Batch, Dead, Origin, Record, Store};
+use world::eventually;
 
 /// A database of its own for each test.
 pub(crate) struct Database {
@@ -456,14 +457,12 @@ async fn issues_are_looked_up_by_key_also_when_the_plan_was_made_for_an_empty_ta
     // Building an index reads the table once, too.
     let scans = "SELECT seq_scan - (SELECT count(*) FROM pg_indexes WHERE tablename = 'issues'), n_tup_ins \
                  FROM pg_stat_user_tables WHERE relname = 'issues'";
-    loop {
+    let scans = eventually("the statistics of all 100 rows", async || {
         let row = database.admin.query_one(scans, &[]).await.unwrap();
-        if row.get::<_, i64>(1) == 100 {
-            assert_eq!(row.get::<_, i64>(0), 0, "no scan of the whole table");
-            break;
-        }
-        tokio::task::yield_now().await;
-    }
+        (row.get::<_, i64>(1) == 100).then(|| row.get::<_, i64>(0))
+    })
+    .await;
+    assert_eq!(scans, 0, "no scan of the whole table");
 }
 
 #[tokio::test]

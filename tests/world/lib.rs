@@ -13,6 +13,7 @@ mod post;
 mod setup;
 
 use std::fmt::Debug;
+use std::io::Write as _;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -255,6 +256,25 @@ impl World {
         }
     }
 
+    /// Waits until a count is at least that.
+    pub async fn until_at_least(&self, sql: &str, least: i64) {
+        let enough = async || (self.value::<i64>(sql).await >= least).then_some(());
+        eventually(&format!("{sql} to give {least}"), enough).await;
+    }
+
+    /// Waits until that many deliveries are stored and the stream has nothing left for any worker. Then each delivery
+    /// is one signal, one issue and one row of the ledger, and there is no dead letter. Nothing can come after this
+    /// that would make a second row.
+    pub async fn settled(&self, deliveries: usize) {
+        let all = i64::try_from(deliveries).unwrap();
+        self.until("SELECT count(*) FROM signals", all).await;
+        self.all_acknowledged().await;
+        for table in ["signals", "issues", "ingest.deliveries WHERE state = 'stored'"] {
+            assert_eq!(self.value::<i64>(&format!("SELECT count(*) FROM {table}")).await, all, "{table}");
+        }
+        assert_eq!(self.value::<i64>("SELECT count(*) FROM ingest.dead_letters").await, 0, "dead letters");
+    }
+
     /// A metric of the gateway.
     pub async fn metric(&self, name: &str) -> f64 {
         self.gateway.metric(name).await
@@ -264,6 +284,13 @@ impl World {
     pub async fn until_confirmed(&self) {
         let confirmed = || async { (self.metric("gateway_deliveries_unconfirmed").await == 0.0).then_some(()) };
         eventually("every delivery to be confirmed", confirmed).await;
+    }
+
+    /// Ends the server processes of all of the workers' connections to the database.
+    pub async fn kill_server_connections(&self) {
+        let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity \
+                   WHERE application_name = 'loop-worker' AND datname = current_database()";
+        self.value::<i64>(sql).await;
     }
 
     /// JetStream, as a client of this world's broker.
@@ -355,11 +382,17 @@ pub fn own_address() -> Option<std::net::IpAddr> {
     (!address.is_loopback() && !address.is_unspecified()).then_some(address)
 }
 
+/// Prints that a test was skipped and what it needs. Goes past the test runner, which hides the output of a test that
+/// passes.
+pub fn skipped(test: &str, because: &str) {
+    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {because}");
+}
+
 /// Asks until there is an answer, and gives it.
 ///
 /// # Panics
 /// When there is none for a minute.
-pub async fn eventually<T>(what: &str, ask: impl AsyncFn() -> Option<T>) -> T {
+pub async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
     let begin = Instant::now();
     loop {
         if let Some(answer) = ask().await {

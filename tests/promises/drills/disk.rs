@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use world::{Answer, Setup, World, eventually};
 
 use super::faults::{Faults, KEEPER};
-use super::skipped;
 use crate::load::{Load, exactly_once, percentile, size, watchful};
 
 #[tokio::test]
@@ -114,7 +113,7 @@ async fn every_directory_that_is_made_for_a_journal_is_synced_in_the_one_above()
     let strace = Command::new("strace").args(["-D", "-o", "/dev/null", "/bin/true"]).output();
     if !strace.is_ok_and(|done| done.status.success()) {
         let because = "there is no `strace` on PATH that may trace";
-        return skipped("every_directory_that_is_made_for_a_journal_is_synced_in_the_one_above", because);
+        return world::skipped("every_directory_that_is_made_for_a_journal_is_synced_in_the_one_above", because);
     }
     let world = watchful().workers(0).gateway_under(&["/bin/sh", "-c", UNDER]).start().await;
     let trace = std::fs::read_to_string(world.folder().join("gateway-0.trace")).unwrap();
@@ -128,7 +127,10 @@ async fn every_directory_that_is_made_for_a_journal_is_synced_in_the_one_above()
 #[tokio::test]
 async fn a_disk_of_64_mb_that_fills_up_refuses_loses_nothing_and_heals() {
     let Some(setup) = on_a_disk_of_64_mb(watchful()) else {
-        skipped("a_disk_of_64_mb_that_fills_up_refuses_loses_nothing_and_heals", "this process may not mount a tmpfs");
+        world::skipped(
+            "a_disk_of_64_mb_that_fills_up_refuses_loses_nothing_and_heals",
+            "this process may not mount a tmpfs",
+        );
         return;
     };
     let mut world = setup.start().await;

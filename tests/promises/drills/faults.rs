@@ -38,7 +38,7 @@ impl Faults {
     /// The same in the threads of these names.
     pub(super) async fn begin_in(threads: &[&str], drill: &str, world: &World, fault: &str) -> Option<Self> {
         if Command::new("strace").arg("-V").output().is_err() {
-            super::skipped(drill, "there is no `strace` on PATH");
+            world::skipped(drill, "there is no `strace` on PATH");
             return None;
         }
         let tag = uuid::Uuid::new_v4().simple().to_string();
@@ -63,7 +63,7 @@ impl Faults {
         if eventually("strace to be attached", attached).await {
             return Some(Faults { strace, seen });
         }
-        super::skipped(drill, "this process may not trace another");
+        world::skipped(drill, "this process may not trace another");
         None
     }
 

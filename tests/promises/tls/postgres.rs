@@ -186,7 +186,7 @@ async fn over_a_unix_socket_there_is_no_tls_whatever_the_sslmode() {
     let Some(mut postgres) = TlsPostgres::start("over_a_unix_socket", &ours, &ours.server(&HERE)).await else { return };
     let socket = postgres.server.home().join("data").display().to_string();
     if socket.len() > 80 {
-        crate::drills::skipped("over_a_unix_socket", "the path of a socket may not be as long as this folder's");
+        world::skipped("over_a_unix_socket", "the path of a socket may not be as long as this folder's");
         return;
     }
     postgres.server.options.settings.push(("unix_socket_directories".into(), socket.clone()));
@@ -259,7 +259,7 @@ async fn ask(mut client: TcpStream, tls: u8, how: u8) -> std::io::Result<Vec<u8>
 #[tokio::test]
 async fn a_password_goes_to_another_machine_encrypted_or_not_at_all() {
     let Some(address) = world::own_address() else {
-        return crate::drills::skipped("a_password_goes_encrypted", "this machine has no address but loopback");
+        return world::skipped("a_password_goes_encrypted", "this machine has no address but loopback");
     };
     for (tls, how) in [(b'N', 3), (b'N', 5), (b'S', 3)] {
         let (port, heard) = asks_for_the_password(address, tls, how).await;
@@ -292,7 +292,7 @@ async fn a_password_goes_to_another_machine_encrypted_or_not_at_all() {
 async fn a_server_on_another_address_is_reached_as_its_sslmode_says() {
     let Some((postgres, _)) = TlsPostgres::shared("a_server_on_another_address").await else { return };
     let Some(address) = world::own_address() else {
-        return crate::drills::skipped("a_server_on_another_address", "this machine has no address but loopback");
+        return world::skipped("a_server_on_another_address", "this machine has no address but loopback");
     };
     let address = address.to_string();
     let as_role =

@@ -59,7 +59,7 @@ async fn post(tls: &TlsConnector, port: u16, request_id: &str, body: &str) -> Op
 #[tokio::test]
 async fn the_nginx_of_the_readme_brings_deliveries_to_the_gateway() {
     if Command::new("nginx").arg("-v").output().is_err() {
-        crate::drills::skipped("the_nginx_of_the_readme", "no nginx here: apt install nginx-light");
+        world::skipped("the_nginx_of_the_readme", "no nginx here: apt install nginx-light");
         return;
     }
     let world = setup().start().await;

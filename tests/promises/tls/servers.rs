@@ -111,7 +111,7 @@ impl TlsPostgres {
 }
 
 fn no_openssl(test: &str) {
-    crate::drills::skipped(test, "no PostgreSQL here does TLS: apt install postgresql");
+    world::skipped(test, "no PostgreSQL here does TLS: apt install postgresql");
 }
 
 async fn start(programs: &Programs, folder: &Path) -> Postgres {

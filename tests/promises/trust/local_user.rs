@@ -14,7 +14,6 @@ use nix::sys::stat::Mode;
 use nix::unistd::{User, mkfifo};
 use world::{Post, SECRET, eventually};
 
-use crate::drills::skipped;
 use crate::{fixture, setup};
 
 const GATEWAY: &str = env!("CARGO_BIN_EXE_gateway-under-test");
@@ -25,7 +24,7 @@ const ENDLESS: u64 = 1 << 40;
 fn nobody(test: &str) -> Option<User> {
     let user = User::from_name("nobody").unwrap().filter(|_| nix::unistd::geteuid().is_root());
     if user.is_none() {
-        skipped(test, "only root becomes another user");
+        world::skipped(test, "only root becomes another user");
     }
     user
 }
@@ -227,7 +226,10 @@ async fn sigterm_ends_a_start_that_reads_its_journal() {
 async fn a_journal_folder_of_another_user_is_refused_and_root_is_warned() {
     let Some(nobody) = nobody("a_journal_folder_of_another_user_is_refused_and_root_is_warned") else { return };
     if !run_as(&nobody, GATEWAY, &[Path::new("--version")]).status.success() {
-        return skipped("a_journal_folder_of_another_user_is_refused", "`nobody` may not run the gateway's program");
+        return world::skipped(
+            "a_journal_folder_of_another_user_is_refused",
+            "`nobody` may not run the gateway's program",
+        );
     }
     let scratch = Scratch::new("owner").unwrap();
     let journal = |name: &str, owner: u32, mode: u32| {
@@ -252,7 +254,7 @@ async fn a_crash_leaves_no_memory_on_the_disk() {
     let world = setup().start().await;
     for program in [&world.gateway, &world.workers[0]] {
         let Ok(limits) = fs::read_to_string(format!("/proc/{}/limits", program.process().pid())) else {
-            return skipped("a_crash_leaves_no_memory_on_the_disk", "this system has no /proc");
+            return world::skipped("a_crash_leaves_no_memory_on_the_disk", "this system has no /proc");
         };
         let core = limits.lines().find_map(|line| line.strip_prefix("Max core file size")).unwrap();
         assert_eq!(core.split_whitespace().take(2).collect::<Vec<_>>(), ["0", "0"], "{core}");
