@@ -540,11 +540,13 @@ async fn nothing_unconfirmed_goes_while_a_segment_is_being_removed() {
     let (journal, before) = at_its_limit(dir.path()).await;
     let shared = journal.0.shared.clone();
     // As the keeper does it: out of the table, and on its way off the disk.
-    let mut table = shared.table();
-    let number = table.expendable().unwrap();
-    let segment = table.segments.remove(&number).unwrap();
-    table.begin_removal(&segment);
-    drop(table);
+    let segment = {
+        let mut table = shared.table();
+        let number = table.expendable().unwrap();
+        let segment = table.segments.remove(&number).unwrap();
+        table.begin_removal(&segment);
+        segment
+    };
     let removing = std::thread::spawn(move || {
         wait_for_writer(|| waits_for_space(&shared) || shared.table().counters.dropped_unconfirmed > before);
         keeper::remove(&shared, &segment);
