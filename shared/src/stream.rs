@@ -385,11 +385,12 @@ impl Comparison {
         }
     }
 
-    /// Notes a time that is not the wanted one.
-    fn check_time(&mut self, setting: &'static str, found: Duration, wanted: Duration, harm: Harm, flag: &str) {
+    /// Notes a time that is not the wanted one. `mend` is the flag without its value, or a sentence.
+    fn check_time(&mut self, setting: &'static str, found: Duration, wanted: Duration, harm: Harm, mend: &str) {
         if found != wanted {
             let shown = |time| humantime::format_duration(time).to_string();
-            self.note(setting, shown(found), shown(wanted), harm, format!("{flag}={}", go_duration(wanted)));
+            let mend = if mend.starts_with("--") { format!("{mend}={}", go_duration(wanted)) } else { mend.to_owned() };
+            self.note(setting, shown(found), shown(wanted), harm, mend);
         }
     }
 
@@ -407,11 +408,21 @@ fn go_duration(time: Duration) -> String {
     if seconds > 0 && seconds.is_multiple_of(3600) { format!("{}h", seconds / 3600) } else { format!("{seconds}s") }
 }
 
+/// The mend of a setting that the server does not let change.
+const ANOTHER: &str = "it cannot be changed: make a stream of another name, and set NATS_STREAM to that";
+
+/// Compares a stream with the one that the gateway makes.
 pub(crate) fn compare_streams(found: &stream::Config, wanted: &stream::Config) -> Vec<Difference> {
-    use Harm::{Breaks, Risk};
-    const ANOTHER: &str = "it cannot be changed: make a stream of another name, and set NATS_STREAM to that";
     let edit = format!("nats stream edit {}", wanted.name);
     let mut comparison = Comparison::of(format!("stream {}", wanted.name), edit);
+    compare_subjects(&mut comparison, found, wanted);
+    compare_storage(&mut comparison, found, wanted);
+    compare_limits(&mut comparison, found, wanted);
+    comparison.differences
+}
+
+fn compare_subjects(comparison: &mut Comparison, found: &stream::Config, wanted: &stream::Config) {
+    use Harm::Breaks;
     if !found.subjects.iter().any(|pattern| covers(pattern, SUBJECTS)) {
         // One that takes some resources and not others is used for those; the rest is set aside by the gateway.
         let takes_some = found.subjects.iter().any(|pattern| covers(SUBJECTS, pattern));
@@ -421,6 +432,13 @@ pub(crate) fn compare_streams(found: &stream::Config, wanted: &stream::Config) -
     let transform = found.subject_transform.as_ref().filter(|transform| overlap(&transform.source, SUBJECTS).is_some());
     let elsewhere = Breaks("deliveries would be stored under other subjects");
     comparison.check("subject_transform", &transform.map(|it| &it.destination), &None, elsewhere, "--no-transform");
+    let mirror = found.mirror.is_some();
+    comparison.check("mirror", &mirror, &false, Breaks("a mirror takes no deliveries"), ANOTHER);
+}
+
+/// Compares how messages are kept.
+fn compare_storage(comparison: &mut Comparison, found: &stream::Config, wanted: &stream::Config) {
+    use Harm::{Breaks, Risk};
     let no_replay = Breaks("what is acknowledged would be deleted, and nothing could be replayed");
     let retention = if found.retention == RetentionPolicy::WorkQueue { ANOTHER } else { "--retention=limits" };
     comparison.check("retention", &found.retention, &wanted.retention, no_replay, retention);
@@ -431,8 +449,21 @@ pub(crate) fn compare_streams(found: &stream::Config, wanted: &stream::Config) -
     let silent = Breaks("nothing would say that a delivery is stored");
     comparison.check("no_ack", &found.no_ack, &wanted.no_ack, silent, "--ack");
     comparison.check("sealed", &found.sealed, &wanted.sealed, Breaks("nothing more could be stored"), ANOTHER);
-    let mirror = found.mirror.is_some();
-    comparison.check("mirror", &mirror, &false, Breaks("a mirror takes no deliveries"), ANOTHER);
+    let unwritten = Risk("it confirms what is not written yet, which a crash of the server loses");
+    let is_async = found.persist_mode == Some(PersistenceMode::Async);
+    comparison.check("persist_mode async", &is_async, &false, unwritten, ANOTHER);
+    let stays_full = Risk("workers cannot make room: once it is full, it takes nothing until messages reach max_age");
+    comparison.check("deny_purge", &found.deny_purge, &wanted.deny_purge, stays_full, ANOTHER);
+    let rollup = Risk("a message with the header Nats-Rollup removes what no worker has read");
+    comparison.check("allow_rollup", &found.allow_rollup, &wanted.allow_rollup, rollup, "--no-allow-rollup");
+    let replicas = wanted.num_replicas;
+    comparison.check("replicas", &found.num_replicas, &replicas, Harm::None, format!("--replicas={replicas}"));
+    let window = (found.duplicate_window, wanted.duplicate_window);
+    comparison.check_time("duplicate_window", window.0, window.1, Harm::None, "--dupe-window");
+}
+
+fn compare_limits(comparison: &mut Comparison, found: &stream::Config, wanted: &stream::Config) {
+    use Harm::{Breaks, Risk};
     // The server keeps this limit by dropping the oldest, whatever `discard` says about the other limits.
     let (harm, flags) = match found.discard_new_per_subject {
         false => (Breaks("it would drop what no worker has read"), "--max-msgs-per-subject=-1"),
@@ -446,22 +477,11 @@ pub(crate) fn compare_streams(found: &stream::Config, wanted: &stream::Config) -
     let harm = if short { Risk("what waits longer for PostgreSQL is dropped") } else { Harm::None };
     let wanted_age = if short { wanted.max_age.max(MAX_AGE_LEAST) } else { wanted.max_age };
     comparison.check_time("max_age", found.max_age, wanted_age, harm, "--max-age");
-    let stays_full = Risk("workers cannot make room: once it is full, it takes nothing until messages reach max_age");
-    comparison.check("deny_purge", &found.deny_purge, &wanted.deny_purge, stays_full, ANOTHER);
-    let unwritten = Risk("it confirms what is not written yet, which a crash of the server loses");
-    let is_async = found.persist_mode == Some(PersistenceMode::Async);
-    comparison.check("persist_mode async", &is_async, &false, unwritten, ANOTHER);
-    let rollup = Risk("a message with the header Nats-Rollup removes what no worker has read");
-    comparison.check("allow_rollup", &found.allow_rollup, &wanted.allow_rollup, rollup, "--no-allow-rollup");
-    let (replicas, bytes) = (wanted.num_replicas, wanted.max_bytes);
-    comparison.check("replicas", &found.num_replicas, &replicas, Harm::None, format!("--replicas={replicas}"));
+    let bytes = wanted.max_bytes;
     comparison.check("max_bytes", &found.max_bytes, &bytes, Harm::None, format!("--max-bytes={bytes}"));
-    let window = (found.duplicate_window, wanted.duplicate_window);
-    comparison.check_time("duplicate_window", window.0, window.1, Harm::None, "--dupe-window");
     comparison.check("max_messages", &unlimited(found.max_messages), &-1, Harm::None, "--max-msgs=-1");
     let size = unlimited(found.max_message_size.into());
     comparison.check("max_message_size", &size, &-1, Harm::None, "--max-msg-size=-1");
-    comparison.differences
 }
 
 /// Compares a consumer of `stream` with the one that workers make.
@@ -635,7 +655,7 @@ mod tests {
         assert!(harmless(stream::Config { num_replicas: 3, ..base() }));
         assert!(harmless(stream::Config { max_message_size: 1, ..base() }));
         let told = one(stream::Config { max_age: Duration::from_secs(3_600), ..base() }).to_string();
-        assert!(told.contains("max_age 1h,") && told.ends_with("`nats stream edit SIGNALS --max-age=720h`"), "{told}");
+        assert!(told.contains("max_age 1h, ") && told.ends_with("`nats stream edit SIGNALS --max-age=720h`"), "{told}");
     }
 
     #[test]

@@ -118,8 +118,7 @@ impl Room<'_> {
             true => (self.first_delivery(&config).await?, self.first_unread_by_others(&state).await?),
         };
         let unread = others.as_ref().map_or(u64::MAX, |(_, sequence)| *sequence);
-        loop {
-            let Some(keep_from) = cut(&state, &config, first, unread.min(acknowledged + 1)) else { break };
+        while let Some(keep_from) = cut(&state, &config, first, unread.min(acknowledged + 1)) {
             let done =
                 self.stream.purge().sequence(keep_from).filter(SUBJECTS).await.context("cannot purge history")?;
             if done.purged > 0 {
