@@ -50,7 +50,7 @@ fn verification(bencher: Bencher<'_, '_>, size: usize) {
     let signature = Signature::of(&headers).expect("it is well formed");
     bencher
         .counter(BytesCount::new(size))
-        .bench(|| assert!(secrets.signed(black_box(&body), &signature), "the signature is right"));
+        .bench(|| assert!(secrets.signed(black_box(&body), &signature).is_some(), "the signature is right"));
 }
 
 /// Severity, title, source.
