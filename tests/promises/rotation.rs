@@ -140,7 +140,7 @@ async fn an_old_secret_stays_valid_for_the_grace_time_and_no_longer() {
     std::fs::write(&file, NEXT).unwrap();
     secrets_are(&world, true, &format!("previous: {}", fingerprint(SECRET))).await;
     let begin = Instant::now();
-    let answers = [SECRET, NEXT].map(|secret| signed(secret));
+    let answers = [SECRET, NEXT].map(signed);
     for post in answers {
         let status = post.send(world.port()).await.status;
         assert!(status == 202 || begin.elapsed() > Duration::from_secs(2), "{status}");

@@ -133,10 +133,7 @@ pub(super) async fn storage(what: &str, nats: &NatsSettings, link: &Link, contex
             "look at it with the nats command",
         );
     };
-    let code = match error.kind() {
-        CreateStreamErrorKind::JetStream(error) => Some(error.error_code()),
-        _ => None,
-    };
+    let code = if let CreateStreamErrorKind::JetStream(error) = error.kind() { Some(error.error_code()) } else { None };
     match code {
         Some(ErrorCode::STORAGE_RESOURCES_EXCEEDED) => {
             let detail = format!("the server has no {bytes} left for a stream: it would refuse NATS_MAX_BYTES");
