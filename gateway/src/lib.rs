@@ -66,7 +66,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let public = bind(config.listen, "GATEWAY_LISTEN")?;
     let ops = bind(config.ops_listen, "GATEWAY_OPS_LISTEN")?;
     // NATS away costs nothing but time: deliveries are taken, and wait on disk.
-    let readiness = Readiness::tolerating(&["nats", "stream", "secrets", "connections"]);
+    let readiness = Readiness::tolerating(&["nats", "stream", "reconciliation", "secrets", "connections"]);
     let Some(opened) = shutdown.run_until_cancelled(open_journal(&config.journal)).await else {
         tracing::info!("stopped before the journal was open");
         return Ok(());
@@ -162,7 +162,7 @@ impl Settling<'_> {
             tokio::join!(
                 self.publisher.run(readiness),
                 receipts::take(self.journal, self.publisher, self.metrics),
-                confirm::look_after(self.journal, self.publisher, self.metrics, &nats.stream, confirm_after),
+                confirm::look_after(self.journal, self.publisher, self.metrics, readiness, &nats.stream, confirm_after),
             );
         };
         shutdown.run_until_cancelled(Box::pin(work)).await;
@@ -177,6 +177,7 @@ async fn open_journal(settings: &JournalSettings) -> anyhow::Result<Journal> {
     tracing::info!(
         gateway.id = journal.gateway_id(),
         unpublished = found.unpublished,
+        unverified = found.unverified,
         set_aside = found.set_aside,
         torn_bytes = found.torn_bytes,
         took = ?found.took,

@@ -33,7 +33,7 @@ use shared::stream::{NatsSettings, covers, ensure_stream, tell_differences, unti
 use tokio::sync::{Notify, watch};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::journal::{Journal, Place, ReadError, Refusal, State, Stored};
+use crate::journal::{Journal, Place, ReadError, Refusal, Stored};
 use crate::metrics::{Delay, Metrics};
 use crate::receipts::{self, ReceiptKey};
 use in_flight::{InFlight, READ_ENTRIES, READ_KIB};
@@ -138,7 +138,7 @@ impl Publisher {
 
     /// Waits until the journal holds nothing that could be published now, or NATS is away.
     pub async fn drained(&self) {
-        while self.is_up() && self.0.journal.stats().share(State::Journalled).tally.entries > 0 {
+        while self.is_up() && self.0.journal.stats().unpublished() > 0 {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -146,6 +146,11 @@ impl Publisher {
     /// Whether NATS can be asked anything.
     pub fn is_up(&self) -> bool {
         self.0.link.current().is_up() && self.0.fit.borrow().is_some()
+    }
+
+    /// Returns `true` when the server has said, on this connection, that this login may not publish to `subject`.
+    pub fn is_denied(&self, subject: &str) -> bool {
+        self.0.denied.lock().unwrap_or_else(PoisonError::into_inner).contains(subject)
     }
 
     /// Keeps the stream there and fit, and sees when what it takes has changed.
@@ -249,7 +254,12 @@ impl Shared {
             })
             .await;
         match published {
-            Ok(sequence) => {
+            // The message may be another entry's (one request, sent twice): the stream is asked.
+            Ok((sequence, true)) => {
+                tracing::debug!(delivery.id = %id, trace.id = trace, %place, sequence, "the stream has this id already");
+                self.journal.mark_duplicate(place, sequence);
+            }
+            Ok((sequence, false)) => {
                 tracing::debug!(delivery.id = %id, trace.id = trace, %place, sequence, "published a delivery");
                 if self.journal.mark_published(place, sequence) {
                     self.metrics.confirmed(1); // its receipt came first
@@ -271,14 +281,15 @@ impl Shared {
         }
     }
 
-    /// One try, with `body`, or else with what is read: the sequence at which JetStream has it.
+    /// One try, with `body`, or else with what is read: the sequence at which JetStream has it, and `true` where it calls
+    /// the message a duplicate.
     async fn try_publish(
         &self,
         subject: &str,
         headers: HeaderMap,
         body: Option<Bytes>,
         read: impl AsyncFnOnce() -> Result<Bytes, ReadError>,
-    ) -> Result<u64, NotPublished> {
+    ) -> Result<(u64, bool), NotPublished> {
         let (linked, stream) = self.link_is_up().await;
         let body = match body {
             Some(body) => body,
@@ -293,7 +304,7 @@ impl Shared {
         match acked.await {
             Ok(ack) => {
                 self.metrics.published(begin.elapsed());
-                Ok(ack.sequence)
+                Ok((ack.sequence, ack.duplicate))
             }
             Err(error) => Err(self.judge(&error, subject, &stream)),
         }
@@ -412,7 +423,7 @@ mod tests {
     use prometheus_client::registry::Registry;
 
     use super::*;
-    use crate::journal::{Entry, Limits};
+    use crate::journal::{Entry, Limits, State};
     use crate::settings::JournalConfig;
 
     /// A journal in `dir`, and a publisher of it that no broker answers.

@@ -26,6 +26,7 @@ mod meaning;
 mod metrics;
 mod outages;
 mod programs;
+mod reconciliation;
 mod replay;
 mod rotation;
 mod signature_forms;

@@ -83,12 +83,19 @@ pub struct Stats {
     pub damaged_files: usize,
     /// Published entries let go without a receipt since the start, to make room.
     pub dropped_unconfirmed: u64,
+    /// Journalled entries that are not published before the stream was asked for them.
+    pub unverified: u64,
 }
 
 impl Stats {
     /// The share of one state.
     pub fn share(&self, state: State) -> Share {
         self.shares[state as usize]
+    }
+
+    /// Entries that are to be published.
+    pub fn unpublished(&self) -> u64 {
+        self.share(State::Journalled).tally.entries - self.unverified
     }
 
     /// What is answered 202 and not known to be stored.
