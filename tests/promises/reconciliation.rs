@@ -102,7 +102,7 @@ async fn a_crash_loop_without_postgresql_puts_no_copies_on_the_stream() {
 /// The usual settings: what an earlier process published is due at once, and what is due is not paced by the confirm time.
 #[tokio::test]
 async fn a_stream_purged_while_the_gateway_was_down_is_filled_again_soon() {
-    let count = size(3_000, 20_000);
+    let count = size(6_000, 20_000);
     let mut world = setup().workers(0).gateway("RUST_LOG", "info").start().await;
     let each = count / 20;
     let send = |_| async {
