@@ -1,7 +1,11 @@
 //! A program that stops says so first, finishes what it has, and cuts nobody off.
 
-use nix::sys::signal::Signal;
-use world::{Connection, Post, eventually};
+use std::fs;
+use std::process::Command;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use world::{Connection, Post, Program, eventually};
 
 use crate::{fixture, setup};
 
@@ -46,4 +50,38 @@ async fn who_has_connected_before_the_listener_closes_is_answered() {
         sender.await.unwrap().expect("an answer, not a reset").accepted();
     }
     assert_eq!(world.gateway.stop().await, Some(0), "{}", world.gateway.log());
+}
+
+/// The command that makes a program process 1 of a namespace of its own, as a container does.
+#[cfg(target_os = "linux")]
+const AS_PROCESS_1: &[&str] = &["unshare", "--pid", "--fork", "--kill-child"];
+
+/// The kernel drops every signal for process 1 that it does not handle, and no shell handles any for it.
+/// <https://man7.org/linux/man-pages/man7/pid_namespaces.7.html>
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn both_programs_stop_in_order_as_process_1() {
+    let mut attempt = Command::new(AS_PROCESS_1[0]);
+    if !attempt.args(&AS_PROCESS_1[1..]).arg("/bin/true").output().is_ok_and(|done| done.status.success()) {
+        return world::skipped("both_programs_stop_in_order_as_process_1", "may not make a PID namespace");
+    }
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let world = setup().gateway_under(AS_PROCESS_1).worker_under(AS_PROCESS_1).start().await;
+        let id = world.post(BODY).await.accepted();
+        world.stored(&id).await;
+        for program in [&world.gateway, &world.workers[0]] {
+            kill(only_child(program), signal).unwrap();
+            let ended = tokio::time::timeout(std::time::Duration::from_secs(60), program.process().ended()).await;
+            let status = ended.unwrap_or_else(|_| panic!("{signal} ended nothing: {}", program.log()));
+            assert_eq!(status.code(), Some(0), "{}", program.log());
+        }
+    }
+}
+
+/// The process that `unshare` started.
+#[cfg(target_os = "linux")]
+fn only_child(program: &Program) -> Pid {
+    let parent = program.process().pid();
+    let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap();
+    Pid::from_raw(children.trim().parse().unwrap())
 }

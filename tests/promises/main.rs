@@ -24,6 +24,7 @@ mod load;
 mod logs;
 mod meaning;
 mod metrics;
+mod old_journals;
 mod outages;
 mod programs;
 mod reconciliation;

@@ -33,6 +33,7 @@ pub struct Setup {
     nats: NatsOptions,
     cluster: bool,
     gateway_under: &'static [&'static str],
+    worker_under: &'static [&'static str],
 }
 
 impl Setup {
@@ -50,6 +51,7 @@ impl Setup {
             nats: NatsOptions::new(PathBuf::new()),
             cluster: false,
             gateway_under: &[],
+            worker_under: &[],
         }
     }
 
@@ -114,6 +116,13 @@ impl Setup {
     #[must_use]
     pub fn gateway_under(mut self, command: &'static [&'static str]) -> Self {
         self.gateway_under = command;
+        self
+    }
+
+    /// With the workers started by this command, which gets the program as its last argument.
+    #[must_use]
+    pub fn worker_under(mut self, command: &'static [&'static str]) -> Self {
+        self.worker_under = command;
         self
     }
 
@@ -192,7 +201,7 @@ impl Setup {
         nats_url: String,
         database_url: String,
     ) -> impl Fn() -> Program + Send + Sync + use<> {
-        let (program, settings) = (self.binaries.worker, self.worker.clone());
+        let (command, settings) = ([self.worker_under, &[self.binaries.worker]].concat(), self.worker.clone());
         let count = AtomicUsize::new(0);
         move || {
             let name = format!("worker-{}", count.fetch_add(1, Ordering::Relaxed));
@@ -202,7 +211,7 @@ impl Setup {
                 ("DATABASE_URL", database_url.clone()),
                 ("WORKER_OPS_LISTEN", format!("127.0.0.1:{ops_port}")),
             ];
-            start(&folder, &name, &[program], [environment(own), settings.clone()].concat(), (0, ops_port))
+            start(&folder, &name, &command, [environment(own), settings.clone()].concat(), (0, ops_port))
         }
     }
 

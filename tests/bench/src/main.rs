@@ -41,8 +41,9 @@ use crate::report::Report;
 use crate::scenarios::Bench;
 
 /// Every scenario, in the order of `all`, and what it may take at most, in minutes.
-const SCENARIOS: [(&str, &str, u64); 8] = [
+const SCENARIOS: [(&str, &str, u64); 9] = [
     ("accept", "Deliveries accepted a second, NATS away and NATS there, against servers that do less", 20),
+    ("tail", "The slowest answers at saturation, against a gateway that waits for JetStream instead of its disk", 10),
     ("outage", "How long an answer takes while NATS is down, against while it is up", 10),
     ("drain", "Deliveries published a second after an outage, against async-nats publishing alone", 15),
     ("persist", "Deliveries stored a second by one worker, against a loop that inserts rows from memory", 15),
@@ -58,6 +59,11 @@ fn main() -> ExitCode {
         Some(("serve-bare-hyper", arguments)) => {
             let port = arguments.get_one::<u16>("port").copied().unwrap_or_default();
             baselines::bare_hyper(port, arguments.get_flag("verify"))
+        }
+        Some(("serve-minimal-gateway", arguments)) => {
+            let port = arguments.get_one::<u16>("port").copied().unwrap_or_default();
+            let nats = arguments.get_one::<String>("nats").map(String::as_str).unwrap_or_default();
+            baselines::minimal_gateway(port, nats)
         }
         Some((name, arguments)) => measure(name, arguments),
         None => unreachable!("clap asks for a scenario"),
@@ -86,6 +92,10 @@ fn command() -> Command {
         .hide(true)
         .arg(Arg::new("port").long("port").required(true).value_parser(value_parser!(u16)))
         .arg(Arg::new("verify").long("verify").action(ArgAction::SetTrue));
+    let minimal = Command::new("serve-minimal-gateway")
+        .hide(true)
+        .arg(Arg::new("port").long("port").required(true).value_parser(value_parser!(u16)))
+        .arg(Arg::new("nats").long("nats").required(true));
     Command::new("bench")
         .about("How fast the door is, beside what anybody could put in its place, on this machine")
         .subcommand_required(true)
@@ -93,6 +103,7 @@ fn command() -> Command {
         .subcommands(SCENARIOS.map(|(name, about, _)| scenario(name, about)))
         .subcommand(scenario("all", "All of them, one after the other"))
         .subcommand(bare)
+        .subcommand(minimal)
 }
 
 fn measure(name: &str, arguments: &ArgMatches) -> anyhow::Result<()> {
@@ -129,6 +140,7 @@ fn measure(name: &str, arguments: &ArgMatches) -> anyhow::Result<()> {
 async fn run(scenario: &str, bench: &Bench) -> anyhow::Result<Report> {
     match scenario {
         "accept" => scenarios::accept::run(bench).await,
+        "tail" => scenarios::tail::run(bench).await,
         "outage" => scenarios::outage::run(bench).await,
         "drain" => scenarios::drain::run(bench).await,
         "persist" => scenarios::persist::run(bench).await,

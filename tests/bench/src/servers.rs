@@ -69,6 +69,16 @@ impl Server {
         Ok(server)
     }
 
+    /// A gateway that answers when JetStream has acknowledged; see [`crate::baselines::minimal_gateway`].
+    pub(crate) async fn minimal_gateway(built: &Built, nats_url: &str) -> anyhow::Result<Server> {
+        let port = ports::free()?;
+        let mut command = Command::new(&built.bench);
+        command.args(["serve-minimal-gateway", "--port", &port.to_string(), "--nats", nats_url]);
+        let server = Server::spawn("minimal-gateway", command, (port, 0), Scratch::new("bench-minimal-gateway")?)?;
+        server.listens().await?;
+        Ok(server)
+    }
+
     /// Any other program that takes deliveries at `port`, once it does.
     pub(crate) async fn other(name: &str, command: Command, port: u16) -> anyhow::Result<Server> {
         let server = Server::spawn(name, command, (port, 0), Scratch::new("bench-other")?)?;

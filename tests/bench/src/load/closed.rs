@@ -9,14 +9,15 @@ use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use hdrhistogram::Histogram;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 
-use super::{ANSWER_BYTES, Answers, Request, answer, closed_early};
+use super::{ANSWER_BYTES, Answers, Request, answer, closed_early, histogram};
 use crate::bodies::Deliveries;
 
 /// A load that is on.
@@ -32,7 +33,16 @@ struct Shared {
     answered: AtomicU64,
     stop: AtomicBool,
     hold: AtomicBool,
-    answers: Mutex<Answers>,
+    ended: Mutex<Ended>,
+}
+
+/// What came of a load.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    /// Answers by status.
+    pub(crate) answers: Answers,
+    /// Nanoseconds from the first byte of a request to the last of its answer.
+    pub(crate) took: Histogram<u64>,
 }
 
 impl Load {
@@ -44,7 +54,7 @@ impl Load {
             answered: AtomicU64::new(0),
             stop: AtomicBool::new(false),
             hold: AtomicBool::new(false),
-            answers: Mutex::new(BTreeMap::new()),
+            ended: Mutex::new(Ended { answers: BTreeMap::new(), took: histogram() }),
         });
         let (tell, ended) = oneshot::channel();
         let (deliveries, for_thread, salt) = (deliveries.clone(), shared.clone(), fastrand::u64(..));
@@ -70,17 +80,30 @@ impl Load {
     /// # Errors
     /// Where a connection could not be made or broke.
     pub(crate) async fn stop(self) -> anyhow::Result<Answers> {
+        Ok(self.end().await?.answers)
+    }
+
+    /// The same, with the latencies.
+    ///
+    /// # Errors
+    /// As [`Load::stop`].
+    pub(crate) async fn end(self) -> anyhow::Result<Ended> {
         self.shared.stop.store(true, Ordering::Relaxed);
-        self.finish().await
+        self.ended().await
     }
 
     /// Waits until as many are answered as were to be sent; gives all answers.
     ///
     /// # Errors
     /// As [`Load::stop`].
-    pub(crate) async fn finish(mut self) -> anyhow::Result<Answers> {
+    pub(crate) async fn finish(self) -> anyhow::Result<Answers> {
+        Ok(self.ended().await?.answers)
+    }
+
+    async fn ended(mut self) -> anyhow::Result<Ended> {
         (&mut self.ended).await.context("the load generator panicked")??;
-        Ok(std::mem::take(&mut *self.shared.answers.lock().unwrap_or_else(PoisonError::into_inner)))
+        let none = Ended { answers: BTreeMap::new(), took: histogram() };
+        Ok(std::mem::replace(&mut *self.shared.ended.lock().unwrap_or_else(PoisonError::into_inner), none))
     }
 }
 
@@ -116,8 +139,10 @@ async fn connection(port: u16, mut request: Request, shared: Arc<Shared>) -> io:
     socket.set_nodelay(true)?;
     let mut buffer = [0; ANSWER_BYTES];
     let mut answers = Answers::new();
+    let mut took = histogram();
     while let Some(number) = shared.next().await {
         request.become_number(number);
+        let begin = Instant::now();
         let mut written = 0;
         while written < request.len() {
             written += socket.write_vectored(&request.rest(written)).await?;
@@ -133,14 +158,15 @@ async fn connection(port: u16, mut request: Request, shared: Arc<Shared>) -> io:
                 break status;
             }
         };
+        took.saturating_record(u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX));
         *answers.entry(status).or_default() += 1;
         shared.answered.fetch_add(1, Ordering::Relaxed);
     }
-    let mut all = shared.answers.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut all = shared.ended.lock().unwrap_or_else(PoisonError::into_inner);
     for (status, count) in answers {
-        *all.entry(status).or_default() += count;
+        *all.answers.entry(status).or_default() += count;
     }
-    Ok(())
+    all.took.add(&took).map_err(io::Error::other)
 }
 
 impl Shared {

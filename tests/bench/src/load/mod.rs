@@ -15,6 +15,8 @@ use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
 use std::sync::Arc;
 
+use hdrhistogram::Histogram;
+
 use crate::bodies::Deliveries;
 
 /// Answers by status.
@@ -79,6 +81,11 @@ impl Request {
     fn len(&self) -> usize {
         self.head.len() + self.deliveries.size()
     }
+}
+
+/// Nanoseconds, from 1 us to a minute, to three digits.
+fn histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(1000, 60_000_000_000, 3).expect("the bounds are in order")
 }
 
 /// Room for an answer: those of all servers here are far smaller.

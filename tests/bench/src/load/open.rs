@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use hdrhistogram::Histogram;
 
-use super::{ANSWER_BYTES, Answers, Request, answer, closed_early};
+use super::{ANSWER_BYTES, Answers, Request, answer, closed_early, histogram};
 use crate::bodies::Deliveries;
 
 /// What is sent, and when.
@@ -65,7 +65,7 @@ fn run_here(port: u16, deliveries: &Arc<Deliveries>, plan: Plan) -> anyhow::Resu
             thread::spawn(move || connection(port, request, plan, place, begin))
         })
         .collect();
-    let mut all = Latencies { histogram: histogram()?, answers: Answers::new(), sent: Vec::new() };
+    let mut all = Latencies { histogram: histogram(), answers: Answers::new(), sent: Vec::new() };
     for thread in threads {
         let ended = thread.join().map_err(|_| anyhow::anyhow!("a thread of the load generator panicked"))?;
         let latencies = ended.with_context(|| format!("a connection of the load to port {port} failed"))?;
@@ -78,16 +78,11 @@ fn run_here(port: u16, deliveries: &Arc<Deliveries>, plan: Plan) -> anyhow::Resu
     Ok(all)
 }
 
-/// From 1 us to a minute, to three digits.
-fn histogram() -> anyhow::Result<Histogram<u64>> {
-    Ok(Histogram::new_with_bounds(1000, 60_000_000_000, 3)?)
-}
-
 fn connection(port: u16, mut request: Request, plan: Plan, place: u32, begin: Instant) -> anyhow::Result<Latencies> {
     let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
     socket.set_nodelay(true)?;
     socket.set_read_timeout(Some(Duration::from_secs(30)))?;
-    let mut latencies = Latencies { histogram: histogram()?, answers: Answers::new(), sent: Vec::new() };
+    let mut latencies = Latencies { histogram: histogram(), answers: Answers::new(), sent: Vec::new() };
     let mut buffer = [0; ANSWER_BYTES];
     let mut number = u64::from(place);
     loop {

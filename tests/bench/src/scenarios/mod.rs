@@ -8,6 +8,7 @@ pub(crate) mod memory;
 pub(crate) mod outage;
 pub(crate) mod persist;
 pub(crate) mod replay;
+pub(crate) mod tail;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
