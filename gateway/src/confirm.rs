@@ -7,8 +7,9 @@
 //!   PostgreSQL is away. Gone, another message in its place (a broker whose files went back in time uses sequences again),
 //!   or passed without a receipt: it is published again under `<id>.<n>`. An entry that was repeated waits twice as long
 //!   for the next time.
-//! - An unverified entry (see [`crate::journal`]) is looked after at once: what an earlier process published, and what
-//!   JetStream called a duplicate. Published it was or is, so it is not published again before the stream was asked.
+//! - An unverified entry (see [`crate::journal`]) is looked after at once: an earlier process published it, or JetStream
+//!   called it a duplicate. It is not published again before the stream was asked: else each restart while PostgreSQL is
+//!   away would put a copy of everything on the stream.
 //! - At most a thousand a second are looked after, the oldest first. The stream's answers hold whole bodies ([`broker`]), so
 //!   a round is bounded by bytes, too: that bounds memory, here and in the server, and what the stream has to read.
 //! - A stream that cannot be asked is told: by the check `reconciliation`, in the log, in a metric. The entries wait.
@@ -113,7 +114,8 @@ impl Rounds<'_> {
             }
             Err(failure) => {
                 self.tell_failure(failure);
-                AFTER_FAILURE
+                sleep(AFTER_FAILURE).await; // the failure itself may have taken as long
+                Duration::ZERO
             }
         }
     }

@@ -5,8 +5,9 @@
 //!   with jittered backoff and without limit. One entry delays another only while its body is being written.
 //! - A body is the client's from the first try on, so that its memory goes once it is written to NATS; for a further try
 //!   it is read from the journal again.
-//! - A try that timed out may have been stored: it is repeated under the same `Nats-Msg-Id`. Published is not stored:
-//!   only the worker's receipt lets an entry go (see [`crate::confirm`]).
+//! - A try that timed out may have been stored: it is repeated under the same `Nats-Msg-Id`. An ack that says "duplicate"
+//!   may be for that try, or for another entry (one request, sent twice): [`crate::confirm`] asks the stream.
+//! - Published is not stored: only the worker's receipt lets an entry go (see [`crate::confirm`]).
 //! - Nothing is read from disk while NATS cannot take it, and entries on their way are bounded, as are bodies in memory,
 //!   so memory does not grow with the backlog.
 

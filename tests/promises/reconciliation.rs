@@ -137,19 +137,30 @@ fn permissions(deny: &str) -> String {
     )
 }
 
+/// Waits until the check tells a failure, and gives it.
+async fn degraded(world: &World) -> Value {
+    let degraded = || async { check(world).await.filter(|check| check["degraded"] == true) };
+    eventually("the gateway to tell", degraded).await
+}
+
 async fn a_missing_right_is_told(subject: &str) {
     let setup = watchful().workers(0).nats(|options| options.extra = permissions(subject));
     let mut world = setup.start().await;
     let ids = post(&world, 20).await;
     world.on_stream(20).await;
-    let degraded = || async { check(&world).await.filter(|check| check["degraded"] == true) };
-    let told = eventually("the gateway to tell", degraded).await;
+    let told = degraded(&world).await;
     assert!(told["detail"].as_str().unwrap().contains(subject), "{told}");
     assert!(told["detail"].as_str().unwrap().contains("allow this login to publish"), "{told}");
     assert_eq!(world.gateway.ops("/readyz").await.status, 200, "deliveries are taken all the same");
     assert!(world.metric("gateway_reconciliation_errors_total{cause=\"permission\"}").await >= 1.0);
     let lines = world.gateway.log().lines().filter(|line| line.contains("WARN") && line.contains(subject)).count();
     assert!((1..20).contains(&lines), "{lines} lines");
+    // Nor is anything published again at a start: it waits for the answer.
+    checkpointed(&world, 20).await;
+    world.gateway.kill().await;
+    world.gateway.start_again();
+    degraded(&world).await;
+    assert_eq!(world.metric("gateway_journal_unverified").await, 20.0);
     // With the right, it heals by itself.
     world.nats.stop().await.unwrap();
     world.nats.options.extra = String::new();
@@ -157,6 +168,7 @@ async fn a_missing_right_is_told(subject: &str) {
     world.jetstream().await.get_stream("SIGNALS").await.unwrap().purge().await.unwrap();
     world.start_worker().await;
     exactly_once(&world, &ids, 0).await;
+    assert_eq!(world.metric("gateway_journal_unverified").await, 0.0);
     eventually("the check to be well", || async { check(&world).await.filter(|check| check["ok"] == true) }).await;
 }
 

@@ -555,12 +555,12 @@ impl Segment {
     pub(super) fn marks(&self) -> Marks {
         match &self.rows {
             Rows::Awake(columns) => {
+                let published = usize::try_from(self.tally(State::Published).entries).unwrap_or(0);
+                let mut sequences = Vec::with_capacity(published + self.counts.unverified);
                 let with_sequence =
                     |(index, bits): (usize, &Bits)| bits.has_sequence().then(|| columns.sequence(index));
-                Marks {
-                    states: columns.bits.iter().map(|bits| bits.to_marks()).collect(),
-                    sequences: columns.bits.iter().enumerate().filter_map(with_sequence).collect(),
-                }
+                sequences.extend(columns.bits.iter().enumerate().filter_map(with_sequence));
+                Marks { states: columns.bits.iter().map(|bits| bits.to_marks()).collect(), sequences }
             }
             Rows::Asleep(alike) => Marks { states: vec![alike.to_marks(); self.entries], sequences: Vec::new() },
         }
