@@ -8,11 +8,11 @@
 //!   or passed without a receipt: it is published again under `<id>.<n>`. An entry that was repeated waits twice as long
 //!   for the next time.
 //! - An unverified entry (see [`crate::journal`]) is looked after at once: an earlier process published it, or JetStream
-//!   called it a duplicate. It is not published again before the stream was asked: else each restart while PostgreSQL is
-//!   away would put a copy of everything on the stream.
+//!   called it a duplicate. It is not published again before the stream was asked. Without that rule each restart would put
+//!   a copy of everything unconfirmed on the stream.
 //! - At most a thousand a second are looked after, the oldest first. The stream's answers hold whole bodies ([`broker`]), so
-//!   a round is bounded by bytes, too: that bounds memory, here and in the server, and what the stream has to read.
-//! - A stream that cannot be asked is told: by the check `reconciliation`, in the log, in a metric. The entries wait.
+//!   bytes bound a round, too. This bounds the memory of both programs and the reads of the stream.
+//! - The check `reconciliation`, a log line and a metric tell that the stream cannot be asked. The entries wait meanwhile.
 
 mod broker;
 
@@ -32,8 +32,8 @@ use crate::publish::Publisher;
 use crate::receipts::ReceiptKey;
 use broker::{Broker, Failure, Fate};
 
-/// Messages asked for at once. A server cuts a client off for which more than 64 MiB wait; four bodies of 8 MiB, in
-/// base64, are 43. That many may come although less was expected: where another message took an entry's place.
+/// Messages asked for at once. The server cuts off a client for which more than 64 MiB wait; four bodies of 8 MiB in base64
+/// are 43. These may come although the entries are small: other messages may have taken their places.
 const AT_ONCE: usize = 4;
 /// Entries in one round.
 const A_ROUND: usize = 256;

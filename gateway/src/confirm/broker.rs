@@ -1,8 +1,8 @@
-//! What the stream knows of an entry: three requests to JetStream, and what a failure of one means.
+//! Asks the stream for an entry: three requests to JetStream, and the meaning of their answers and failures.
 //!
 //! STREAM.MSG.GET is answered by the stream's leader; a direct get could come from a stale replica. Its answer holds the
-//! whole body. A consumer with `headers_only` would leave it out. It is not used: it needs the right to create consumers,
-//! and nats-server itself ends over some messages that such a consumer meets (`trust::publisher` in the tests).
+//! whole body. A consumer with `headers_only` would leave the body out. It is not used: it needs the right to create
+//! consumers, and nats-server itself ends over some messages that such a consumer meets (`trust::publisher` in the tests).
 
 use async_nats::jetstream::context::RequestErrorKind;
 use async_nats::jetstream::response::Response;
@@ -21,7 +21,7 @@ use crate::metrics::{NotAsked, Repeat};
 use crate::publish::Publisher;
 use crate::receipts::{self, ReceiptKey};
 
-/// What is to become of an entry without a receipt.
+/// The judgement on an entry without a receipt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fate {
     /// Its message is in the stream. The consumer will come to it, or its receipt has come.

@@ -285,7 +285,7 @@ pub(super) fn encode_marks(check: u32, marks: &Marks) -> Vec<u8> {
     bytes
 }
 
-/// What a marks file says. `None` unless it is intact and of the segment with this check.
+/// Reads a marks file. `None` unless it is intact and of the segment with this check.
 pub(super) fn decode_marks(bytes: &[u8], check: u32) -> Option<Marks> {
     let header = bytes.get(..MARKS_HEADER)?;
     let valid = header.starts_with(MARKS_MAGIC)

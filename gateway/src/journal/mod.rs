@@ -47,8 +47,8 @@
 //! A marks file, replaced as a whole:
 //! ```text
 //!    0  magic "LOOPMARK" | version u32 | crc u32 | check u32 | entries u32
-//!   24  states, a byte each | sequences: of each entry whose state says that it has one, the difference from the one
-//!       before, as LEB128 of its zigzag form
+//!   24  states, a byte each | sequences of the entries whose state says that they have one: each as the difference from
+//!       the one before, in LEB128 of its zigzag form
 //! ```
 //! Version 1 has no sequences.
 //!
@@ -70,10 +70,10 @@
 //! - Marks are hints: written at most once a second, never synced, replaced by rename. Without them confirmed entries
 //!   are published again, which changes nothing in the end. They are never the reason to let an entry go that was not
 //!   confirmed: checksum and marker tie them to their segment.
-//! - An *unverified* entry has a sequence, and the stream has not shown yet that the message there is this entry's: its
+//! - An *unverified* entry has a sequence, and the stream has not shown yet that the message there is this entry's. Its
 //!   marks say that an earlier process published it, or JetStream called it a duplicate. It counts as journalled, so it
-//!   makes no room. It is not published before the stream was asked ([`Journal::unconfirmed`]): then it is published, or
-//!   lost and given out again. Where the stream cannot be asked it waits.
+//!   makes no room. It is not given out before the stream was asked ([`Journal::unconfirmed`]), and waits while the stream
+//!   cannot be asked. The answer makes it published, or lost and given out again.
 //! - No entry is confirmed before JetStream has acknowledged it, to this process or to an earlier one. A receipt that
 //!   comes sooner is remembered until then ([`receipts`]).
 //! - Nothing in memory says more than the disk: an entry can be published, read or marked only after its sync.
@@ -493,9 +493,8 @@ impl Journal {
         confirmed
     }
 
-    /// JetStream acknowledged the entry as a duplicate of the message at `sequence`. That may be another entry's: this one
-    /// waits until the stream has shown the message ([`Journal::unconfirmed`] names it). Then it is marked published or
-    /// lost.
+    /// JetStream acknowledged the entry as a duplicate of the message at `sequence`, which may be another entry's. The entry
+    /// is unverified: [`Journal::unconfirmed`] names it, and the stream's answer marks it published or lost.
     pub fn mark_duplicate(&self, place: Place, sequence: u64) {
         self.change(place, |segment, index| segment.acknowledge_duplicate(index, sequence));
     }

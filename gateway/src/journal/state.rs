@@ -185,9 +185,9 @@ impl Bits {
         Bits(Bits::SET_ASIDE | u8::try_from(number).expect("there are at most eight refusals") << Bits::REFUSAL)
     }
 
-    /// What of this is still true after a restart. A publish is not: the stream may have lost the message meanwhile.
-    /// With its sequence (0: not known) the entry waits until the stream was asked, else it is published again. That it
-    /// was published is remembered, for the receipt that may come.
+    /// The part of this that is still true after a restart. A publish is not: the stream may have lost the message
+    /// meanwhile. An entry with a `sequence` is unverified; one without (0) is published again. That it was published is
+    /// remembered, for the receipt that may come.
     pub(super) fn after_restart(self, sequence: u64) -> Bits {
         let unverified = if sequence == 0 { 0 } else { Bits::UNVERIFIED };
         match self.state() {
