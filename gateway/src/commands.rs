@@ -321,5 +321,5 @@ async fn until_drained(journal: &Journal, publisher: &Publisher, shutdown: &Canc
 
 /// Entries that may still be confirmed: all but what is set aside, and what the disk does not give.
 fn unconfirmed(stats: &Stats) -> u64 {
-    stats.to_publish() + stats.share(State::Published).tally.entries
+    stats.to_publish() + stats.unverified + stats.share(State::Published).tally.entries
 }

@@ -58,13 +58,14 @@ use crate::settings::JournalSettings;
 use crate::summary::Summary;
 
 /// Checks that may fail while deliveries are taken.
-const TOLERATED: [&str; 9] = [
+const TOLERATED: [&str; 10] = [
     "nats",
     "stream",
     "stream_settings",
     "publishing",
     "receipts",
     "reconciliation",
+    "reconciliation_task",
     "journal_reads",
     "secrets",
     "connections",
@@ -199,11 +200,11 @@ impl Settling<'_> {
     ) {
         let work = async {
             let Settling { journal, publisher, metrics } = *self;
-            let reconcile = || confirm::look_after(journal, publisher, metrics, &nats.stream, confirm_after);
+            let reconcile = || confirm::look_after(journal, publisher, metrics, readiness, &nats.stream, confirm_after);
             tokio::join!(
                 publisher.run(readiness),
                 restarted("receipts", readiness, || receipts::take(journal, publisher, metrics)),
-                restarted("reconciliation", readiness, reconcile),
+                restarted("reconciliation_task", readiness, reconcile),
             );
         };
         shutdown.run_until_cancelled(Box::pin(work)).await;
@@ -234,6 +235,7 @@ async fn open_journal(settings: &JournalSettings) -> anyhow::Result<Journal> {
     tracing::info!(
         gateway.id = journal.gateway_id(),
         unpublished = found.unpublished,
+        unverified = found.unverified,
         set_aside = found.set_aside,
         torn_bytes = found.torn_bytes,
         took = ?found.took,

@@ -34,10 +34,12 @@ pub enum Repeat {
     Replaced,
     /// The consumer is past it, and no receipt came.
     Passed,
+    /// The stream took it for a duplicate of another entry's message, whose receipt does not settle it.
+    Duplicate,
 }
 
 impl Repeat {
-    const ALL: [Repeat; 3] = [Repeat::Missing, Repeat::Replaced, Repeat::Passed];
+    const ALL: [Repeat; 4] = [Repeat::Missing, Repeat::Replaced, Repeat::Passed, Repeat::Duplicate];
 
     /// Its name as a label.
     pub fn as_str(self) -> &'static str {
@@ -45,6 +47,31 @@ impl Repeat {
             Repeat::Missing => "missing",
             Repeat::Replaced => "replaced",
             Repeat::Passed => "passed",
+            Repeat::Duplicate => "duplicate",
+        }
+    }
+}
+
+/// The reason for which the stream could not be asked for entries without a receipt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotAsked {
+    /// The login lacks a right.
+    Permission,
+    /// No answer in time.
+    TimedOut,
+    /// Anything else.
+    Other,
+}
+
+impl NotAsked {
+    const ALL: [NotAsked; 3] = [NotAsked::Permission, NotAsked::TimedOut, NotAsked::Other];
+
+    /// Its name as a label.
+    fn as_str(self) -> &'static str {
+        match self {
+            NotAsked::Permission => "permission",
+            NotAsked::TimedOut => "timed_out",
+            NotAsked::Other => "other",
         }
     }
 }
@@ -155,6 +182,8 @@ pub struct Metrics {
     confirmed: Counter,
     receipts_refused: Each<Counter>,
     repeats: Each<Counter>,
+    reconciled: Counter,
+    not_asked: Each<Counter>,
     connections: Gauge,
     accepted_connections: Counter,
     accept_errors: Counter,
@@ -224,8 +253,13 @@ impl Metrics {
         let receipts_refused =
             Each::register(registry, "gateway_receipts_refused", help, None, reasons, Counter::default);
         let causes = labels("cause", Repeat::ALL.map(Repeat::as_str));
-        let help = "Entries published again for want of a receipt, by cause (missing, replaced, passed)";
+        let help = "Entries published again for want of a receipt, by cause (missing, replaced, passed, duplicate)";
         let repeats = Each::register(registry, "gateway_repeats", help, None, causes, Counter::default);
+        let help = "Entries without a receipt that were looked for in the stream";
+        let reconciled = counter(registry, "gateway_reconciled", help);
+        let causes = labels("cause", NotAsked::ALL.map(NotAsked::as_str));
+        let help = "Failures to look for such entries in the stream, by cause (permission, timed_out, other)";
+        let not_asked = Each::register(registry, "gateway_reconciliation_errors", help, None, causes, Counter::default);
 
         let connections = gauge(registry, "gateway_connections_open", "Connections to the public listener");
         let accepted_connections =
@@ -259,6 +293,8 @@ impl Metrics {
             confirmed,
             receipts_refused,
             repeats,
+            reconciled,
+            not_asked,
             connections,
             accepted_connections,
             accept_errors,
@@ -334,6 +370,16 @@ impl Metrics {
     /// An entry is to be published again.
     pub fn repeated(&self, cause: Repeat) {
         self.repeats.at(place(&Repeat::ALL, cause)).inc();
+    }
+
+    /// An entry without a receipt was looked for in the stream.
+    pub fn reconciled(&self) {
+        self.reconciled.inc();
+    }
+
+    /// The stream could not be asked.
+    pub fn not_asked(&self, cause: NotAsked) {
+        self.not_asked.at(place(&NotAsked::ALL, cause)).inc();
     }
 
     /// A connection was taken, and is there until what this gives is dropped.
@@ -511,6 +557,8 @@ impl Collector for OfJournal {
         gauge("gateway_deliveries_unconfirmed", help, None, unsettled.entries as f64)?;
         let help = "How long ago the oldest delivery was received that no worker has confirmed yet";
         gauge("gateway_oldest_unconfirmed_age", help, Some(&Unit::Seconds), age.as_secs_f64())?;
+        let help = "Journalled entries that the stream is asked for before they are published";
+        gauge("gateway_journal_unverified", help, None, stats.unverified as f64)?;
         let help = "What the journal takes on disk, reserved space included";
         gauge("gateway_journal_disk", help, Some(&Unit::Bytes), stats.bytes_on_disk as f64)?;
         let help = "What the journal may take on disk (GATEWAY_JOURNAL_MAX_BYTES)";

@@ -5,8 +5,9 @@
 //!   with jittered backoff and without limit. One entry delays another only while its body is being written.
 //! - A body is the client's from the first try on, so that its memory goes once it is written to NATS; for a further try
 //!   it is read from the journal again.
-//! - A try that timed out may have been stored: it is repeated under the same `Nats-Msg-Id`. Published is not stored:
-//!   only the worker's receipt lets an entry go (see [`crate::confirm`]).
+//! - A try that timed out may have been stored: it is repeated under the same `Nats-Msg-Id`. An ack that says "duplicate"
+//!   may be for that try, or for another entry (one request, sent twice): [`crate::confirm`] asks the stream.
+//! - Published is not stored: only the worker's receipt lets an entry go (see [`crate::confirm`]).
 //! - Nothing is read from disk while NATS cannot take it, and entries on their way are bounded, as are bodies in memory,
 //!   so memory does not grow with the backlog.
 //! - Nothing is published before the stream was looked at and is fit. A look holds for its connection, and until the next
@@ -193,6 +194,11 @@ impl Publisher {
         self.0.is_up()
     }
 
+    /// Returns `true` when the server has said, on this connection, that this login may not publish to `subject`.
+    pub fn is_denied(&self, subject: &str) -> bool {
+        self.0.denied.lock().unwrap_or_else(PoisonError::into_inner).contains(subject)
+    }
+
     /// Keeps the stream there, and sees when it is fit and when what it takes has changed.
     async fn keep_stream(&self, readiness: &Readiness) {
         let shared = &self.0;
@@ -326,7 +332,12 @@ impl Shared {
             })
             .await;
         match published {
-            Ok(sequence) => {
+            // The message may be another entry's (one request, sent twice): the stream is asked.
+            Ok((sequence, true)) => {
+                tracing::debug!(delivery.id = %id, trace.id = trace, %place, sequence, "the stream has this id already");
+                self.journal.mark_duplicate(place, sequence);
+            }
+            Ok((sequence, false)) => {
                 tracing::debug!(delivery.id = %id, trace.id = trace, %place, sequence, "published a delivery");
                 if self.journal.mark_published(place, sequence) {
                     self.metrics.confirmed(1); // its receipt came first
@@ -348,14 +359,15 @@ impl Shared {
         }
     }
 
-    /// One try, with `body`, or else with what is read: the sequence at which JetStream has it.
+    /// One try, with `body`, or else with what is read: the sequence at which JetStream has it, and `true` where it calls
+    /// the message a duplicate.
     async fn try_publish(
         &self,
         subject: &str,
         headers: HeaderMap,
         body: Option<Bytes>,
         read: impl AsyncFnOnce() -> Result<Bytes, ReadError>,
-    ) -> Result<u64, NotPublished> {
+    ) -> Result<(u64, bool), NotPublished> {
         let body = match body {
             Some(body) => body,
             None => {
@@ -373,7 +385,7 @@ impl Shared {
         match acked.await {
             Ok(ack) => {
                 self.metrics.published(begin.elapsed());
-                Ok(ack.sequence)
+                Ok((ack.sequence, ack.duplicate))
             }
             Err(error) => Err(self.judge(&error, subject, &fit)),
         }

@@ -100,12 +100,12 @@ impl StoredMessage {
             length: self.header_block.len() + self.body.len(),
         }
     }
+}
 
-    /// The first value of a header, as far as the block can be read.
-    pub fn header(&self, name: &str) -> Option<&str> {
-        let block = std::str::from_utf8(&self.header_block).ok()?;
-        block.lines().skip(1).find_map(|line| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim()))
-    }
+/// The first value of a header in a block, as far as that can be read.
+pub fn header<'b>(block: &'b [u8], name: &str) -> Option<&'b str> {
+    let block = std::str::from_utf8(block).ok()?;
+    block.lines().skip(1).find_map(|line| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim()))
 }
 
 /// <https://docs.nats.io/reference/reference-protocols/nats_api_reference>, "Fetch Message From Stream".
@@ -132,6 +132,26 @@ async fn fetch(
         header_block: decode(message.hdrs)?,
         body: decode(message.data)?,
     }))
+}
+
+/// The answer to STREAM.MSG.GET, read for the message's headers. The server sends the body, too: no form of the request
+/// leaves it out (nats-server 2.15, `JSApiMsgGetRequest`).
+#[derive(Debug, Deserialize)]
+pub struct StoredHeaders {
+    message: OnlyHeaders,
+}
+
+#[derive(Debug, Deserialize)]
+struct OnlyHeaders {
+    #[serde(default)]
+    hdrs: String,
+}
+
+impl StoredHeaders {
+    /// The header block, from `NATS/1.0` to the empty line. Empty for a message without headers.
+    pub fn block(&self) -> Bytes {
+        STANDARD.decode(&self.message.hdrs).unwrap_or_default().into()
+    }
 }
 
 #[derive(Deserialize)]

@@ -27,6 +27,7 @@ mod metrics;
 mod old_journals;
 mod outages;
 mod programs;
+mod reconciliation;
 mod refused_rows;
 mod replay;
 mod rotation;

@@ -27,14 +27,16 @@ const MARKS_MAGIC: &[u8; 8] = b"LOOPMARK";
 /// In version 1 batches followed each other without zeros between them; no record of it says that it is its batch's last,
 /// so it reads the same.
 const VERSION: u32 = 2;
-/// The version of marks files.
-const MARKS_VERSION: u32 = 1;
+/// The version of marks files. Version 1 has no sequences.
+const MARKS_VERSION: u32 = 2;
 /// In a record's header block length: it is the last of its batch.
 const LAST: u32 = 1 << 31;
 const MARKS_HEADER: usize = 24;
+/// The most bytes that a sequence takes.
+const VARINT: usize = 10;
 /// The most bytes of a marks file. It may have more states than its segment has entries now: a damaged segment can lose
 /// its end.
-pub(super) const LARGEST_MARKS: usize = MARKS_HEADER + LARGEST_SEGMENT as usize / RECORD_HEADER;
+pub(super) const LARGEST_MARKS: usize = MARKS_HEADER + (1 + VARINT) * (LARGEST_SEGMENT as usize / RECORD_HEADER);
 
 /// Eight random bytes that open every record of one segment. Nobody outside this directory ever sees them, so no
 /// sender can put something into a body that would be taken for a record.
@@ -254,31 +256,74 @@ impl Trailer {
     }
 }
 
-/// A marks file: the state byte of each entry of one segment, as it was some time ago.
-pub(super) fn encode_marks(check: u32, states: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(MARKS_HEADER + states.len());
+/// The content of a marks file: how far the entries of one segment had come some time ago.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Marks {
+    /// A byte for each entry.
+    pub(super) states: Vec<u8>,
+    /// The stream sequences of those entries whose state has one, in the order of the entries.
+    pub(super) sequences: Vec<u64>,
+}
+
+/// A marks file. Sequences are written as differences: those of entries that follow each other are close.
+pub(super) fn encode_marks(check: u32, marks: &Marks) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(MARKS_HEADER + marks.states.len() + 2 * marks.sequences.len());
     bytes.extend_from_slice(MARKS_MAGIC);
     bytes.extend_from_slice(&MARKS_VERSION.to_le_bytes());
     bytes.extend_from_slice(&[0; 4]);
     bytes.extend_from_slice(&check.to_le_bytes());
-    let entries = u32::try_from(states.len()).expect("an entry's index is 32 bits wide");
+    let entries = u32::try_from(marks.states.len()).expect("an entry's index is 32 bits wide");
     bytes.extend_from_slice(&entries.to_le_bytes());
-    bytes.extend_from_slice(states);
+    bytes.extend_from_slice(&marks.states);
+    let mut before = 0;
+    for &sequence in &marks.sequences {
+        put_difference(&mut bytes, sequence.wrapping_sub(before));
+        before = sequence;
+    }
     let crc = crc_around(&bytes, 12);
     bytes[12..16].copy_from_slice(&crc.to_le_bytes());
     bytes
 }
 
-/// The state bytes in a marks file. `None` unless it is intact and of the segment with this check.
-pub(super) fn decode_marks(bytes: &[u8], check: u32) -> Option<&[u8]> {
+/// Reads a marks file. `None` unless it is intact and of the segment with this check.
+pub(super) fn decode_marks(bytes: &[u8], check: u32) -> Option<Marks> {
     let header = bytes.get(..MARKS_HEADER)?;
-    let states = &bytes[MARKS_HEADER..];
     let valid = header.starts_with(MARKS_MAGIC)
-        && u32_at(header, 8) == MARKS_VERSION
+        && (1..=MARKS_VERSION).contains(&u32_at(header, 8))
         && u32_at(header, 12) == crc_around(bytes, 12)
-        && u32_at(header, 16) == check
-        && u32_at(header, 20) as usize == states.len();
-    valid.then_some(states)
+        && u32_at(header, 16) == check;
+    let (states, mut rest) = bytes[MARKS_HEADER..].split_at_checked(u32_at(header, 20) as usize).filter(|_| valid)?;
+    let (mut sequences, mut sequence) = (Vec::new(), 0_u64);
+    while !rest.is_empty() {
+        sequence = sequence.wrapping_add(take_difference(&mut rest)?);
+        sequences.push(sequence);
+    }
+    Some(Marks { states: states.to_vec(), sequences })
+}
+
+/// Appends a difference of two sequences: small ones, up or down, take a byte (LEB128 of its zigzag form).
+fn put_difference(bytes: &mut Vec<u8>, difference: u64) {
+    let sign = if difference >> 63 == 0 { 0 } else { u64::MAX };
+    let mut left = difference << 1 ^ sign;
+    while left >= 0x80 {
+        bytes.push(left.to_le_bytes()[0] | 0x80);
+        left >>= 7;
+    }
+    bytes.push(left.to_le_bytes()[0]);
+}
+
+/// Takes what [`put_difference`] appended. `None` where that is not what stands there.
+fn take_difference(bytes: &mut &[u8]) -> Option<u64> {
+    let mut zigzag = 0_u64;
+    for shift in (0..u64::BITS).step_by(7) {
+        let (&byte, rest) = bytes.split_first()?;
+        *bytes = rest;
+        zigzag |= u64::from(byte & 0x7f) << shift;
+        if byte < 0x80 {
+            return Some(zigzag >> 1 ^ (zigzag & 1).wrapping_neg());
+        }
+    }
+    None
 }
 
 /// CRC32C of all of `bytes` but the four at `hole`, where the checksum itself is kept.
@@ -381,10 +426,26 @@ mod tests {
 
     #[test]
     fn marks_read_back_for_their_segment_only() {
-        let bytes = encode_marks(42, &[0, 1, 2, 3]);
-        assert_eq!(decode_marks(&bytes, 42), Some(&[0, 1, 2, 3][..]));
+        let marks = Marks { states: vec![0, 1, 2, 3], sequences: vec![70_000, 70_001, 69_990, u64::MAX, 0, 1] };
+        let bytes = encode_marks(42, &marks);
+        assert_eq!(decode_marks(&bytes, 42), Some(marks));
         assert_eq!(decode_marks(&bytes, 43), None);
         assert!(flips(&bytes).all(|flipped| decode_marks(&flipped, 42).is_none()));
         assert!((0..bytes.len()).all(|length| decode_marks(&bytes[..length], 42).is_none()));
+    }
+
+    #[test]
+    fn marks_of_the_first_version_have_no_sequences() {
+        let mut bytes = encode_marks(42, &Marks { states: vec![1, 2], sequences: vec![] });
+        bytes[8] = 1;
+        let crc = crc_around(&bytes, 12);
+        bytes[12..16].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!(decode_marks(&bytes, 42), Some(Marks { states: vec![1, 2], sequences: vec![] }));
+    }
+
+    #[test]
+    fn sequences_that_follow_each_other_take_a_byte_each() {
+        let marks = Marks { states: vec![1; 1000], sequences: (1 << 40..).take(1000).collect() };
+        assert!(encode_marks(42, &marks).len() < MARKS_HEADER + 2 * 1000 + VARINT);
     }
 }

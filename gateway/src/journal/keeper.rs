@@ -206,8 +206,9 @@ fn write_marks(shared: &Shared) {
         let mut table = shared.table();
         let Some(segment) = table.segments.get_mut(&number) else { continue };
         segment.marks_changed = false;
-        let bytes = format::encode_marks(segment.check, &segment.marks());
+        let (check, marks) = (segment.check, segment.marks());
         drop(table);
+        let bytes = format::encode_marks(check, &marks);
         let path = files::marks(&shared.dir, number);
         if let Err(error) = files::write_whole(&shared.dir, &path, &bytes, false) {
             tracing::debug!(file = %path.display(), %error, "marks not written");

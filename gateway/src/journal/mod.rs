@@ -13,7 +13,7 @@
 //! | `gateway-id` | made once: a token of letters and digits |
 //! | `receipt-key` | made once: 32 random bytes in hex, from which the tags of receipts follow |
 //! | `000000000042.journal` | segment 42 |
-//! | `000000000042.marks` | the states of its entries, some time ago |
+//! | `000000000042.marks` | the states of its entries, and their sequences in the stream, some time ago |
 //! | `000000000042.damaged` | a segment with damage, kept for people once nothing in it is left to do |
 //!
 //! The directory is its owner's alone, and so are the files ([`access`]).
@@ -44,6 +44,14 @@
 //!   damage, which is a loss, be told from a batch that was never finished, which is not.
 //! - *capacity*: bytes reserved for the file. It is only shorter once it is sealed; the index always fits into it.
 //!
+//! A marks file, replaced as a whole:
+//! ```text
+//!    0  magic "LOOPMARK" | version u32 | crc u32 | check u32 | entries u32
+//!   24  states, a byte each | sequences of the entries whose state says that they have one: each as the difference from
+//!       the one before, in LEB128 of its zigzag form
+//! ```
+//! Version 1 has no sequences.
+//!
 //! # Invariants
 //! - A file is reserved in full, synced, and its name synced, before its first record is written.
 //! - Records are only ever appended, by one thread, a batch at a time: whole blocks of 4096 bytes, past the page cache
@@ -68,6 +76,10 @@
 //! - Marks are hints: written at most once a second, never synced, replaced by rename. Without them confirmed entries
 //!   are published again, which changes nothing in the end. They are never the reason to let an entry go that was not
 //!   confirmed: checksum and marker tie them to their segment.
+//! - An *unverified* entry has a sequence, and the stream has not shown yet that the message there is this entry's. Its
+//!   marks say that an earlier process published it, or JetStream called it a duplicate. It counts as journalled, so it
+//!   makes no room. It is not given out before the stream was asked ([`Journal::unconfirmed`]), and waits while the stream
+//!   cannot be asked. The answer makes it published, or lost and given out again.
 //! - No entry is confirmed before JetStream has acknowledged it, to this process or to an earlier one. A receipt that
 //!   comes sooner is remembered until then ([`receipts`]).
 //! - Nothing in memory says more than the disk: an entry can be published, read or marked only after its sync.
@@ -101,8 +113,8 @@
 //! later. Only one thing cannot be told apart: damage in the very last batch before a crash looks like a torn tail, and
 //! is reported as one.
 //!
-//! Then what is not known to be confirmed is published again, the oldest first, and a new segment is begun: none is
-//! ever appended to after a restart.
+//! Then what the marks call published is unverified, what else is not known to be confirmed is published again, each the
+//! oldest first. A new segment is begun: none is ever appended to after a restart.
 
 mod access;
 mod asleep;
@@ -145,7 +157,7 @@ pub use receipts::{Judged, Receipt};
 pub use recover::{Damage, OpenError, Recovered};
 pub use snapshot::{Listed, SegmentStatus, Snapshot, later_versions};
 pub use stall::{Operation, Stall};
-pub use state::{Refusal, State, Tally};
+pub use state::{Evidence, Refusal, State, Tally};
 pub use stats::{AppendError, SYNC_BUCKETS, Share, Stats, Syncs, Trouble, Unsettled};
 pub use table::Unconfirmed;
 
@@ -168,7 +180,7 @@ const WAITING_OVERHEAD: usize = 512;
 /// How much a journal may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes of all its files on disk. Marks (a byte for each entry) come on top.
+    /// Bytes of all its files on disk. Marks (a byte for each entry, about two where it is published) come on top.
     pub max_bytes_on_disk: u64,
     /// Bytes of one segment, 1 GiB at most. Larger entries get a segment of their own.
     pub segment_bytes: u64,
@@ -548,6 +560,12 @@ impl Journal {
         confirmed
     }
 
+    /// JetStream acknowledged the entry as a duplicate of the message at `sequence`, which may be another entry's. The entry
+    /// is unverified: [`Journal::unconfirmed`] names it, and the stream's answer marks it published or lost.
+    pub fn mark_duplicate(&self, place: Place, sequence: u64) {
+        self.change(place, |segment, index| segment.acknowledge_duplicate(index, sequence));
+    }
+
     /// These entries are stored for good. Returns how many of them were not known to be: not those confirmed before,
     /// of another journal, or long let go.
     ///
@@ -594,8 +612,8 @@ impl Journal {
         self.change(place, |segment, index| segment.set_aside(index, refusal));
     }
 
-    /// The stream does not have this published entry (any more): it is given out again by [`Journal::take`], and does
-    /// not make room until it is published again.
+    /// The stream does not have this published or unverified entry (any more): it is given out again by
+    /// [`Journal::take`], and does not make room until it is published again.
     pub fn mark_lost(&self, place: Place) {
         self.change(place, Segment::lose);
         self.0.shared.appended.notify_waiters();
@@ -614,20 +632,19 @@ impl Journal {
         }
     }
 
-    /// Entries whose publish was acknowledged at least `age` ago and that are not confirmed: the oldest `at_most` of
-    /// those that come `after` a place. Ages are exact to a tenth of a second.
+    /// Entries that the stream has yet to show, and those whose publish was acknowledged at least `age` ago and that are
+    /// not confirmed: the oldest `at_most` of those that come `after` a place. Ages are exact to a tenth of a second.
     pub fn unconfirmed(&self, age: Duration, after: Option<Place>, at_most: usize) -> Vec<Unconfirmed> {
         let shared = &self.0.shared;
-        let Some(until) = Instant::now().checked_sub(age).filter(|until| *until >= shared.opened) else {
-            return Vec::new(); // nothing was published that long ago
-        };
-        let (now, until) = (shared.ticks(Instant::now()), shared.ticks(until));
+        // None where nothing was published that long ago.
+        let until = Instant::now().checked_sub(age).filter(|until| *until >= shared.opened);
+        let (now, until) = (shared.ticks(Instant::now()), until.map(|until| shared.ticks(until)));
         let mut found = Vec::new();
         let (mut number, mut from) = after.map_or((0, 0), |place| (place.segment, place.index as usize + 1));
         // One segment at a time, so that with a million of them nobody waits for the table meanwhile.
         while found.len() < at_most {
             let table = shared.table();
-            let Some(segment) = table.next_with_unconfirmed(number) else { break };
+            let Some(segment) = table.next_with_unconfirmed(number, until.is_some()) else { break };
             if segment.number != number {
                 from = 0;
             }
@@ -635,7 +652,11 @@ impl Journal {
             found.extend(here.map(|(index, sequence, published_at)| Unconfirmed {
                 place: segment.place(index),
                 sequence,
-                published_for: Duration::from_millis(100) * now.saturating_sub(published_at),
+                evidence: match published_at {
+                    Some(at) => Evidence::Published(Duration::from_millis(100) * now.saturating_sub(at)),
+                    None => segment.bits(index).evidence(),
+                },
+                bytes: segment.columns().map_or(0, |columns| columns.length(index, segment.end)),
                 repeats: segment.columns().map_or(0, |columns| columns.repeats(index)),
             }));
             (number, from) = (segment.number + 1, 0);
@@ -705,6 +726,7 @@ impl Journal {
             unreadable_entries: table.unreadable.entries(),
             damaged_files: table.kept.1,
             dropped_unconfirmed: table.counters.dropped_unconfirmed,
+            unverified: table.segments.values().map(|segment| segment.unverified() as u64).sum(),
         }
     }
 

@@ -3,7 +3,8 @@
 //! A receipt names an entry by its place and shows the tag under which the entry was handed to the publisher. The tag
 //! follows from a key that never leaves the gateway, so a right tag proves that the entry went out. It does not prove
 //! that the stream took it: NATS shows a message to every subscriber, also one that the stream refuses. So a receipt
-//! counts only together with JetStream's ack, and one that comes before is remembered until the ack comes.
+//! counts only together with JetStream's ack, and one that comes before is remembered until the ack comes. An ack that
+//! calls the entry a duplicate may be for another message: then the receipt waits until the stream has shown the entry's.
 
 use super::segment::ReceiptVerdict;
 use super::{Journal, Place};

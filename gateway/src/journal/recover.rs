@@ -20,6 +20,8 @@ use super::table::Table;
 pub struct Recovered {
     /// Entries to be published (again).
     pub unpublished: u64,
+    /// Entries that an earlier process published at a known sequence: the stream is asked for them.
+    pub unverified: u64,
     /// Entries that were set aside.
     pub set_aside: u64,
     /// Entries known to be confirmed, in segments that are not yet let go.
@@ -149,7 +151,8 @@ pub(super) fn recover(dir: &Path) -> Result<(Table, Recovered), OpenError> {
     }
     table.kept = kept(dir).map_err(OpenError::at(dir))?;
     let entries = |state| table.segments.values().map(|segment| segment.tally(state).entries).sum();
-    recovered.unpublished = entries(State::Journalled);
+    recovered.unverified = table.segments.values().map(|segment| segment.unverified() as u64).sum();
+    recovered.unpublished = entries(State::Journalled) - recovered.unverified;
     recovered.set_aside = entries(State::SetAside);
     recovered.confirmed = entries(State::Confirmed);
     table.counters.damaged_records = recovered.damages.iter().map(|damage| u64::from(damage.entries_lost)).sum();
@@ -278,9 +281,9 @@ impl Found {
             recovered.damages.push(Damage { file: self.path.clone(), entries_lost, what });
         }
         if let Ok(bytes) = access::read_small(&files::marks(dir, self.number), format::LARGEST_MARKS)
-            && let Some(states) = format::decode_marks(&bytes, segment.check)
+            && let Some(marks) = format::decode_marks(&bytes, segment.check)
         {
-            segment.apply_marks(states);
+            segment.apply_marks(&marks);
         }
         segment.sleep(); // before the next one is read: what a start needs does not grow with the journal
         if segment.entries() == 0 && !segment.damaged {

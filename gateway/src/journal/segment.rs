@@ -10,7 +10,7 @@ use std::sync::Arc;
 use subtle::ConstantTimeEq as _;
 
 use super::asleep::{Found, Sleeper};
-use super::format::{Marker, Previous};
+use super::format::{Marker, Marks, Previous};
 use super::place::Place;
 use super::state::{Bits, Refusal, State, Tally};
 
@@ -66,7 +66,7 @@ pub(super) struct Columns {
     bits: Vec<Bits>,
     // The columns below have no row for any entry until the first row is needed: a backlog that cannot be published
     // has no use for them.
-    /// The stream sequence that JetStream promised.
+    /// The stream sequence that JetStream promised, to this process or an earlier one; 0 for none.
     sequences: Vec<u64>,
     /// [`Ticks`] of the PubAck.
     published_at: Vec<Ticks>,
@@ -89,6 +89,17 @@ impl Columns {
         self.repeats.get(index).copied().unwrap_or(0)
     }
 
+    fn sequence(&self, index: usize) -> u64 {
+        self.sequences.get(index).copied().unwrap_or(0)
+    }
+
+    fn set_sequence(&mut self, index: usize, sequence: u64) {
+        if self.sequences.len() <= index {
+            self.sequences.resize(self.bits.len(), 0);
+        }
+        self.sequences[index] = sequence;
+    }
+
     fn next_waiting(&self) -> Option<usize> {
         let waiting = self.bits[self.first_waiting..].iter().position(|bits| bits.waits())?;
         Some(self.first_waiting + waiting)
@@ -100,6 +111,7 @@ impl Columns {
 struct Counts {
     tallies: [Tally; State::ALL.len()],
     waiting: usize,
+    unverified: usize,
 }
 
 impl Counts {
@@ -107,6 +119,7 @@ impl Counts {
         let Some(state) = bits.state() else { return };
         self.tallies[state as usize] += Tally { entries: 1, bytes };
         self.waiting += usize::from(bits.waits());
+        self.unverified += usize::from(bits.is_unverified());
     }
 
     fn remove(&mut self, bits: Bits, bytes: u64) {
@@ -115,6 +128,7 @@ impl Counts {
         tally.entries -= 1;
         tally.bytes -= bytes;
         self.waiting -= usize::from(bits.waits());
+        self.unverified -= usize::from(bits.is_unverified());
     }
 }
 
@@ -172,22 +186,29 @@ impl Segment {
         self.recount();
     }
 
-    /// Takes over `states`, the content of a marks file, as they are: for somebody who only looks.
-    pub(super) fn show_marks(&mut self, states: &[u8]) {
-        self.take_over(states, |marked| marked);
+    /// Takes over the content of a marks file as it is: for a reader that changes nothing.
+    pub(super) fn show_marks(&mut self, marks: &Marks) {
+        self.take_over(marks, |marked, _| marked);
     }
 
-    /// Takes over what of `states`, the content of a marks file, holds after a restart. Entries appended after the
-    /// marks were written are as new.
-    pub(super) fn apply_marks(&mut self, states: &[u8]) {
-        self.take_over(states, Bits::after_restart);
+    /// Takes over what of the content of a marks file holds after a restart. Entries appended after the marks were
+    /// written are as new.
+    pub(super) fn apply_marks(&mut self, marks: &Marks) {
+        self.take_over(marks, Bits::after_restart);
     }
 
-    fn take_over(&mut self, states: &[u8], what: impl Fn(Bits) -> Bits) {
+    fn take_over(&mut self, marks: &Marks, what: impl Fn(Bits, u64) -> Bits) {
         let Rows::Awake(columns) = &mut self.rows else { return };
-        for (bits, &byte) in columns.bits.iter_mut().zip(states) {
-            if *bits != Bits::GONE {
-                *bits = what(Bits::from_marks(byte));
+        let mut sequences = marks.sequences.iter();
+        for (index, &byte) in marks.states.iter().enumerate().take(columns.bits.len()) {
+            let marked = Bits::from_marks(byte);
+            let sequence = if marked.has_sequence() { sequences.next().copied().unwrap_or(0) } else { 0 };
+            if columns.bits[index] == Bits::GONE {
+                continue;
+            }
+            columns.bits[index] = what(marked, sequence);
+            if columns.bits[index].is_unverified() {
+                columns.set_sequence(index, sequence);
             }
         }
         self.recount();
@@ -321,6 +342,11 @@ impl Segment {
         self.counts.waiting
     }
 
+    /// Entries that the stream is to be asked for.
+    pub(super) fn unverified(&self) -> usize {
+        self.counts.unverified
+    }
+
     /// What the next segment's header says of this one.
     pub(super) fn as_previous(&self) -> Previous {
         let entries = u32::try_from(self.entries).expect("an entry's index is 32 bits wide");
@@ -409,7 +435,7 @@ impl Segment {
             Rows::Asleep(_) => return ReceiptVerdict::NotHandedOut,
         };
         let own = columns.tags.get(index).copied().unwrap_or(0);
-        let acknowledged = columns.sequences.get(index).is_some_and(|sequence| *sequence != 0);
+        let acknowledged = columns.sequence(index) != 0 && !bits.is_unverified();
         match bits.state() {
             None | Some(State::Confirmed) => ReceiptVerdict::Settled,
             Some(State::SetAside) if own == 0 => ReceiptVerdict::SetAside,
@@ -447,15 +473,25 @@ impl Segment {
         if bits.state().is_none() || bits.state() == Some(State::Confirmed) {
             return false;
         }
-        if columns.sequences.len() <= index {
-            columns.sequences.resize(columns.bits.len(), 0);
+        if columns.published_at.len() <= index {
             columns.published_at.resize(columns.bits.len(), 0);
         }
-        columns.sequences[index] = sequence;
+        columns.set_sequence(index, sequence);
         columns.published_at[index] = now;
         let receipted = bits.is_receipted();
         self.change(index, if receipted { Bits::STORED } else { Bits::IN_STREAM });
         receipted
+    }
+
+    /// JetStream has acknowledged the entry as a duplicate of the message at `sequence`. The entry is not published, and
+    /// not in the stream for sure, until the stream has shown this message.
+    pub(super) fn acknowledge_duplicate(&mut self, index: usize, sequence: u64) {
+        let Rows::Awake(columns) = &mut self.rows else { return };
+        let bits = columns.bits[index];
+        if bits.state() == Some(State::Journalled) {
+            columns.set_sequence(index, sequence);
+            self.change(index, bits.unverified());
+        }
     }
 
     /// Whether that was news. An entry of a segment that sleeps has to be woken first, if it is not confirmed already.
@@ -482,11 +518,15 @@ impl Segment {
         was
     }
 
-    /// A published entry that the stream does not have (any more): it waits again.
+    /// An entry that the stream does not have (any more): it waits again.
     pub(super) fn lose(&mut self, index: usize) {
         if let Rows::Awake(columns) = &mut self.rows
-            && columns.bits[index].state() == Some(State::Published)
+            && columns.bits[index].has_sequence()
         {
+            let bits = columns.bits[index];
+            if bits.is_unverified() && !bits.was_published() {
+                columns.sequences[index] = 0; // another entry's: JetStream has not acknowledged this one
+            }
             if columns.repeats.len() <= index {
                 columns.repeats.resize(columns.bits.len(), 0);
             }
@@ -505,22 +545,40 @@ impl Segment {
         news
     }
 
-    /// Entries from `from` on that were published at or before `until` and are not confirmed, each with the sequence
-    /// it was promised and when that was.
-    pub(super) fn unconfirmed(&self, from: usize, until: Ticks) -> impl Iterator<Item = (usize, u64, Ticks)> {
+    /// Entries from `from` on that are unverified, or were published at or before `until` and are not confirmed. Each
+    /// comes with its sequence and the time of its PubAck, which an unverified one does not have.
+    pub(super) fn unconfirmed(
+        &self,
+        from: usize,
+        until: Option<Ticks>,
+    ) -> impl Iterator<Item = (usize, u64, Option<Ticks>)> {
         let columns = self.columns().into_iter(); // one that sleeps has none of them
         columns.flat_map(move |columns| {
-            let published = move |&index: &usize| columns.bits[index].state() == Some(State::Published);
-            let row = |index| (index, columns.sequences[index], columns.published_at[index]);
-            (from..columns.bits.len()).filter(published).map(row).filter(move |&(_, _, at)| at <= until)
+            let row = move |index: usize| {
+                let bits = columns.bits[index];
+                if bits.is_unverified() {
+                    return Some((index, columns.sequences[index], None));
+                }
+                let until = until.filter(|_| bits.state() == Some(State::Published))?;
+                let at = columns.published_at[index];
+                (at <= until).then_some((index, columns.sequences[index], Some(at)))
+            };
+            (from..columns.bits.len()).filter_map(row)
         })
     }
 
     /// The content of a marks file.
-    pub(super) fn marks(&self) -> Vec<u8> {
+    pub(super) fn marks(&self) -> Marks {
         match &self.rows {
-            Rows::Awake(columns) => columns.bits.iter().map(|bits| bits.to_marks()).collect(),
-            Rows::Asleep(alike) => vec![alike.to_marks(); self.entries],
+            Rows::Awake(columns) => {
+                let published = usize::try_from(self.tally(State::Published).entries).unwrap_or(0);
+                let mut sequences = Vec::with_capacity(published + self.counts.unverified);
+                let with_sequence =
+                    |(index, bits): (usize, &Bits)| bits.has_sequence().then(|| columns.sequence(index));
+                sequences.extend(columns.bits.iter().enumerate().filter_map(with_sequence));
+                Marks { states: columns.bits.iter().map(|bits| bits.to_marks()).collect(), sequences }
+            }
+            Rows::Asleep(alike) => Marks { states: vec![alike.to_marks(); self.entries], sequences: Vec::new() },
         }
     }
 }
@@ -583,7 +641,12 @@ mod tests {
         segment.take_next();
         segment.publish(0, 41, 5);
         let unconfirmed = |from, until| segment.unconfirmed(from, until).collect::<Vec<_>>();
-        assert_eq!([unconfirmed(0, 4), unconfirmed(0, 5), unconfirmed(1, 5)], [vec![], vec![(0, 41, 5)], vec![]]);
+        let found = vec![(0, 41, Some(5))];
+        assert_eq!(
+            [unconfirmed(0, Some(4)), unconfirmed(0, Some(5)), unconfirmed(1, Some(5))],
+            [vec![], found, vec![]]
+        );
+        assert_eq!(unconfirmed(0, None), []);
         segment.lose(0);
         segment.lose(0); // no longer published: not lost twice
         let columns = segment.columns().unwrap();
@@ -596,7 +659,7 @@ mod tests {
     fn marks_bring_back_what_still_holds() {
         let mut before = segment(5);
         before.take_next();
-        before.publish(1, 1, 1);
+        before.publish(1, 77, 1);
         before.confirm(2);
         before.set_aside(3, Refusal::Subject);
         assert!(before.make_hole(4) && !before.make_hole(4) && before.damaged);
@@ -604,5 +667,49 @@ mod tests {
         after.apply_marks(&before.marks());
         assert_eq!(entries(&after), [4, 0, 1, 1]); // the hole's bytes are looked at again, the sixth entry is new
         assert_eq!(after.bits(3).refusal(), Some(Refusal::Subject));
+        assert_eq!((after.waiting(), after.unverified()), (3, 1), "the stream is asked for what was published");
+        assert_eq!(after.unconfirmed(0, None).collect::<Vec<_>>(), [(1, 77, None)]);
+        // Those of the first version hold no sequence.
+        let mut old = segment(6);
+        old.apply_marks(&Marks { sequences: vec![], ..before.marks() });
+        assert_eq!((old.waiting(), old.unverified()), (4, 0), "it is published again");
+    }
+
+    #[test]
+    fn an_unverified_entry_is_neither_taken_nor_expendable_and_stays_so_over_restarts() {
+        let mut first = segment(1);
+        first.take_next();
+        first.publish(0, 9, 0);
+        let mut second = segment(1);
+        second.apply_marks(&first.marks());
+        let mut segment = segment(1);
+        segment.apply_marks(&second.marks());
+        assert_eq!((segment.take_next(), segment.next_length()), (None, None));
+        assert!(!segment.expendable() && !segment.settled());
+        assert_eq!(segment.receipt_of_before(0), ReceiptVerdict::Right, "an earlier process had the ack");
+        let unverified = segment.marks();
+        segment.publish(0, 9, 3);
+        assert!(segment.expendable() && segment.unverified() == 0);
+        segment.apply_marks(&unverified);
+        segment.lose(0);
+        assert_eq!((segment.take_next(), segment.unverified()), (Some(0), 0));
+        assert_eq!(segment.columns().unwrap().repeats(0), 1);
+    }
+
+    #[test]
+    fn a_duplicate_ack_settles_nothing_before_the_stream_has_shown_the_message() {
+        let mut segment = segment(2);
+        segment.take_next();
+        segment.take_next();
+        for index in 0..2 {
+            segment.hand_out(index, 7);
+            segment.acknowledge_duplicate(index, 5);
+            assert_eq!(segment.judge_receipt(index, 7), ReceiptVerdict::Early);
+        }
+        assert_eq!((segment.unverified(), segment.take_next()), (2, None));
+        assert!(segment.publish(0, 5, 1), "it was its own, and its receipt has come");
+        segment.lose(1); // it was another's
+        assert_eq!(segment.take_next(), Some(1));
+        assert_eq!(segment.judge_receipt(1, 7), ReceiptVerdict::Early);
     }
 }

@@ -106,8 +106,8 @@ impl Snapshot {
             }
         }
         let marks = access::read_small(&files::marks(dir, number), format::LARGEST_MARKS).unwrap_or_default();
-        if let Some(states) = format::decode_marks(&marks, segment.check) {
-            segment.show_marks(states);
+        if let Some(marks) = format::decode_marks(&marks, segment.check) {
+            segment.show_marks(&marks);
         }
         self.segments.push((path, segment));
         Ok(())

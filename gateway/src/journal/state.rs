@@ -1,5 +1,7 @@
 //! How far an entry has come, and the one byte that says so.
 
+use std::time::Duration;
+
 /// How far a delivery has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum State {
@@ -56,6 +58,20 @@ impl Refusal {
     }
 }
 
+/// The ground on which an entry is taken to be in the stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Evidence {
+    /// JetStream's ack to this process, or the stream itself, so long ago (to a tenth of a second).
+    Published(Duration),
+    /// The marks of an earlier process, which had JetStream's ack.
+    Marks,
+    /// JetStream's ack for a duplicate: the message may be another entry's. A receipt may have come already.
+    Duplicate {
+        /// The entry's receipt has come.
+        receipted: bool,
+    },
+}
+
 /// The state of an entry, as bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Bits(u8);
@@ -74,6 +90,8 @@ impl Bits {
     const RECEIPTED: u8 = 32;
     /// Of an entry that is not set aside: an earlier process had JetStream's ack for it.
     const WAS_PUBLISHED: u8 = 64;
+    /// Of an entry that is not set aside: its sequence is known, and the stream has not shown yet that it is there.
+    const UNVERIFIED: u8 = 128;
 
     pub(super) const NEW: Bits = Bits(0);
     /// As good as new, but somebody has it.
@@ -113,6 +131,26 @@ impl Bits {
         self.state() == Some(State::Journalled) && self.has(Bits::WAS_PUBLISHED)
     }
 
+    /// The same, acknowledged as a duplicate: the stream has yet to show that the message there is this entry's.
+    pub(super) fn unverified(self) -> Bits {
+        Bits(self.0 & Bits::RECEIPTED | Bits::UNVERIFIED)
+    }
+
+    /// Returns `true` while the stream is to be asked for the entry, which is not published meanwhile.
+    pub(super) fn is_unverified(self) -> bool {
+        self.state() == Some(State::Journalled) && self.has(Bits::UNVERIFIED)
+    }
+
+    /// The ground on which an unverified entry is taken to be in the stream.
+    pub(super) fn evidence(self) -> Evidence {
+        if self.was_published() { Evidence::Marks } else { Evidence::Duplicate { receipted: self.is_receipted() } }
+    }
+
+    /// Returns `true` where the marks hold the entry's sequence.
+    pub(super) fn has_sequence(self) -> bool {
+        self.state() == Some(State::Published) || self.is_unverified()
+    }
+
     fn has(self, bit: u8) -> bool {
         self.0 & bit != 0
     }
@@ -139,7 +177,7 @@ impl Bits {
 
     /// Whether a publisher may take it.
     pub(super) fn waits(self) -> bool {
-        self.state() == Some(State::Journalled) && !self.has(Bits::TAKEN)
+        self.state() == Some(State::Journalled) && !self.has(Bits::TAKEN | Bits::UNVERIFIED)
     }
 
     pub(super) fn set_aside(refusal: Refusal) -> Bits {
@@ -147,14 +185,16 @@ impl Bits {
         Bits(Bits::SET_ASIDE | u8::try_from(number).expect("there are at most eight refusals") << Bits::REFUSAL)
     }
 
-    /// What of this is still true after a restart. A publish is not: the stream may have lost the message meanwhile,
-    /// so what is not confirmed is published again. That it was published is remembered, for the receipt that may come.
-    pub(super) fn after_restart(self) -> Bits {
+    /// The part of this that is still true after a restart. A publish is not: the stream may have lost the message
+    /// meanwhile. An entry with a `sequence` is unverified; one without (0) is published again. That it was published is
+    /// remembered, for the receipt that may come.
+    pub(super) fn after_restart(self, sequence: u64) -> Bits {
+        let unverified = if sequence == 0 { 0 } else { Bits::UNVERIFIED };
         match self.state() {
             Some(State::Confirmed) => Bits(Bits::CONFIRMED),
             Some(State::SetAside) => self,
-            Some(State::Published) => Bits(Bits::WAS_PUBLISHED),
-            Some(State::Journalled) => Bits(self.0 & Bits::WAS_PUBLISHED),
+            Some(State::Published) => Bits(Bits::WAS_PUBLISHED | unverified),
+            Some(State::Journalled) => Bits(self.0 & (Bits::WAS_PUBLISHED | unverified)),
             None => Bits::NEW,
         }
     }

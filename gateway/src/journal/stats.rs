@@ -86,6 +86,8 @@ pub struct Stats {
     pub damaged_files: usize,
     /// Published entries let go without a receipt since the start, to make room.
     pub dropped_unconfirmed: u64,
+    /// Journalled entries that are not published before the stream was asked for them.
+    pub unverified: u64,
 }
 
 impl Stats {
@@ -94,9 +96,10 @@ impl Stats {
         self.shares[state as usize]
     }
 
-    /// Entries that can be published now: all that are journalled but those that the disk does not give.
+    /// Entries that can be published now: all that are journalled, but those that the disk does not give, and those that
+    /// the stream is asked for first.
     pub fn to_publish(&self) -> u64 {
-        self.share(State::Journalled).tally.entries.saturating_sub(self.unreadable_entries)
+        self.share(State::Journalled).tally.entries.saturating_sub(self.unreadable_entries + self.unverified)
     }
 
     /// What is answered 202 and not known to be stored.

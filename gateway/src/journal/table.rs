@@ -11,7 +11,7 @@ use super::direct::SegmentFile;
 use super::format::Marker;
 use super::place::Place;
 use super::segment::{Columns, Segment};
-use super::state::{Refusal, State};
+use super::state::{Evidence, Refusal, State};
 use super::stats::{Counters, Trouble};
 use super::unreadable::Unreadable;
 
@@ -59,15 +59,17 @@ pub(super) struct Located {
     pub(super) repeats: u8,
 }
 
-/// A published entry without a receipt.
+/// An entry with a sequence and without a receipt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Unconfirmed {
     /// Where it is in the journal.
     pub place: Place,
     /// The stream sequence that its PubAck named.
     pub sequence: u64,
-    /// How long ago that was, to a tenth of a second.
-    pub published_for: Duration,
+    /// The ground on which it is taken to be there.
+    pub evidence: Evidence,
+    /// Bytes of its record.
+    pub bytes: u64,
     /// How often it was published and then found missing from the stream; see [`super::Stored::repeats`].
     pub repeats: u8,
 }
@@ -228,10 +230,12 @@ impl Table {
         settled.for_each(Segment::sleep);
     }
 
-    /// The first segment from `number` on that holds published entries without a receipt.
-    pub(super) fn next_with_unconfirmed(&self, number: u64) -> Option<&Segment> {
+    /// The first segment from `number` on that holds unverified entries, or published ones where these are wanted.
+    pub(super) fn next_with_unconfirmed(&self, number: u64, published: bool) -> Option<&Segment> {
         let mut segments = self.segments.range(number..).map(|(_, segment)| segment);
-        segments.find(|segment| segment.tally(State::Published).entries > 0)
+        let holds =
+            |segment: &Segment| segment.unverified() > 0 || (published && segment.tally(State::Published).entries > 0);
+        segments.find(|segment| holds(segment))
     }
 
     /// Lets the entries that were set aside for `refusal` be tried again. How many.

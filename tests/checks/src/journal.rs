@@ -135,7 +135,7 @@ fn until_free(dir: &Path) {
 /// What is given out next, after so many entries; `None` where nothing is left. What is found damaged on the way is no entry
 /// any more, so that has to be asked again and again.
 async fn take(journal: &Journal, taken: u64) -> Option<Vec<Stored>> {
-    let is_any_left = || journal.stats().share(State::Journalled).tally.entries > taken;
+    let is_any_left = || journal.stats().to_publish() > taken;
     let mut take = pin!(journal.take(100, 1 << 20));
     while is_any_left() {
         tokio::select! {

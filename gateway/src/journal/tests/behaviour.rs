@@ -8,7 +8,7 @@ use tempfile::tempdir;
 
 use super::super::direct::SegmentFile;
 use super::super::files::{self, Kind};
-use super::super::{AppendError, Operation, ReadError, Refusal, Shared, Snapshot, State, keeper};
+use super::super::{AppendError, Evidence, Operation, ReadError, Refusal, Shared, Snapshot, State, keeper};
 use super::*;
 
 const MIB: u64 = 1 << 20;
@@ -339,6 +339,49 @@ async fn unconfirmed_entries_are_found_by_age_and_page_by_page() {
     assert_eq!(all, expected);
     journal.mark_published(places[0], 500); // published anew: its time begins anew
     assert_eq!(journal.unconfirmed(Duration::ZERO, None, 1)[0].sequence, 500);
+}
+
+#[tokio::test]
+async fn what_an_earlier_process_published_makes_no_room_before_the_stream_has_shown_it() {
+    let dir = tempdir().unwrap();
+    let limits = Limits { max_bytes_on_disk: 180_000, ..limits(7) };
+    let (journal, _) = open(dir.path(), limits).await;
+    let mut places = Vec::new();
+    while let Ok(place) = journal.append(entry(u32::try_from(places.len()).unwrap(), 500)).await {
+        places.push(place);
+    }
+    for (stored, sequence) in journal.take(1000, MIB).await.iter().zip(100..) {
+        journal.mark_published(stored.place, sequence);
+    }
+    journal.close().await;
+    drop(journal);
+
+    let (journal, recovered) = open(dir.path(), limits).await;
+    assert_eq!((recovered.unpublished, recovered.unverified), (0, places.len() as u64));
+    assert_eq!((journal.stats().unverified, journal.stats().to_publish()), (places.len() as u64, 0));
+    assert!(is_waiting(journal.take(1, MIB)).await, "nothing is published again before the stream was asked");
+    // The limit is reached again, and nothing goes.
+    let refused = async || loop {
+        match journal.append(entry(1000, 500)).await {
+            Ok(_) => {}
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(refused().await, AppendError::Full { .. }));
+    let found = journal.unconfirmed(Duration::from_secs(300), None, usize::MAX);
+    assert_eq!(found.iter().map(|entry| entry.place).collect::<Vec<_>>(), places, "due at once, the oldest first");
+    assert!(found.iter().zip(100..).all(|(entry, sequence)| entry.sequence == sequence));
+    assert!(found.iter().all(|entry| entry.evidence == Evidence::Marks && entry.bytes >= 500));
+    // Shown, the oldest segment makes room; lost, an entry is given out.
+    for entry in found.iter().filter(|entry| entry.place.segment == places[0].segment) {
+        journal.mark_published(entry.place, entry.sequence);
+    }
+    eventually(|| journal.trouble().is_none()).await;
+    journal.append(entry(1001, 500)).await.unwrap();
+    let lost = *places.last().unwrap();
+    journal.mark_lost(lost);
+    let taken = journal.take(1, MIB).await;
+    assert_eq!((taken[0].place, taken[0].repeats), (lost, 1));
 }
 
 #[tokio::test]

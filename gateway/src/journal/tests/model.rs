@@ -1,6 +1,6 @@
 //! Random histories against a simple model in memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::FileExt;
 
@@ -21,6 +21,7 @@ enum Step {
     Append { body_length: usize },
     Take { entries: usize },
     Publish(Which),
+    Duplicate(Which),
     Confirm(Which),
     SetAside(Which),
     Release(Which),
@@ -50,6 +51,7 @@ fn step() -> impl Strategy<Value = Step> {
         10 => prop_oneof![9 => 0usize..400, 1 => 14_000usize..40_000].prop_map(|body_length| Step::Append { body_length }),
         4 => (1usize..30).prop_map(|entries| Step::Take { entries }),
         4 => which().prop_map(Step::Publish),
+        1 => which().prop_map(Step::Duplicate),
         3 => which().prop_map(Step::Confirm),
         1 => which().prop_map(Step::SetAside),
         1 => which().prop_map(Step::Release),
@@ -71,6 +73,7 @@ struct Known {
     entry: Entry,
     state: State,
     taken: bool,
+    unverified: bool,
 }
 
 struct World {
@@ -102,7 +105,7 @@ impl World {
 
     fn set(&mut self, place: Place, state: State) {
         let known = self.known.get_mut(&place).unwrap();
-        *known = Known { state, taken: false, ..known.clone() };
+        *known = Known { state, taken: false, unverified: false, ..known.clone() };
     }
 
     async fn step(&mut self, step: &Step) {
@@ -110,9 +113,16 @@ impl World {
             Step::Append { body_length } => self.append(*body_length).await,
             Step::Take { entries } => self.take(*entries).await,
             Step::Publish(which) => {
-                for place in self.some(which, |known| known.taken) {
+                for place in self.some(which, |known| known.taken || known.unverified) {
                     self.journal().mark_published(place, 7);
                     self.set(place, State::Published);
+                }
+            }
+            Step::Duplicate(which) => {
+                for place in self.some(which, |known| known.taken) {
+                    self.journal().mark_duplicate(place, 7);
+                    self.set(place, State::Journalled);
+                    self.known.get_mut(&place).unwrap().unverified = true;
                 }
             }
             Step::Confirm(which) => {
@@ -135,7 +145,7 @@ impl World {
                 }
             }
             Step::Lose(which) => {
-                for place in self.some(which, |known| known.state == State::Published) {
+                for place in self.some(which, |known| known.state == State::Published || known.unverified) {
                     self.journal().mark_lost(place);
                     self.set(place, State::Journalled);
                 }
@@ -156,7 +166,7 @@ impl World {
         self.next_id += 1;
         match self.journal().append(entry.clone()).await {
             Ok(place) => {
-                let news = Known { entry, state: State::Journalled, taken: false };
+                let news = Known { entry, state: State::Journalled, taken: false, unverified: false };
                 assert!(self.known.last_key_value().is_none_or(|(last, _)| *last < place), "not in order");
                 assert!(self.known.insert(place, news).is_none(), "one place twice");
             }
@@ -166,7 +176,8 @@ impl World {
     }
 
     async fn take(&mut self, entries: usize) {
-        let waiting = self.some(&Which(1, 0), |known| known.state == State::Journalled && !known.taken);
+        let waits = |known: &Known| known.state == State::Journalled && !known.taken && !known.unverified;
+        let waiting = self.some(&Which(1, 0), waits);
         if waiting.is_empty() {
             return;
         }
@@ -191,7 +202,7 @@ impl World {
         }
         let (journal, recovered) = open(self.dir.path(), Self::limits()).await;
         assert!(recovered.damages.is_empty(), "{recovered:?}");
-        let after: BTreeMap<Place, State> = present(&journal);
+        let (after, unverified) = (present(&journal), unverified(&journal));
         self.journal = Some(journal);
         let before = std::mem::take(&mut self.known);
         for (place, known) in before {
@@ -207,8 +218,11 @@ impl World {
             // Marks as old as that may say of an entry what is no longer so.
             let stale = crash.is_some() && now == Some(State::SetAside);
             assert!(allowed.contains(&now) || stale, "{place}: {:?} is now {now:?}", known.state);
+            let is_unverified = unverified.contains(&place);
+            let had_sequence = known.state == State::Published || known.unverified;
+            assert!(is_unverified == (now.is_some() && had_sequence) || crash.is_some(), "{place}: {known:?}");
             if let Some(state) = now {
-                self.known.insert(place, Known { state, taken: false, ..known });
+                self.known.insert(place, Known { state, taken: false, unverified: is_unverified, ..known });
             }
         }
     }
@@ -247,13 +261,15 @@ impl World {
             // Never answered, but genuine and whole: it is delivered.
             self.next_id += 1;
             let place = Place { segment: number, index: header.index, check: marker.check() };
-            self.known.insert(place, Known { entry, state: State::Journalled, taken: false });
+            let known = Known { entry, state: State::Journalled, taken: false, unverified: false };
+            self.known.insert(place, known);
         }
     }
 
     /// The journal holds what the model holds, but for what it may have let go.
     async fn check(&mut self) {
-        let present = present(self.journal());
+        let (present, unverified) = (present(self.journal()), unverified(self.journal()));
+        assert_eq!(unverified.into_iter().collect::<Vec<_>>(), self.some(&Which(1, 0), |known| known.unverified));
         for place in present.keys() {
             assert!(self.known.contains_key(place), "{place} was made up");
         }
@@ -279,6 +295,13 @@ impl World {
             }
         }
     }
+}
+
+/// The entries that the stream is to be asked for.
+fn unverified(journal: &Journal) -> BTreeSet<Place> {
+    let found = journal.unconfirmed(Duration::MAX, None, usize::MAX);
+    assert_eq!(journal.stats().unverified, found.len() as u64);
+    found.into_iter().map(|entry| entry.place).collect()
 }
 
 /// Every entry of the journal, and its state.
