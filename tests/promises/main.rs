@@ -26,6 +26,7 @@ mod meaning;
 mod metrics;
 mod old_journals;
 mod outages;
+mod pooler;
 mod programs;
 mod reconciliation;
 mod refused_rows;

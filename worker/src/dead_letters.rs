@@ -6,16 +6,20 @@ pub(crate) mod command;
 use async_nats::HeaderMap;
 use serde_json::{Map, Value};
 use time::OffsetDateTime;
+use tokio_postgres::types::{ToSql, Type};
 
-use crate::store::{DEAD_LETTERS, JsonText, Origin, Record, StoreError, Tx, bigint, within};
+use crate::store::{DEAD_LETTERS, JsonText, Origin, Record, Statement, StoreError, Tx, bigint};
 
 /// Writes dead letters whose ledger rows were claimed in this transaction: one each time. A letter is there already where
 /// the ledger was lost and the letters were not. It is kept as it is.
-const BURY: &str = "\
+const BURY: Statement = Statement::new(
+    "\
     INSERT INTO ingest.dead_letters
         (delivery_id, stream_sequence, subject, headers, body, reason, attempts, failed_at)
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
-    ON CONFLICT (delivery_id) DO NOTHING";
+    ON CONFLICT (delivery_id) DO NOTHING",
+    &[Type::TEXT, Type::INT8, Type::TEXT, Type::JSONB, Type::BYTEA, Type::TEXT, Type::INT4, Type::TIMESTAMPTZ],
+);
 
 /// A delivery that cannot become a row.
 #[derive(Debug, Clone)]
@@ -49,21 +53,17 @@ impl DeadLetter {
 pub(crate) async fn bury(tx: &Tx, letters: &[&DeadLetter]) -> Result<(), StoreError> {
     for letter in letters {
         let Origin { subject, headers, body, attempts } = &letter.origin;
-        let statement = within(tx.prepare_cached(BURY)).await?;
-        let written = within(tx.execute(
-            &statement,
-            &[
-                &letter.delivery_id,
-                &bigint(letter.stream_sequence),
-                &storable(subject),
-                &JsonText(&headers_json(headers)),
-                &body.as_ref(),
-                &storable(&letter.reason),
-                &i32::try_from(*attempts).unwrap_or(i32::MAX),
-                &letter.failed_at,
-            ],
-        ))
-        .await?;
+        let values: [&(dyn ToSql + Sync); 8] = [
+            &letter.delivery_id,
+            &bigint(letter.stream_sequence),
+            &storable(subject),
+            &JsonText(&headers_json(headers)),
+            &body.as_ref(),
+            &storable(&letter.reason),
+            &i32::try_from(*attempts).unwrap_or(i32::MAX),
+            &letter.failed_at,
+        ];
+        let written = BURY.execute(tx, &values).await?;
         DEAD_LETTERS.has_taken(tx, written, &[&letter.delivery_id]).await?;
     }
     Ok(())

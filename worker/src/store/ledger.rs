@@ -2,18 +2,23 @@
 
 use std::collections::HashMap;
 
-use super::{SETTINGS, Store, StoreError, Tx, within};
+use tokio_postgres::types::Type;
+
+use super::{SETTINGS, Statement, Store, StoreError};
 
 /// How many ids to look up at a time, for those who have many: with half as many a replay was 7 % slower.
 pub(crate) const LOOK_UP: usize = 1_000;
 
 /// Looks deliveries up by id. The two joins are look-ups by key; payloads are not touched.
-const QUERY: &str = "\
+const QUERY: Statement = Statement::new(
+    "\
     SELECT l.delivery_id, l.state, l.stream_sequence, s.id IS NOT NULL, i.id IS NOT NULL, s.severity::text, i.title
     FROM ingest.deliveries AS l
     LEFT JOIN public.signals AS s ON s.id = l.signal_id
     LEFT JOIN public.issues AS i ON i.id = l.issue_id
-    WHERE l.delivery_id = ANY ($1)";
+    WHERE l.delivery_id = ANY ($1)",
+    &[Type::TEXT_ARRAY],
+);
 
 /// What became of a delivery that the ledger knows.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,11 +53,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Outage`]
     pub async fn look_up(&self, ids: &[String]) -> Result<HashMap<String, Known>, StoreError> {
-        let look_up = |tx: Tx| async move {
-            let statement = within(tx.prepare_cached(QUERY)).await?;
-            within(tx.query(&statement, &[&ids])).await
-        };
-        let rows = self.transact(SETTINGS, look_up).await?;
+        let rows = self.transact(SETTINGS, |tx| async move { QUERY.query(&tx, &[&ids]).await }).await?;
         rows.iter().map(|row| known(row).map_err(|err| StoreError::from_sql(&err))).collect()
     }
 }

@@ -24,6 +24,7 @@ mod restore;
 mod retry;
 mod rows;
 mod sqlstate;
+mod statement;
 mod taken;
 mod tls;
 mod told;
@@ -36,7 +37,7 @@ use std::collections::HashSet;
 use bytes::Bytes;
 use deadpool_postgres::Pool;
 use time::OffsetDateTime;
-use tokio_postgres::types::ToSql;
+use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Row, SimpleQueryMessage};
 
 use crate::dead_letters::{self, DeadLetter};
@@ -53,6 +54,7 @@ pub use retry::Retried;
 use rows::{Claim, Statements};
 pub(crate) use rows::{JsonText, bigint};
 pub use sqlstate::Class;
+pub(crate) use statement::Statement;
 pub(crate) use taken::DEAD_LETTERS;
 pub(crate) use told::{tell, tell_set_back};
 pub(crate) use transact::{End, Failure, Tx, within};
@@ -64,34 +66,54 @@ pub use url::{BadDatabaseUrl, DatabaseUrl, TLS_SETTINGS};
 /// "known" for a delivery that might yet not be stored. Callers send ids in ascending order: two workers with the same
 /// messages then wait for each other in the same order and cannot deadlock. Row by row the claims follow the stream, as
 /// the numbers do. There two workers may deadlock. PostgreSQL ends one of the two transactions, and it is tried again.
-const LEDGER: &str = "\
+const LEDGER: Statement = Statement::new(
+    "\
     INSERT INTO ingest.deliveries
         (delivery_id, state, signal_id, issue_id, stream_sequence, resource, severity, type, source_id, received_at)
     SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bigint[],
                          $6::text[], $7::text[], $8::text[], $9::text[], $10::timestamptz[])
     ON CONFLICT (delivery_id) DO NOTHING
-    RETURNING delivery_id";
+    RETURNING delivery_id",
+    &[
+        Type::TEXT_ARRAY,
+        Type::TEXT_ARRAY,
+        Type::TEXT_ARRAY,
+        Type::TEXT_ARRAY,
+        Type::INT8_ARRAY,
+        Type::TEXT_ARRAY,
+        Type::TEXT_ARRAY,
+        Type::TEXT_ARRAY,
+        Type::TEXT_ARRAY,
+        Type::TIMESTAMPTZ_ARRAY,
+    ],
+);
 
 /// Inserts the issues of fresh deliveries. `number` comes from its default, in the order of the arrays.
-const ISSUES: &str = "\
+const ISSUES: Statement = Statement::new(
+    "\
     INSERT INTO public.issues
         (id, title, type, status, priority, signal_source, signal_payload, created_at, updated_at)
     SELECT id, title, 'signal'::public.issue_type, 'triage'::public.issue_status, priority, 'sentry', payload,
            received_at, received_at
     FROM unnest($1::text[], $2::text[], $3::integer[], $4::jsonb[], $5::timestamptz[]) WITH ORDINALITY
          AS fresh (id, title, priority, payload, received_at, place)
-    ORDER BY place";
+    ORDER BY place",
+    &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::INT4_ARRAY, Type::JSONB_ARRAY, Type::TIMESTAMPTZ_ARRAY],
+);
 
 /// Inserts the signals of fresh deliveries. The payload is copied from the issue inside the server: it crosses the
 /// wire and is parsed and compressed once, not twice (TOAST keeps a value that is already compressed as it is), which
 /// at 16 KB saves a third of the server's time.
-const SIGNALS: &str = "\
+const SIGNALS: Statement = Statement::new(
+    "\
     INSERT INTO public.signals (id, source, source_id, type, severity, payload, issue_id, created_at)
     SELECT fresh.id, 'sentry', fresh.source_id, fresh.type, fresh.severity::public.signal_severity,
            issue.signal_payload, issue.id, issue.created_at
     FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[])
          AS fresh (id, issue_id, source_id, type, severity)
-    JOIN public.issues AS issue ON issue.id = fresh.issue_id";
+    JOIN public.issues AS issue ON issue.id = fresh.issue_id",
+    &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::TEXT_ARRAY],
+);
 
 /// Appended to [`ISSUES`] and [`SIGNALS`] when a batch is run row by row: where the ledger was lost and Loop's tables
 /// were not (a backup of the schema `public` alone), the derived ids still keep a replay from writing anything twice.
@@ -110,8 +132,7 @@ pub(crate) const SEARCH_PATH: &str = "SET LOCAL search_path = pg_catalog, pg_tem
 /// Set for one transaction. The first line is [`SEARCH_PATH`].
 ///
 /// The time limits keep a transaction that lost its worker from holding its claims against the others. The planner is
-/// told to look issues up by their key: a plan made while the table was empty would read the whole of it, and
-/// PostgreSQL keeps a prepared plan until the next ANALYZE, by when there may be a million rows. A minute a statement:
+/// told to look issues up by their key: its statistics may be of a time when the table was empty. A minute a statement:
 /// a slow server may take 20 s for a body of 8 MiB, and one of control characters is twice that as JSON. Less for a lock:
 /// a statement that waits for one then fails with another SQLSTATE than one that is slow by itself.
 const SETTINGS: &str = "\
@@ -387,11 +408,11 @@ impl<'a> Distinct<'a> {
     }
 }
 
-/// The ordinary way: three statements, four round trips.
+/// The ordinary way: three statements, three round trips.
 async fn store_whole(tx: &Tx, batch: &Distinct<'_>) -> Result<Stored, StoreError> {
     let claims = batch.records.iter().map(|record| Claim::stored(record));
     let claims = claims.chain(batch.dead_letters.iter().map(|letter| Claim::dead(letter)));
-    let statements = Statements::prepare(tx, "").await?;
+    let statements = Statements::new("");
     let fresh = statements.claim(tx, claims.collect()).await?;
     let (records, known): (Vec<_>, Vec<_>) = batch.records.iter().partition(|it| fresh.contains(&it.delivery_id));
     let (letters, known_letters): (Vec<_>, Vec<_>) =
@@ -415,7 +436,7 @@ async fn store_row_by_row(tx: &Tx, batch: &Distinct<'_>, set_back: bool) -> Resu
     // A refusal is the row's fault only while the tables are what this program writes to. A column that somebody
     // added, an enum label that is gone: that is everybody's trouble, and a reason to wait.
     migrate::fits(tx).await.map_err(StoreError::from_check)?;
-    let statements = Statements::prepare(tx, UNLESS_THERE).await?;
+    let statements = Statements::new(UNLESS_THERE);
     // A deferred constraint must refuse a row while the row's savepoint is open, not at COMMIT.
     within(tx.batch_execute("SET CONSTRAINTS ALL IMMEDIATE")).await?;
     let mut stored = Stored::default();

@@ -6,11 +6,10 @@
 
 use std::collections::HashSet;
 
-use tokio_postgres::Statement;
-use tokio_postgres::types::ToSql;
+use tokio_postgres::types::{ToSql, Type};
 
 use super::rows::{JsonText, Statements, issue_ids, signal_ids, statement_len};
-use super::{Dead, Record, SETTINGS, Store, StoreError, Tx, taken, within};
+use super::{Dead, Record, SETTINGS, Statement, Store, StoreError, Tx, taken};
 use crate::migrate;
 
 /// Keeps two restorers apart. No worker waits for it: an `ON CONFLICT DO NOTHING` looks past locks on rows.
@@ -23,11 +22,22 @@ const ISSUES_THERE: &str = "SELECT id FROM public.issues WHERE id = ANY ($1)";
 const SIGNALS_THERE: &str = "SELECT id FROM public.signals WHERE id = ANY ($1)";
 
 /// Unlike the ordinary way it does not copy the payload from the issue, which may have been edited.
-const SIGNALS: &str = "\
+const SIGNALS: Statement = Statement::new(
+    "\
     INSERT INTO public.signals (id, source, source_id, type, severity, payload, issue_id, created_at)
     SELECT id, 'sentry', source_id, type, severity::public.signal_severity, payload, issue_id, received_at
     FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::jsonb[], $6::text[], $7::timestamptz[])
-         AS deleted (id, source_id, type, severity, payload, issue_id, received_at)";
+         AS deleted (id, source_id, type, severity, payload, issue_id, received_at)",
+    &[
+        Type::TEXT_ARRAY,
+        Type::TEXT_ARRAY,
+        Type::TEXT_ARRAY,
+        Type::TEXT_ARRAY,
+        Type::JSONB_ARRAY,
+        Type::TEXT_ARRAY,
+        Type::TIMESTAMPTZ_ARRAY,
+    ],
+);
 
 /// What a restore did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -73,8 +83,7 @@ impl Store {
 
 /// The deliveries of which a row was written.
 async fn restore(tx: &Tx, records: &[&Record]) -> Result<Vec<String>, StoreError> {
-    let statements = Statements::prepare(tx, "").await?;
-    let signals = within(tx.prepare_cached(SIGNALS)).await?;
+    let statements = Statements::new("");
     let ids: Vec<&str> = records.iter().map(|record| record.delivery_id.as_str()).collect();
     let locked = texts(tx, LOCK, &ids).await?;
     let issues_there = texts(tx, ISSUES_THERE, &issue_ids(records)).await?;
@@ -92,7 +101,7 @@ async fn restore(tx: &Tx, records: &[&Record]) -> Result<Vec<String>, StoreError
         statements.insert_issues(tx, part).await?;
     }
     for part in parts(&no_signal) {
-        insert_signals(tx, &signals, part).await?;
+        insert_signals(tx, part).await?;
     }
     let written: HashSet<&String> = no_issue.iter().chain(&no_signal).map(|record| &record.delivery_id).collect();
     Ok(mine.iter().map(|record| &record.delivery_id).filter(|id| written.contains(id)).cloned().collect())
@@ -110,13 +119,12 @@ fn parts<'a>(mut records: &'a [&'a Record]) -> impl Iterator<Item = &'a [&'a Rec
     })
 }
 
-async fn texts(tx: &Tx, sql: &str, ids: &[&str]) -> Result<HashSet<String>, StoreError> {
-    let statement = within(tx.prepare_cached(sql)).await?;
-    let rows = within(tx.query(&statement, &[&ids])).await?;
+async fn texts(tx: &Tx, sql: &'static str, ids: &[&str]) -> Result<HashSet<String>, StoreError> {
+    let rows = Statement::new(sql, &[Type::TEXT_ARRAY]).query(tx, &[&ids]).await?;
     rows.iter().map(|row| row.try_get(0).map_err(|err| StoreError::from_sql(&err))).collect()
 }
 
-async fn insert_signals(tx: &Tx, statement: &Statement, records: &[&Record]) -> Result<(), StoreError> {
+async fn insert_signals(tx: &Tx, records: &[&Record]) -> Result<(), StoreError> {
     let ids = signal_ids(records);
     let sources: Vec<Option<&str>> = records.iter().map(|record| record.source_id.as_deref()).collect();
     let kinds: Vec<&str> = records.iter().map(|record| record.kind.as_str()).collect();
@@ -125,6 +133,6 @@ async fn insert_signals(tx: &Tx, statement: &Statement, records: &[&Record]) -> 
     let issues = issue_ids(records);
     let received: Vec<_> = records.iter().map(|record| record.received_at).collect();
     let columns: [&(dyn ToSql + Sync); 7] = [&ids, &sources, &kinds, &severities, &payloads, &issues, &received];
-    let written = within(tx.execute(statement, &columns)).await?;
+    let written = SIGNALS.execute(tx, &columns).await?;
     taken::SIGNALS.has_taken(tx, written, &ids).await
 }

@@ -86,11 +86,8 @@ impl Store {
 }
 
 async fn retry(tx: &Tx, delivery_id: &str) -> Result<Retried, StoreError> {
-    let if_dead = LEDGER.replace("DO NOTHING", IF_DEAD);
-    let statements = Statements {
-        ledger: within(tx.prepare_cached(&if_dead)).await?,
-        ..Statements::prepare(tx, UNLESS_THERE).await?
-    };
+    let ledger = LEDGER.map(|sql| sql.replace("DO NOTHING", IF_DEAD));
+    let statements = Statements { ledger, ..Statements::new(UNLESS_THERE) };
     // What would be refused at COMMIT has to be refused while its savepoint is open.
     within(tx.batch_execute("SET CONSTRAINTS ALL IMMEDIATE")).await?;
     let Some(letter) = take(tx, delivery_id).await? else { return Ok(Retried::NotThere) };

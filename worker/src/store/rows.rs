@@ -5,10 +5,9 @@ use std::error::Error;
 
 use bytes::{BufMut, BytesMut};
 use time::OffsetDateTime;
-use tokio_postgres::Statement;
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 
-use super::{ISSUES, LEDGER, Record, SIGNALS, StoreError, Tx, in_order, taken, within};
+use super::{ISSUES, LEDGER, Record, SIGNALS, Statement, StoreError, Tx, in_order, taken};
 use crate::dead_letters::DeadLetter;
 
 /// How many bytes of payload one statement carries; a larger record goes alone. PostgreSQL takes messages of up to
@@ -54,7 +53,7 @@ impl<'a> Claim<'a> {
     }
 }
 
-/// The statements of this module's parent, prepared once a connection.
+/// The statements of this module's parent, in one of their variants.
 pub(super) struct Statements {
     pub(super) ledger: Statement,
     pub(super) issues: Statement,
@@ -62,14 +61,10 @@ pub(super) struct Statements {
 }
 
 impl Statements {
-    /// Prepares them in a transaction that has its [`super::SEARCH_PATH`]: PostgreSQL resolves their names now.
     /// `on_conflict` is appended to the statements that write Loop's tables.
-    pub(super) async fn prepare(tx: &Tx, on_conflict: &str) -> Result<Statements, StoreError> {
-        Ok(Statements {
-            ledger: within(tx.prepare_cached(LEDGER)).await?,
-            issues: within(tx.prepare_cached(&format!("{ISSUES}{on_conflict}"))).await?,
-            signals: within(tx.prepare_cached(&format!("{SIGNALS}{on_conflict}"))).await?,
-        })
+    pub(super) fn new(on_conflict: &str) -> Statements {
+        let with = |sql: &str| format!("{sql}{on_conflict}");
+        Statements { ledger: LEDGER.map(str::to_owned), issues: ISSUES.map(with), signals: SIGNALS.map(with) }
     }
 
     /// The delivery ids that were claimed now. All others are in the ledger.
@@ -88,7 +83,7 @@ impl Statements {
         let received: Vec<Option<OffsetDateTime>> = records().map(|record| Some(record?.received_at)).collect();
         let columns: [&(dyn ToSql + Sync); 10] =
             [&ids, &states, &signals, &issues, &sequences, &resources, &severities, &kinds, &sources, &received];
-        let fresh = within(tx.query(&self.ledger, &columns)).await?;
+        let fresh = self.ledger.query(tx, &columns).await?;
         let fresh = fresh.iter().map(|row| row.try_get(0).map_err(|err| StoreError::from_sql(&err)));
         let fresh: HashSet<String> = fresh.collect::<Result<_, _>>()?;
         let known: Vec<&str> = ids.iter().copied().filter(|id| !fresh.contains(*id)).collect();
@@ -126,7 +121,7 @@ impl Statements {
         let priorities: Vec<i32> = records.iter().map(|record| record.priority).collect();
         let payloads: Vec<JsonText<'_>> = records.iter().map(|record| JsonText(&record.payload)).collect();
         let received: Vec<OffsetDateTime> = records.iter().map(|record| record.received_at).collect();
-        within(tx.execute(&self.issues, &[&ids, &titles, &priorities, &payloads, &received])).await
+        self.issues.execute(tx, &[&ids, &titles, &priorities, &payloads, &received]).await
     }
 
     async fn write_signals(&self, tx: &Tx, records: &[&Record]) -> Result<u64, StoreError> {
@@ -134,7 +129,7 @@ impl Statements {
         let sources: Vec<Option<&str>> = records.iter().map(|record| record.source_id.as_deref()).collect();
         let kinds: Vec<&str> = records.iter().map(|record| record.kind.as_str()).collect();
         let severities: Vec<&str> = records.iter().map(|record| record.severity).collect();
-        within(tx.execute(&self.signals, &[&ids, &issues, &sources, &kinds, &severities])).await
+        self.signals.execute(tx, &[&ids, &issues, &sources, &kinds, &severities]).await
     }
 }
 

@@ -113,7 +113,7 @@ const TABLE: &[(&str, Fault, &str)] = &[
     ("23", Fault::Row, "an integrity constraint does not hold"),
     ("25006", Fault::Ours(Class::ReadOnly), "the server is read-only (a standby, or a primary that has become one)"),
     ("25", Fault::Ours(Class::Conflict), "the transaction could not go on"),
-    ("26", Fault::Ours(Class::Connection), "the session has lost a prepared statement (a pooler, perhaps)"),
+    ("26", Fault::Ours(Class::Connection), "the session has lost a statement (a pooler, perhaps)"),
     ("28", Fault::Ours(Class::Login), "the login was refused"),
     ("3D000", Fault::Ours(Class::Login), "the database does not exist"),
     ("40", Fault::Ours(Class::Conflict), "the transaction was rolled back in favour of another"),

@@ -4,7 +4,9 @@
 //! the number of rows that PostgreSQL reports is compared with what was sent. Rows that are in the table all the same
 //! count: they were there before, or a trigger put them into a partition.
 
-use super::{Class, Outage, StoreError, Tx, within};
+use tokio_postgres::types::Type;
+
+use super::{Class, Outage, Statement, StoreError, Tx};
 
 /// A table and its key.
 #[derive(Debug, Clone, Copy)]
@@ -32,8 +34,8 @@ impl Target {
         if written == sent {
             return Ok(());
         }
-        let statement = within(tx.prepare_cached(self.there)).await?;
-        let there: i64 = within(tx.query_one(&statement, &[&keys])).await?.get(0);
+        let counted = Statement::new(self.there, &[Type::TEXT_ARRAY]).query(tx, &[&keys]).await?;
+        let there: i64 = counted[0].get(0);
         if there.unsigned_abs() == sent {
             return Ok(());
         }

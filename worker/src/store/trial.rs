@@ -58,15 +58,12 @@ async fn try_out(tx: &Tx, records: &[&Record]) -> Result<Vec<Dead>, StoreError> 
         )));
     }
     within(tx.batch_execute(TABLES)).await?;
-    let statements =
-        Statements {
-            ledger: within(tx.prepare(LEDGER)).await?,
-            issues: within(tx.prepare(&ISSUES.replace("public.issues", "pg_temp.issues"))).await?,
-            signals: within(tx.prepare(
-                &SIGNALS.replace("public.signals", "pg_temp.signals").replace("public.issues", "pg_temp.issues"),
-            ))
-            .await?,
-        };
+    let statements = Statements {
+        ledger: LEDGER.map(str::to_owned),
+        issues: ISSUES.map(|sql| sql.replace("public.issues", "pg_temp.issues")),
+        signals: SIGNALS
+            .map(|sql| sql.replace("public.signals", "pg_temp.signals").replace("public.issues", "pg_temp.issues")),
+    };
     let mut refused = Vec::new();
     match savepoint(tx, statements.insert(tx, records)).await {
         Ok(()) => return Ok(refused),
