@@ -35,6 +35,8 @@ pub(super) fn run(shared: &Shared, nudges: &Receiver<Nudge>) {
             Ok(Nudge::Look) => false,
             Ok(Nudge::Seal { number, sync }) => {
                 seal(shared, number, sync);
+                shared.table().end_seal();
+                shared.space.notify_all();
                 false
             }
             Ok(Nudge::Stop) => true,
@@ -183,14 +185,16 @@ pub(super) fn remove(shared: &Shared, segment: &Segment) {
 
 /// Makes the next segment early, so that no delivery waits for it. Nothing is let go for it.
 fn make_spare(shared: &Shared) {
-    let size = shared.limits.segment_bytes;
-    if !std::mem::take(&mut shared.table().spare_wanted) {
-        return;
+    {
+        let mut table = shared.table();
+        if !std::mem::take(&mut table.spare_wanted) {
+            return;
+        }
+        table.making_spare = true; // before its bytes are reserved: the writer waits for them
     }
-    let Some(blank) = reserve(shared, size, size) else { return };
-    shared.table().making_spare = true;
+    let size = shared.limits.segment_bytes;
     // An error is no trouble yet: the writer meets it again if it is one.
-    let spare = create(shared, blank).ok();
+    let spare = reserve(shared, size, size).and_then(|blank| create(shared, blank).ok());
     shared.table().end_spare(spare);
     shared.space.notify_all();
 }

@@ -266,7 +266,7 @@ struct Shared {
     receipt_key: [u8; 32],
     limits: Limits,
     table: Mutex<Table>,
-    /// With `table`: a segment was made or removed.
+    /// With `table`: a segment was made, sealed or removed.
     space: Condvar,
     in_flight: InFlight,
     /// Something waits for a publisher that did not before.

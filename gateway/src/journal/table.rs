@@ -39,7 +39,9 @@ pub(super) struct Table {
     pub(super) making_spare: bool,
     /// How many segments are being removed.
     pub(super) being_removed: usize,
-    /// How often either has ended.
+    /// How many segments the keeper is to seal. Each gives back what it does not need.
+    pub(super) being_sealed: usize,
+    /// How often any of these has ended.
     pub(super) space_given: u64,
     /// Bytes and number of files kept for people.
     pub(super) kept: (u64, usize),
@@ -92,6 +94,16 @@ impl Table {
         self.reserved -= segment.on_disk;
         self.being_removed -= 1;
         self.space_given += 1;
+    }
+
+    pub(super) fn end_seal(&mut self) {
+        self.being_sealed -= 1;
+        self.space_given += 1;
+    }
+
+    /// Tells if bytes are about to be given back.
+    pub(super) fn gets_room(&self) -> bool {
+        self.being_removed + self.being_sealed > 0
     }
 
     /// The keeper has made a spare, or could not.

@@ -312,7 +312,7 @@ impl Writer {
         }
         self.mended(number);
         if let Some(number) = self.unsealed.take() {
-            let _ = self.keeper.send(Nudge::Seal { number, sync: false });
+            self.seal(number, false);
         }
         Ok(places)
     }
@@ -397,10 +397,10 @@ impl Writer {
     /// Waits for space that the keeper is about to give, else lets a segment go. Returns `false` when there is none to be
     /// had.
     fn make_room(&self, until: Instant, needed: u64) -> bool {
-        self.wait_for_keeper(until, |table| table.being_removed > 0) || keeper::make_room(&self.shared, needed)
+        self.wait_for_keeper(until, Table::gets_room) || keeper::make_room(&self.shared, needed)
     }
 
-    /// Waits until the keeper has made or removed a segment, if it is about to. Returns `false` when it is not, or not in
+    /// Waits until the keeper has made, sealed or removed a segment, if it is about to. Returns `false` when it is not, or not in
     /// time.
     fn wait_for_keeper(&self, until: Instant, is_about_to: impl Fn(&Table) -> bool) -> bool {
         let table = self.shared.table();
@@ -485,8 +485,14 @@ impl Writer {
         let newest = self.active.as_ref().filter(|active| active.entries > 0).map(|active| active.number);
         self.abandon();
         for number in unsealed.into_iter().chain(newest) {
-            let _ = self.keeper.send(Nudge::Seal { number, sync: true }); // it only ends after this thread
+            self.seal(number, true);
         }
+    }
+
+    /// Has the keeper seal a segment.
+    fn seal(&self, number: u64, sync: bool) {
+        self.shared.table().being_sealed += 1;
+        let _ = self.keeper.send(Nudge::Seal { number, sync }); // it only ends after this thread
     }
 }
 

@@ -81,8 +81,9 @@ impl Faults {
         None
     }
 
-    /// The calls on this segment until now, by their names.
-    pub(super) fn calls_on(&self, number: u64) -> Vec<&'static str> {
+    /// The calls on this segment, by their names, of a gateway that has ended.
+    pub(super) async fn calls_on(&self, number: u64) -> Vec<&'static str> {
+        eventually("strace to end with the gateway", async || (!self.strace.is_alive()).then_some(())).await;
         let seen = fs::read_to_string(&self.seen).unwrap();
         let call = |line: &str| CALLS.split(',').find(|call| is_on(line, call, number));
         seen.lines().filter_map(call).collect()

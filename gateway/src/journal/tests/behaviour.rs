@@ -645,6 +645,12 @@ async fn a_delivery_waits_for_the_segment_that_is_just_being_made() {
     let shared = journal.0.shared.clone();
     // As the keeper does it, when the active segment is half full: all that is left of the limit.
     let blank = keeper::reserve(&shared, u64::MAX, limits.segment_bytes).unwrap();
+    append_all(&journal, &(0..5).map(|id| entry(id, 500)).collect::<Vec<_>>()).await;
+    eventually(|| {
+        let table = shared.table();
+        !table.spare_wanted && !table.making_spare // the keeper itself finds no room
+    })
+    .await;
     shared.table().making_spare = true;
     let making = std::thread::spawn(move || {
         wait_for_writer(|| waits_for_space(&shared) || shared.table().trouble.is_some());
