@@ -141,14 +141,22 @@ fn slow_body(seconds: u32, filling: usize) -> String {
 async fn slow(concurrency: &str) {
     let (world, consumer) = world(concurrency).await;
     world.execute(SLOW).await;
-    // The first keeps a puller busy until all others are there and make one batch, whose trigger takes 42 s.
-    let posts = [(3, 10), (20, 8_000_000), (20, 8_000_000), (2, 10), (0, 10), (0, 10)];
     let begin = Instant::now();
+    // Every puller has a batch that takes longer than PostgreSQL may be silent.
+    let pullers: i64 = concurrency.parse().unwrap();
+    for busy in 1..=pullers {
+        Post::signed(slow_body(42, 10)).send(world.port()).await.accepted();
+        let sleeping =
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()";
+        world.until(sleeping, busy).await;
+    }
+    let posts = [(4, 8_000_000), (4, 8_000_000), (1, 10), (0, 10)];
     for (seconds, filling) in posts {
         Post::signed(slow_body(seconds, filling)).send(world.port()).await.accepted();
     }
+    let all = pullers + 4;
     let mut told = false;
-    while world.value::<i64>("SELECT count(*) FROM signals").await < 6 {
+    while world.value::<i64>("SELECT count(*) FROM signals").await < all {
         let (ok, detail) = check(&world, "database").await;
         assert!(ok, "a slow statement is no outage: {detail}");
         told |= detail.contains("a batch of") && detail.contains("PgSleep");
@@ -156,7 +164,7 @@ async fn slow(concurrency: &str) {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     assert!(told, "a slow statement is told");
-    settled(&world, &consumer, 6).await;
+    settled(&world, &consumer, all).await;
     eprintln!("concurrency {concurrency}: stored after {:?}", begin.elapsed());
 }
 
