@@ -417,7 +417,8 @@ async fn a_server_that_became_read_only_is_an_outage() {
     database.run(&format!("{set} = on")).await;
     let kill = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity \
                 WHERE datname = current_database() AND application_name = 'loop-worker'";
-    assert_eq!(database.admin.query_one(kill, &[]).await.unwrap().get::<_, i64>(0), 1);
+    // Another may be there for a moment: the one that made the tables.
+    assert!(database.admin.query_one(kill, &[]).await.unwrap().get::<_, i64>(0) >= 1);
     assert!(store.persist(&records([1])).await.unwrap_err().is_outage(), "its connection was killed");
     assert!(store.persist(&records([1])).await.unwrap_err().is_outage(), "it is read-only");
     database.run(&format!("SET default_transaction_read_only = off; {set} = off")).await;
@@ -711,8 +712,8 @@ async fn a_connection_that_failed_is_not_used_again() {
     let database = Database::migrated().await;
     let store = database.store();
     store.persist(&Batch { records: records(0..2).records, dead_letters: vec![letter(5)] }).await.unwrap();
-    let records = records(0..2).records;
-    let all: Vec<&Record> = records.iter().collect();
+    let (known, fresh) = (records(0..2).records, records(10..12));
+    let all: Vec<&Record> = known.iter().collect();
     // Each of these meets a table that is away, which is an outage.
     let away = |table: &str| format!("ALTER TABLE {table} RENAME TO away");
     let back = |table: &str| {
@@ -735,7 +736,7 @@ async fn a_connection_that_failed_is_not_used_again() {
             "look_up" => store.look_up(&ids(0..1)).await.map(drop),
             "restore" => store.restore(&all).await.map(drop),
             "try_out" => store.try_out(&all).await.map(drop),
-            _ => store.persist(&Batch { records: records.clone(), dead_letters: vec![] }).await.map(drop),
+            _ => store.persist(&Batch { records: fresh.records.clone(), dead_letters: vec![] }).await.map(drop),
         };
         assert!(failed.as_ref().is_err_and(|err| err.is_outage()), "{what}: {failed:?}");
         let after = store.connections();

@@ -13,7 +13,7 @@ use crate::Config;
 use crate::commands::{Ending, print};
 use crate::migrate::{self, MigrateError};
 use crate::settings::SETTINGS;
-use crate::store::{Store, StoreError};
+use crate::store::{Statement, Store, StoreError};
 
 /// How long one try may take.
 const TRY_WITHIN: Duration = Duration::from_secs(6);
@@ -22,7 +22,8 @@ const CLOCKS_APART: time::Duration = time::Duration::seconds(5);
 
 /// All that is asked of the server itself, in one row. Everybody may read these.
 /// <https://www.postgresql.org/docs/current/runtime-config.html>
-const SERVER: &str = "\
+const SERVER: Statement = Statement::new(
+    "\
     SELECT current_setting('server_version'), current_setting('server_version_num')::int, current_user::text,
            current_setting('server_encoding'), current_setting('synchronous_commit'), current_setting('fsync'),
            current_setting('max_connections')::bigint - current_setting('superuser_reserved_connections')::bigint
@@ -32,7 +33,9 @@ const SERVER: &str = "\
            (SELECT datconnlimit::bigint FROM pg_database WHERE datname = current_database()),
            coalesce((SELECT 'lz4' = ANY (enumvals) FROM pg_settings WHERE name = 'default_toast_compression'), false),
            clock_timestamp(), has_database_privilege(current_database(), 'TEMPORARY'),
-           format('GRANT TEMPORARY ON DATABASE %I TO %I', current_database(), current_user)";
+           format('GRANT TEMPORARY ON DATABASE %I TO %I', current_database(), current_user)",
+    &[],
+);
 
 pub(crate) fn command() -> Command {
     check::command("Look before a deployment: what would be used, and whether it would work")
@@ -105,7 +108,7 @@ fn away(what: &str, error: &StoreError, config: &Config) -> Finding {
 
 /// The server itself.
 async fn server(what: &str, store: &Store, config: &Config) -> Result<Vec<Finding>, StoreError> {
-    let rows = store.query(SERVER, &[]).await?;
+    let rows = store.query(&SERVER, &[]).await?;
     let row = &rows[0]; // without FROM there is exactly one
     let (version, number, role): (String, i32, String) = (row.get(0), row.get(1), row.get(2));
     let (encoding, commit, fsync): (String, String, String) = (row.get(3), row.get(4), row.get(5));

@@ -19,16 +19,19 @@ use time::OffsetDateTime;
 use crate::Config;
 use crate::commands::{self, Ending, count, flag, print, print_json, show_time};
 use crate::severity::Severity;
-use crate::store::{Store, StoreError};
+use crate::store::{Statement, Store, StoreError};
 
 /// Both are asked for at once. The ledger has a BRIN index on `stored_at`: only its newest part is read.
-const COUNTS: &str = "\
+const COUNTS: Statement = Statement::new(
+    "\
     SELECT (SELECT count(*) FROM ingest.dead_letters),
            count(*) FILTER (WHERE severity = 'critical'),
            count(*) FILTER (WHERE severity = 'high'),
            count(*) FILTER (WHERE severity = 'medium'),
            count(*) FILTER (WHERE severity = 'low')
-    FROM ingest.deliveries WHERE state = 'stored' AND stored_at > now() - interval '1 hour'";
+    FROM ingest.deliveries WHERE state = 'stored' AND stored_at > now() - interval '1 hour'",
+    &[],
+);
 
 pub(crate) fn command() -> Command {
     Command::new("status")
@@ -177,7 +180,7 @@ struct Database {
 
 async fn database(config: &Config) -> Result<Database, String> {
     let ask = async {
-        let rows = Store::new(&config.database, 1).query(COUNTS, &[]).await?;
+        let rows = Store::new(&config.database, 1).query(&COUNTS, &[]).await?;
         let number = |column| {
             let number: i64 = rows[0].try_get(column).map_err(|err| StoreError::from_sql(&err))?;
             Ok::<_, StoreError>(number.unsigned_abs())

@@ -10,15 +10,17 @@ use shared::operator;
 use shared::text::{printable, printable_json};
 use time::OffsetDateTime;
 use tokio_postgres::Row;
+use tokio_postgres::types::Type;
 use tokio_util::sync::CancellationToken;
 
 use crate::Config;
 use crate::commands::{self, Ending, flag, patiently, print, print_json, show_time, time_option};
-use crate::store::{Retried, Store, StoreError};
+use crate::store::{Retried, Statement, Store, StoreError};
 
 /// Letters without their bodies, a page of them. `$1` ids, `$2` reason, `$3` and `$4` times; each may be NULL for any.
 /// `$5` and `$6` are the last letter of the page before, `$7` is the size of a page. The inner query sorts no headers.
-const LIST: &str = "\
+const LIST: Statement = Statement::new(
+    "\
     SELECT delivery_id, stream_sequence, subject, reason, attempts, failed_at, octet_length(body), headers::text
     FROM ingest.dead_letters
     WHERE delivery_id IN (
@@ -31,20 +33,25 @@ const LIST: &str = "\
           AND ($5::bigint IS NULL OR (stream_sequence, delivery_id) > ($5, $6::text))
         ORDER BY stream_sequence, delivery_id
         LIMIT $7)
-    ORDER BY stream_sequence, delivery_id";
+    ORDER BY stream_sequence, delivery_id",
+    &[Type::TEXT_ARRAY, Type::TEXT, Type::TIMESTAMPTZ, Type::TIMESTAMPTZ, Type::INT8, Type::TEXT, Type::INT8],
+);
 
 /// Letters counted by reason.
-const REASONS: &str = "\
+const REASONS: Statement = Statement::new(
+    "\
     SELECT count(*), reason
     FROM ingest.dead_letters
     WHERE delivery_id = ANY ($1)
     GROUP BY reason
-    ORDER BY count(*) DESC, reason";
+    ORDER BY count(*) DESC, reason",
+    &[Type::TEXT_ARRAY],
+);
 
 /// Letters that are held in memory at once. The headers of each may have some KB.
 const PAGE: u16 = 500;
 
-const BODY: &str = "SELECT body FROM ingest.dead_letters WHERE delivery_id = $1";
+const BODY: Statement = Statement::new("SELECT body FROM ingest.dead_letters WHERE delivery_id = $1", &[Type::TEXT]);
 
 pub(crate) fn command() -> Command {
     let filters =
@@ -147,7 +154,7 @@ async fn discard_letters(
 
 /// The number of these letters, and their reasons.
 async fn summary(store: &Store, ids: &[String]) -> anyhow::Result<String> {
-    let rows = patiently(|| async { store.query(REASONS, &[&ids]).await });
+    let rows = patiently(|| async { store.query(&REASONS, &[&ids]).await });
     let (mut letters, mut reasons) = (0_i64, String::new());
     for row in rows.await? {
         let (count, reason): (i64, String) = (row.try_get(0)?, row.try_get(1)?);
@@ -221,7 +228,7 @@ impl Filter {
     async fn page(&self, store: &Store, last: Option<&Letter>) -> Result<Vec<Letter>, StoreError> {
         let Filter { ids, reason, since, until } = self;
         let after = last.map(|letter| (letter.stream_sequence, letter.delivery_id.as_str())).unzip();
-        let rows = store.query(LIST, &[ids, reason, since, until, &after.0, &after.1, &i64::from(PAGE)]).await?;
+        let rows = store.query(&LIST, &[ids, reason, since, until, &after.0, &after.1, &i64::from(PAGE)]).await?;
         rows.iter().map(|row| Letter::of(row).map_err(|err| StoreError::from_sql(&err))).collect()
     }
 
@@ -343,7 +350,7 @@ async fn list(store: &Store, filter: &Filter, json: bool) -> anyhow::Result<Endi
 async fn show(store: &Store, matches: &ArgMatches) -> anyhow::Result<Ending> {
     let id = matches.get_one::<String>("id").context("which letter?")?;
     if matches.get_flag("body") {
-        let rows = store.query(BODY, &[id]).await?;
+        let rows = store.query(&BODY, &[id]).await?;
         let Some(row) = rows.first() else { return none(id) };
         let body: &[u8] = row.try_get(0).map_err(|err| StoreError::from_sql(&err))?;
         use std::io::Write as _;

@@ -4,14 +4,16 @@ use std::fmt;
 
 use shared::text::printable;
 use tokio_postgres::Row;
+use tokio_postgres::types::Type;
 
 use super::transact::{End, transact};
-use super::{SEARCH_PATH, Store, StoreError, within};
+use super::{SEARCH_PATH, Statement, Store, StoreError};
 
 /// `$1`: process ids of sessions. A row for each of them that exists and for each session that it waits for. Another
 /// role's state and times are NULL without `pg_read_all_stats`; its name and its application are not.
 /// (<https://www.postgresql.org/docs/current/monitoring-stats.html>)
-const DELAYS: &str = "\
+const DELAYS: Statement = Statement::new(
+    "\
     SELECT mine.pid, mine.wait_event_type || ':' || mine.wait_event, holder.pid, other.application_name,
            other.usename::text, other.state,
            extract(epoch FROM clock_timestamp() - CASE WHEN other.state = 'active' THEN other.query_start
@@ -21,7 +23,9 @@ const DELAYS: &str = "\
     LEFT JOIN LATERAL unnest(pg_blocking_pids(mine.pid)) AS holder (pid) ON true
     LEFT JOIN pg_stat_activity AS other ON other.pid = holder.pid
     WHERE mine.pid = ANY ($1)
-    ORDER BY holder.pid";
+    ORDER BY holder.pid",
+    &[Type::INT4_ARRAY],
+);
 
 /// A session that is busy with a statement of ours.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,12 +57,7 @@ impl Store {
     /// [`StoreError::Outage`]
     pub(crate) async fn delays(&self, pids: &[i32]) -> Result<Vec<Delay>, StoreError> {
         let rows =
-            transact(
-                &self.probe,
-                SEARCH_PATH,
-                End::Commit,
-                |tx| async move { within(tx.query(DELAYS, &[&pids])).await },
-            );
+            transact(&self.probe, SEARCH_PATH, End::Commit, |tx| async move { DELAYS.query(&tx, &[&pids]).await });
         rows.await?.iter().map(|row| Delay::of(row).map_err(|err| StoreError::from_sql(&err))).collect()
     }
 }

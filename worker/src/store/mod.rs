@@ -341,8 +341,12 @@ impl Store {
     }
 
     /// Runs one statement that reads, in a transaction of its own with [`SEARCH_PATH`].
-    pub(crate) async fn query(&self, sql: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, StoreError> {
-        self.transact(SEARCH_PATH, |tx| async move { within(tx.query(sql, parameters)).await }).await
+    pub(crate) async fn query(
+        &self,
+        statement: &Statement,
+        values: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, StoreError> {
+        self.transact(SEARCH_PATH, |tx| async move { statement.query(&tx, values).await }).await
     }
 
     /// Creates what is missing and checks what is there. See [`migrate::migrate`].
