@@ -44,7 +44,8 @@ const GATEWAY_JOURNAL_DIR: Setting = Setting::new(
 const GATEWAY_JOURNAL_MAX_BYTES: Setting = Setting::new(
     "GATEWAY_JOURNAL_MAX_BYTES",
     "10GiB",
-    "Size the journal may have on disk; full of what is nowhere else, deliveries are answered 503",
+    "Size the journal may have on disk, two of the largest bodies at least; full of what is nowhere else, deliveries are \
+     answered 503",
 );
 const GATEWAY_CONFIRM_AFTER: Setting = Setting::new(
     "GATEWAY_CONFIRM_AFTER",
@@ -228,10 +229,11 @@ impl Config {
         if let Some((journal, limits)) = journal.as_ref().zip(limits.as_ref()) {
             let least = journal::Limits::least_for(limits.body_bytes + limits.header_bytes);
             if journal.limits.max_bytes_on_disk < least {
-                let (journal, body) = (GATEWAY_JOURNAL_MAX_BYTES.variable, GATEWAY_MAX_BODY_BYTES.variable);
+                let (max, body) = (GATEWAY_JOURNAL_MAX_BYTES.variable, GATEWAY_MAX_BODY_BYTES.variable);
                 reader.mistake(format!(
-                    "{journal} must be at least {least} bytes, room for two bodies of {body}, or the largest body could \
-                     never be taken"
+                    "{max} is {} bytes and must be at least {least}: the journal needs room for two of the largest deliveries \
+                     that {body} allows; raise {max} or lower {body}",
+                    journal.limits.max_bytes_on_disk
                 ));
             }
         }
@@ -411,7 +413,12 @@ mod tests {
     fn a_journal_too_small_for_the_largest_body_is_a_mistake() {
         let secret = ("SENTRY_CLIENT_SECRET", "s3cr3t-s3cr3t-s3cr3t");
         let error = load(&[secret, ("GATEWAY_JOURNAL_MAX_BYTES", "4MiB")]).unwrap_err();
-        assert!(error.to_string().contains("GATEWAY_JOURNAL_MAX_BYTES must be at least"), "{error}");
+        let error = error.to_string();
+        let parts = ["GATEWAY_JOURNAL_MAX_BYTES is 4194304 bytes", "at least 17039360", "lower GATEWAY_MAX_BODY_BYTES"];
+        for part in parts {
+            assert!(error.contains(part), "{part} is missing in {error}");
+        }
+        load(&[secret, ("GATEWAY_JOURNAL_MAX_BYTES", "17039360")]).unwrap();
         load(&[secret, ("GATEWAY_JOURNAL_MAX_BYTES", "4MiB"), ("GATEWAY_MAX_BODY_BYTES", "1MiB")]).unwrap();
     }
 }
