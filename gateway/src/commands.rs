@@ -182,7 +182,7 @@ async fn redrive(
         return Ok(());
     }
     let readiness = Readiness::default();
-    let link = config.nats.connect("gateway journal redrive", QUEUE, &readiness, |_| ()).await?;
+    let link = config.nats.connect("gateway journal redrive", QUEUE, &readiness).await?;
     let ensure = || async { ensure_stream(&link.current().context, &config.nats).await };
     shutdown.run_until_cancelled(until_ready("stream", &readiness, ensure)).await.context(NOTHING)?;
     // Made by the gateway at its first start with tags. Without it, no receipt can settle these entries.

@@ -16,15 +16,14 @@
 mod in_flight;
 mod overdue;
 
-use std::collections::HashSet;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use async_nats::HeaderMap;
 use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use async_nats::jetstream::{self, ErrorCode, stream};
-use async_nats::{Event, HeaderMap, ServerError};
 use backon::{ExponentialBuilder, Retryable as _};
 use bytes::Bytes;
 use futures_util::stream::FuturesUnordered;
@@ -81,8 +80,6 @@ struct Shared {
     fit: watch::Sender<Option<Arc<Fit>>>,
     /// Something speaks against the last look.
     doubt: Notify,
-    /// Subjects that this account may not publish to, as the server said on this connection.
-    denied: Arc<Mutex<HashSet<String>>>,
     in_flight: InFlight,
     overdue: Overdue,
 }
@@ -137,10 +134,7 @@ impl Publisher {
         readiness: &Readiness,
         metrics: Metrics,
     ) -> anyhow::Result<Self> {
-        let denied = Arc::<Mutex<HashSet<String>>>::default();
-        let noted = denied.clone();
-        let observe = move |event: &Event| note_denied(event, &noted);
-        let link = nats.connect("gateway", SUBSCRIPTION_QUEUE, readiness, observe).await?;
+        let link = nats.connect("gateway", SUBSCRIPTION_QUEUE, readiness).await?;
         readiness.set("stream", Err("not looked at yet".into()));
         let shared = Arc::new(Shared {
             key: ReceiptKey::new(journal.receipt_key()),
@@ -151,7 +145,6 @@ impl Publisher {
             metrics,
             fit: watch::Sender::new(None),
             doubt: Notify::new(),
-            denied,
             in_flight: InFlight::new(),
         });
         let probed = Arc::downgrade(&shared);
@@ -194,11 +187,6 @@ impl Publisher {
         self.0.is_up()
     }
 
-    /// Returns `true` when the server has said, on this connection, that this login may not publish to `subject`.
-    pub fn is_denied(&self, subject: &str) -> bool {
-        self.0.denied.lock().unwrap_or_else(PoisonError::into_inner).contains(subject)
-    }
-
     /// Keeps the stream there, and sees when it is fit and when what it takes has changed.
     async fn keep_stream(&self, readiness: &Readiness) {
         let shared = &self.0;
@@ -213,7 +201,7 @@ impl Publisher {
             let pause = match looked {
                 Ok(fit) => {
                     readiness.set("stream_settings", risks(&fit.stream, &shared.nats));
-                    let limits = (fit.stream.clone(), fit.max_payload, fit.connects, shared.link.replaced());
+                    let limits = (fit.stream.clone(), fit.max_payload, fit.connects);
                     if known.as_ref() != Some(&limits) {
                         tell_differences(&fit.stream, &shared.nats);
                         shared.retry_set_aside();
@@ -376,6 +364,9 @@ impl Shared {
             }
         };
         let fit = self.fit().await;
+        if fit.linked.is_denied(subject) {
+            return Err(denied(subject)); // no acknowledgement would come, and the time limit is long
+        }
         let begin = Instant::now();
         let acked = async {
             // Boxed, because it lasts no longer than it takes to hand the message over, and is most of what we would hold.
@@ -408,7 +399,11 @@ impl Shared {
             }
             PublishErrorKind::TimedOut => {
                 fit.linked.note_unanswered();
-                self.timed_out(subject)
+                // What may not be published is not acknowledged either; the server says so beside.
+                if fit.linked.is_denied(subject) {
+                    return denied(subject);
+                }
+                NotPublished::Later(Delay::TimedOut, format!("no acknowledgement within {} s", ACK_WITHIN.as_secs()))
             }
             PublishErrorKind::WrongLastMessageId
             | PublishErrorKind::WrongLastSequence
@@ -419,14 +414,6 @@ impl Shared {
                 NotPublished::Later(if full { Delay::Full } else { Delay::Other }, because())
             }
         }
-    }
-
-    fn timed_out(&self, subject: &str) -> NotPublished {
-        // What may not be published is not acknowledged either; the server says so beside.
-        if self.denied.lock().unwrap_or_else(PoisonError::into_inner).contains(subject) {
-            return NotPublished::Never(Refusal::Permission, format!("this account may not publish to {subject}"));
-        }
-        NotPublished::Later(Delay::TimedOut, format!("no acknowledgement within {} s", ACK_WITHIN.as_secs()))
     }
 
     fn retry_set_aside(&self) {
@@ -499,25 +486,8 @@ fn cause(error: &PublishError) -> String {
     std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default()
 }
 
-/// Remembers which subjects the server says we may not publish to; forgets them at a new connection.
-fn note_denied(event: &Event, denied: &Mutex<HashSet<String>>) {
-    let mut denied = denied.lock().unwrap_or_else(PoisonError::into_inner);
-    match event {
-        Event::Connected => denied.clear(),
-        Event::ServerError(ServerError::Other(text)) => {
-            // `Permissions Violation for Publish to "signals.sentry.issue"`
-            let subject =
-                text.split_once("Permissions Violation for Publish to \"").map(|(_, rest)| rest.trim_end_matches('"'));
-            denied.extend(subject.map(str::to_owned));
-        }
-        Event::Disconnected
-        | Event::LameDuckMode
-        | Event::Draining
-        | Event::Closed
-        | Event::SlowConsumer(_)
-        | Event::ServerError(_)
-        | Event::ClientError(_) => {}
-    }
+fn denied(subject: &str) -> NotPublished {
+    NotPublished::Never(Refusal::Permission, format!("this account may not publish to {subject}"))
 }
 
 #[cfg(test)]

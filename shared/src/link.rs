@@ -11,10 +11,10 @@
 //!
 //! The check `nats` of `/readyz` is a round trip: the server has answered a request within the last seconds.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_nats::client::RequestErrorKind;
@@ -34,6 +34,9 @@ const ASK_EVERY: Duration = Duration::from_secs(3);
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 /// Pause before a client that has ended is replaced. Hostile messages cannot make a busy loop of it.
 const REPLACE_AFTER: Duration = Duration::from_millis(200);
+/// Time for which a refused subject counts as refused. A server that is given other permissions keeps the connection, and
+/// tells its clients nothing.
+const DENIED_FOR: Duration = Duration::from_secs(60);
 /// Requests without an answer after which a client is replaced. Each costs it some 300 bytes.
 const UNANSWERED_MAX: usize = 1024;
 
@@ -54,7 +57,6 @@ struct Shared {
     program: String,
     queue: usize,
     readiness: Readiness,
-    observe: Arc<dyn Fn(&Event) + Send + Sync>,
     /// Counts connections made, connections lost, and clients replaced.
     changes: Arc<watch::Sender<u64>>,
     current: watch::Sender<Arc<Linked>>,
@@ -77,8 +79,13 @@ pub struct Linked {
     worn: CancellationToken,
     /// Another client has taken over: the events of this one are no longer told.
     retired: Arc<AtomicBool>,
-    denied: Arc<Mutex<BTreeSet<String>>>,
+    denied: Arc<Denied>,
+    /// Connections of the clients before this one.
+    connects_before: u64,
 }
+
+/// The subjects that the server has refused on this connection, and the times of the last refusals.
+type Denied = Mutex<BTreeMap<String, Instant>>;
 
 /// Dropped with the client's task.
 struct Ended(CancellationToken, Arc<AtomicBool>);
@@ -101,10 +108,15 @@ impl Linked {
         self.ended.cancelled().await;
     }
 
-    /// The subjects that the server has not let this client publish to. The server's refusal answers no request: what
-    /// was asked there ends in a time-out.
+    /// The subjects that the server has not let this client publish to, on this connection. The server's refusal answers no
+    /// request: what was asked there ends in a time-out.
     pub fn denied(&self) -> Vec<String> {
-        self.denied.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+        lock(&self.denied).keys().cloned().collect()
+    }
+
+    /// Returns `true` when the server has refused a message to `subject` on this connection, within the last minute.
+    pub fn is_denied(&self, subject: &str) -> bool {
+        lock(&self.denied).get(subject).is_some_and(|at| at.elapsed() < DENIED_FOR)
     }
 
     /// Returns `true` while the client has a connection.
@@ -112,9 +124,10 @@ impl Linked {
         !self.has_ended() && self.client.connection_state() == State::Connected
     }
 
-    /// Number of connections that the client has made.
+    /// Number of connections that this client and those before it have made. A client that takes over for unanswered requests
+    /// connects as the one before it was connected, so its first connection is not counted.
     pub fn connects(&self) -> u64 {
-        self.client.statistics().connects.load(Ordering::Relaxed)
+        self.connects_before + self.client.statistics().connects.load(Ordering::Relaxed)
     }
 
     /// Notes that a request had no answer in time.
@@ -139,17 +152,15 @@ impl Link {
         program: &str,
         queue: usize,
         readiness: &Readiness,
-        observe: Arc<dyn Fn(&Event) + Send + Sync>,
     ) -> anyhow::Result<Self> {
         let changes = Arc::<watch::Sender<u64>>::default();
-        let first = make(connection, program, queue, readiness, &observe, &changes).await?;
+        let first = make(connection, program, queue, readiness, &changes, 0).await?;
         let shared = Arc::new(Shared {
             connection: connection.clone(),
             stream: stream.to_owned(),
             program: program.to_owned(),
             queue,
             readiness: readiness.clone(),
-            observe,
             changes,
             current: watch::Sender::new(Arc::new(first)),
             replaced: AtomicU64::new(0),
@@ -196,31 +207,36 @@ async fn make(
     program: &str,
     queue: usize,
     readiness: &Readiness,
-    observe: &Arc<dyn Fn(&Event) + Send + Sync>,
     changes: &Arc<watch::Sender<u64>>,
+    connects_before: u64,
 ) -> anyhow::Result<Linked> {
     let (ended, has_ended) = (CancellationToken::new(), Arc::<AtomicBool>::default());
     // The client's task owns the sender of events. When the task ends, however it ends, the library drops the callback
     // for events, and the guard with it.
     let guard = Ended(ended.clone(), has_ended.clone());
-    let (observe, changes) = (observe.clone(), changes.clone());
-    let denied = Arc::<Mutex<BTreeSet<String>>>::default();
+    let (changes, denied) = (changes.clone(), Arc::<Denied>::default());
     let refusals = denied.clone();
     let on_event = move |event: &Event| {
         let _ = &guard;
         if let Some(subject) = refused_subject(event) {
-            refusals.lock().unwrap_or_else(PoisonError::into_inner).insert(subject.to_owned());
+            lock(&refusals).insert(subject.to_owned(), Instant::now());
+        }
+        if *event == Event::Connected {
+            lock(&refusals).clear(); // the login may have other permissions now
         }
         if matches!(event, Event::Connected | Event::Disconnected) {
             changes.send_modify(|changes| *changes += 1);
         }
-        observe(event);
     };
     let retired = Arc::<AtomicBool>::default();
     let client = connection.connect(program, queue, readiness, &retired, on_event).await?;
     let context = jetstream(client.clone());
     let (unanswered, worn) = (AtomicUsize::new(0), CancellationToken::new());
-    Ok(Linked { client, context, ended, has_ended, unanswered, worn, retired, denied })
+    Ok(Linked { client, context, ended, has_ended, unanswered, worn, retired, denied, connects_before })
+}
+
+fn lock(denied: &Denied) -> MutexGuard<'_, BTreeMap<String, Instant>> {
+    denied.lock().unwrap_or_else(PoisonError::into_inner) // nothing that holds this can panic half-way
 }
 
 /// The subject of `Permissions Violation for Publish to "$JS.API.STREAM.INFO.SIGNALS"`.
@@ -258,7 +274,8 @@ impl Shared {
     }
 
     async fn replace(&self, old: &Linked) {
-        let made = make(&self.connection, &self.program, self.queue, &self.readiness, &self.observe, &self.changes);
+        let before = old.connects().saturating_sub(u64::from(!old.has_ended()));
+        let made = make(&self.connection, &self.program, self.queue, &self.readiness, &self.changes, before);
         let new = match made.await {
             Ok(new) => new,
             Err(error) => return tracing::error!("cannot make a new NATS client, will try again: {error:#}"),

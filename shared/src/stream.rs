@@ -4,14 +4,13 @@
 //! is never changed: a [`Difference`] is told, and where it would break a promise the process waits until it is mended.
 
 use std::fmt;
-use std::sync::Arc;
 use std::time::Duration;
 
+use async_nats::Client;
 use async_nats::jetstream::consumer::{self, AckPolicy, DeliverPolicy, PullConsumer, ReplayPolicy, pull};
 use async_nats::jetstream::context::{GetStreamError, GetStreamErrorKind};
 use async_nats::jetstream::stream::{self, DiscardPolicy, PersistenceMode, RetentionPolicy, StorageType};
 use async_nats::jetstream::{self, ErrorCode};
-use async_nats::{Client, Event};
 use backon::{ExponentialBuilder, Retryable as _};
 
 use crate::link::Link;
@@ -121,18 +120,12 @@ impl NatsSettings {
 
     /// Connects in the background: this returns at once, also while NATS is not there, and the link connects and
     /// reconnects for as long as it lives. `queue` messages may wait in each subscription; more are dropped. `readiness`
-    /// holds the state under `nats`; `observe` sees every event.
+    /// holds the state under `nats`.
     ///
     /// # Errors
     /// Where the client itself cannot be made.
-    pub async fn connect(
-        &self,
-        program: &str,
-        queue: usize,
-        readiness: &Readiness,
-        observe: impl Fn(&Event) + Send + Sync + 'static,
-    ) -> anyhow::Result<Link> {
-        Link::open(&self.connection, &self.stream, program, queue, readiness, Arc::new(observe)).await
+    pub async fn connect(&self, program: &str, queue: usize, readiness: &Readiness) -> anyhow::Result<Link> {
+        Link::open(&self.connection, &self.stream, program, queue, readiness).await
     }
 
     /// Tries each server once, in order; the client knows the first that works. For a person who waits for the answer.

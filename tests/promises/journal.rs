@@ -249,6 +249,19 @@ async fn a_delivery_that_this_account_may_not_publish_delays_no_other_and_goes_w
     world.until_confirmed().await;
 }
 
+/// The server's refusal of a publish answers nothing, so each takes its whole time limit and a place in the client.
+#[tokio::test]
+async fn many_deliveries_that_this_account_may_not_publish_cost_no_client_and_are_refused_once() {
+    let world = watchful().nats(|nats| nats.extra = denying("signals.sentry.error")).start().await;
+    post_errors(&world, 1100).await;
+    world.gateway.until_metric("gateway_journal_entries{state=\"set_aside\"}", 1100.0).await;
+    for id in &post(&world, 5).await {
+        world.stored(id).await;
+    }
+    assert_eq!(world.metric("gateway_nats_clients_replaced_total").await, 0.0);
+    assert_eq!(world.metric("gateway_publish_refusals_total{kind=\"permission\"}").await, 1100.0);
+}
+
 #[tokio::test]
 async fn a_broker_whose_disk_is_full_delays_and_loses_nothing() {
     let mut world = watchful().start().await;
@@ -512,6 +525,28 @@ async fn publishes_without_an_answer_do_not_pile_up_in_the_client() {
     let log = world.gateway.log();
     assert!(log.contains("requests to NATS had no answer"), "{log}");
     assert!(!log.contains("lost the connection to NATS"), "the old client leaves without a word: {log}");
+}
+
+/// A new client is no new limit: what NATS has refused for good is not tried again for it.
+#[tokio::test]
+async fn a_client_that_is_replaced_has_nothing_tried_again_that_nats_refused() {
+    let small = watchful().nats(|nats| nats.max_payload = Some("64KB".into()));
+    let world = small.start().await;
+    let large = format!(r#"{{"data":{{"issue":{{"id":"1","title":"{}"}}}}}}"#, "x".repeat(100_000));
+    world.post(large).await.accepted();
+    world.gateway.until_metric("gateway_journal_entries{state=\"set_aside\"}", 1.0).await;
+    read_all(without_acknowledgements_of_errors(&world).await);
+    world.post(fixture!("issue_created")).await.accepted();
+    let refusals = || world.metric("gateway_publish_refusals_total{kind=\"too_large\"}");
+    // The stream was changed, which is a reason to try again.
+    eventually("the changed stream to be looked at", || async { (refusals().await == 2.0).then_some(()) }).await;
+    post_errors(&world, 600).await;
+    let replaced = || async { (world.metric("gateway_nats_clients_replaced_total").await >= 1.0).then_some(()) };
+    eventually("a new client", replaced).await;
+    for id in &post(&world, 5).await {
+        world.stored(id).await;
+    }
+    assert_eq!(refusals().await, 2.0);
 }
 
 #[tokio::test]

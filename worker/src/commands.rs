@@ -139,7 +139,7 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 /// # Errors
 /// Where it does not.
 pub(crate) async fn link(config: &Config) -> anyhow::Result<&'static Link> {
-    let link = config.nats.connect("worker", SUBSCRIPTION_QUEUE, &Readiness::default(), |_| ()).await?;
+    let link = config.nats.connect("worker", SUBSCRIPTION_QUEUE, &Readiness::default()).await?;
     match tokio::time::timeout(CONNECT_WITHIN, link.current().client.flush()).await {
         Ok(flushed) => flushed.context("NATS does not answer; NATS_URL says where it is")?,
         Err(_) => match tokio::time::timeout(CONNECT_WITHIN, config.nats.try_connect("worker")).await {

@@ -65,7 +65,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let metrics = Metrics::new(&mut registry, &store);
     shared::metrics::of_process(&mut registry, "worker", env!("CARGO_PKG_VERSION"), &readiness);
     // A batch fills a subscription, and nothing else comes there.
-    let link = config.nats.connect("worker", config.batch_max + SUBSCRIPTION_SPARE, &readiness, |_| ()).await?;
+    let link = config.nats.connect("worker", config.batch_max + SUBSCRIPTION_SPARE, &readiness).await?;
     shared::metrics::of_link(&mut registry, "worker", &link);
     let ops_shutdown = CancellationToken::new();
     let ops = tokio::spawn(ops::serve(ops, readiness.clone(), registry, ops_shutdown.clone()));

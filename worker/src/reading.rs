@@ -278,7 +278,7 @@ impl Reading {
             }
             Err(error) => {
                 let get = format!("$JS.API.STREAM.MSG.GET.{name}");
-                if linked.denied().contains(&get) {
+                if linked.is_denied(&get) {
                     return Err(error).context("cannot fetch the next message by itself");
                 }
                 // NATS is away, and waited for; a stream that is gone is not.

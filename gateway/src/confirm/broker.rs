@@ -4,15 +4,17 @@
 //! whole body. A consumer with `headers_only` would leave the body out. It is not used: it needs the right to create
 //! consumers, and nats-server itself ends over some messages that such a consumer meets (`trust::publisher` in the tests).
 
+use std::sync::Arc;
+
+use async_nats::jetstream::ErrorCode;
 use async_nats::jetstream::context::RequestErrorKind;
 use async_nats::jetstream::response::Response;
-use async_nats::jetstream::{self, ErrorCode};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use shared::delivery::{DELIVERY_ID, DeliveryId};
 use shared::hostile::{self, StoredHeaders};
-use shared::link::ANSWER_WITHIN;
+use shared::link::{ANSWER_WITHIN, Linked};
 use shared::receipt::RECEIPT_TO;
 use shared::stream::CONSUMER;
 
@@ -43,8 +45,7 @@ pub(super) struct Failure {
 
 /// The stream as it is now, and how far its consumer has come.
 pub(super) struct Broker<'a> {
-    publisher: &'a Publisher,
-    context: jetstream::Context,
+    linked: Arc<Linked>,
     stream: &'a str,
     /// Of the messages that the stream holds.
     first: u64,
@@ -84,9 +85,8 @@ impl<'a> Broker<'a> {
     ///
     /// # Errors
     /// [`Failure`]. A stream that is gone is one: the publisher makes it anew, and then it is found empty.
-    pub(super) async fn look(publisher: &'a Publisher, stream: &'a str) -> Result<Self, Failure> {
-        let context = publisher.link().current().context.clone();
-        let mut broker = Broker { publisher, context, stream, first: 0, last: 0, passed: 0 };
+    pub(super) async fn look(publisher: &Publisher, stream: &'a str) -> Result<Self, Failure> {
+        let mut broker = Broker { linked: publisher.link().current(), stream, first: 0, last: 0, passed: 0 };
         let info: Option<StreamInfo> = broker.ask(format!("STREAM.INFO.{stream}"), json!({}), None).await?;
         if let Some(StreamInfo { state }) = info {
             (broker.first, broker.last) = (state.first, state.last);
@@ -150,13 +150,13 @@ impl<'a> Broker<'a> {
         missing: Option<ErrorCode>,
     ) -> Result<Option<T>, Failure> {
         let subject = format!("$JS.API.{call}");
-        match self.context.request(call, &request).await {
+        match self.linked.context.request(call, &request).await {
             Ok(Response::Ok(answer)) => Ok(Some(answer)),
             Ok(Response::Err { error }) if Some(error.error_code()) == missing => Ok(None),
             Ok(Response::Err { error }) => {
                 Err(Failure { cause: NotAsked::Other, what: format!("JetStream refuses {subject}: {error}") })
             }
-            Err(_) if self.publisher.is_denied(&subject) => Err(self.denied(&subject)),
+            Err(_) if self.linked.is_denied(&subject) => Err(self.denied(&subject)),
             Err(error) if error.kind() == RequestErrorKind::TimedOut => {
                 let what = format!("no answer within {} s to {subject}", ANSWER_WITHIN.as_secs());
                 Err(Failure { cause: NotAsked::TimedOut, what })
