@@ -196,20 +196,25 @@ async fn redrive(
         async move { (entry.place(), redrive_one(&entry, gateway, key, repeat, &linked.context, in_flight).await) }
     });
     let mut publishes = stream::iter(publishes).buffer_unordered(REDRIVEN_AT_ONCE);
-    let (mut published, mut failed) = (0, 0);
+    let (mut published, mut let_go, mut failed) = (0, 0, 0);
     while let Some(Some((place, ended))) = shutdown.run_until_cancelled(publishes.next()).await {
         match ended {
             Ok(()) => published += 1,
+            // A gateway that runs on the journal lets go of what is stored.
+            Err(error) if matches!(error.downcast_ref(), Some(ReadError::Unknown)) => let_go += 1,
             Err(error) => {
                 failed += 1;
                 eprintln!("the entry at {place} is not published: {}", printable(&format!("{error:#}")));
             }
         }
     }
-    let left = count - published - failed;
-    let result = format!("published {published}, failed {failed}, left {left}");
+    let left = count - published - let_go - failed;
+    let result = format!("published {published}, let go {let_go}, failed {failed}, left {left}");
     operator::log_end("gateway journal redrive", &format!("--since {}", when(since)), &result);
-    println!("published {published}");
+    match let_go {
+        0 => println!("published {published}"),
+        _ => println!("published {published}, {let_go} let go by the gateway meanwhile"),
+    }
     if left > 0 {
         bail!("stopped with {left} deliveries not published again, or without an acknowledgement; run it again");
     }

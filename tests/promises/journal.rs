@@ -370,6 +370,23 @@ async fn an_orphaned_journal_is_drained_and_a_journal_is_redriven() {
 }
 
 #[tokio::test]
+async fn a_redrive_passes_over_what_the_gateway_lets_go_meanwhile() {
+    let world = setup().workers(0).start().await;
+    post(&world, 3).await;
+    world.on_stream(3).await;
+    world.gateway.stop().await;
+    world.nats.process().freeze().unwrap();
+    let mut redrive = world.gateway_process(&["journal", "redrive", "--since", "1h"]);
+    eventually("the redrive to have looked", || async { redrive.out().contains("3 deliveries").then_some(()) }).await;
+    // As a gateway does once each entry in it is confirmed.
+    std::fs::remove_file(world.folder().join("gateway-0/000000000001.journal")).unwrap();
+    world.nats.process().thaw().unwrap();
+    let ran = redrive.ended().await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(ran.out.contains("published 0") && ran.out.contains("3 let go by the gateway meanwhile"), "{ran:?}");
+}
+
+#[tokio::test]
 async fn large_bodies_that_the_stream_has_no_room_for_delay_no_others() {
     // Nobody reads, so what is on the stream stays there: one of the large ones, and all of the small.
     let world = setup().workers(0).gateway("NATS_MAX_BYTES", "4000000").start().await;
