@@ -274,7 +274,7 @@ impl Shared {
     }
 
     async fn replace(&self, old: &Linked) {
-        let before = old.connects().saturating_sub(u64::from(!old.has_ended()));
+        let before = old.connects().saturating_sub(u64::from(old.is_up()));
         let made = make(&self.connection, &self.program, self.queue, &self.readiness, &self.changes, before);
         let new = match made.await {
             Ok(new) => new,

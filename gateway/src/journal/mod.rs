@@ -68,8 +68,9 @@
 //! - Only the writer keeps a segment's file open, the one that it writes to. All others are opened when they are read,
 //!   sealed or removed: a journal may have more segments than a process may have files open.
 //! - A disk that hangs is a fault. The writer notes each operation before it begins. When one takes more than a second,
-//!   appends are refused at once, and those that wait within 3 s of its beginning ([`stall`]). Their entries may be
-//!   on disk later, as those of a failed batch may, and are then delivered.
+//!   appends are refused at once, and those that wait within 3 s of its beginning ([`stall`]). A disk that is slow, and
+//!   does not hang, has 4 s for each append. Entries that were refused may be on disk later, as those of a failed batch
+//!   may, and are then delivered.
 //! - A segment goes as a whole, when every entry in it is confirmed and `retain` is over. At the byte limit, or on a
 //!   full disk, segments in which every entry is published or confirmed go first, the oldest first; never one with an
 //!   entry that is not in the stream.
@@ -173,6 +174,8 @@ use writer::{Job, Waiting, Work, Writer};
 /// operation counts as hanging, an append is refused within 3 s of its beginning.
 const LOOK_AFTER: Duration = Duration::from_millis(1500);
 const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Longest wait of an append while the disk does not hang. Sentry counts an answer that takes 5 s against all deliveries.
+const WAIT_AT_MOST: Duration = Duration::from_secs(4);
 
 /// What an entry costs while it waits, beside its bytes: so that the bound on waiting bytes also bounds empty ones.
 const WAITING_OVERHEAD: usize = 512;
@@ -361,7 +364,7 @@ impl Journal {
 
     /// Makes an entry durable. It is on disk when this returns its place. If the future is dropped before, it may be
     /// on disk all the same, and will then be published. While the disk hangs this returns an error: at once, or within
-    /// 3 s of the beginning where the entry was on its way before.
+    /// 3 s of the beginning where the entry was on its way before. It waits some 4 s at most for a disk that is slow.
     ///
     /// # Errors
     /// [`AppendError`]: it is not promised to anybody.
@@ -389,15 +392,18 @@ impl Journal {
         self.answer(answered).await
     }
 
-    /// The writer's answer, or an error while the disk hangs.
+    /// The writer's answer, or an error where the disk hangs or is too slow.
     async fn answer(&self, mut answered: oneshot::Receiver<Result<Place, AppendError>>) -> Result<Place, AppendError> {
-        let mut wait = LOOK_AFTER;
+        let (mut wait, until) = (LOOK_AFTER, tokio::time::Instant::now() + WAIT_AT_MOST);
         loop {
             if let Ok(answer) = tokio::time::timeout(wait, &mut answered).await {
                 return answer.unwrap_or(Err(AppendError::ShutDown));
             }
             if let Some(stall) = self.stall() {
                 return Err(AppendError::Stalled(stall));
+            }
+            if tokio::time::Instant::now() >= until {
+                return Err(AppendError::Slow { waited: WAIT_AT_MOST });
             }
             wait = LOOK_EVERY;
         }

@@ -133,6 +133,13 @@ pub enum AppendError {
     /// The disk hangs. The entry may be on it later all the same, and is then published.
     #[error("{0}")]
     Stalled(Stall),
+    /// The disk does not hang, and is too slow for what waits. The entry may be on it later all the same, and is then
+    /// published.
+    #[error("the journal's disk is slow: the delivery has waited {} s for it", waited.as_secs())]
+    Slow {
+        /// The longest that an append waits.
+        waited: Duration,
+    },
     /// More bytes wait for the disk than may.
     #[error("{limit} bytes already wait to be written to the journal")]
     Busy {

@@ -202,6 +202,17 @@ async fn too_much_waiting_is_refused() {
     assert_eq!(journal.stats().bytes_waiting, 0);
 }
 
+/// Each operation of such a disk is short enough, and those before it in the queue are many.
+#[tokio::test(start_paused = true)]
+async fn an_append_waits_only_so_long_for_a_disk_that_is_slow_and_does_not_hang() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(5)).await;
+    let (_writer, answered) = tokio::sync::oneshot::channel();
+    let answer = tokio::time::timeout(Duration::from_secs(60), journal.answer(answered)).await;
+    let error = answer.expect("a sender that waits for longer counts it against all deliveries").unwrap_err();
+    assert!(matches!(error, AppendError::Slow { .. }), "{error}");
+}
+
 #[tokio::test]
 async fn a_closed_journal_takes_nothing_and_leaves_nothing_to_find_out() {
     let dir = tempdir().unwrap();
