@@ -53,8 +53,7 @@ pub enum ReadError {
     /// Its bytes are not those that were written. They are lost; this was counted and logged.
     #[error("the record is damaged")]
     Damaged,
-    /// The disk would not give it. It stays where it is until a start at which it can be read; this was counted and
-    /// logged.
+    /// The disk would not give it. It stays where it is and is read again later; this was counted and logged.
     #[error("the record cannot be read: {0}")]
     Disk(#[source] io::Error),
 }
