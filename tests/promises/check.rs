@@ -687,6 +687,17 @@ async fn a_database_that_would_not_do_is_named() {
 }
 
 #[tokio::test]
+async fn a_migration_that_runs_is_no_problem_of_the_database() {
+    let servers = Servers::start(|_| ()).await;
+    let migrating = servers.sql("SELECT pg_advisory_lock(7813586407274147444)").await; // the lock of migrations
+    let checked = servers.worker(&[]).await;
+    assert!(checked.well().found("not tried").contains("tables: "), "{:#}", checked.json);
+    drop(migrating);
+    let made = || async { servers.worker(&[]).await.found("ok").contains("a start makes").then_some(()) };
+    eventually("the lock to be free", made).await;
+}
+
+#[tokio::test]
 async fn a_database_that_hangs_is_named_and_not_waited_for() {
     let servers = Servers::start(|_| ()).await;
     let postgres = PostgresOptions::for_tests(servers.scratch.path().join("postgres"));
