@@ -141,6 +141,32 @@ async fn more_such_rows_than_half_of_what_may_be_unacknowledged_are_an_outage() 
 }
 
 #[tokio::test]
+async fn a_table_that_takes_no_row_any_more_is_told_also_while_an_older_row_waits() {
+    let world = setup().start().await;
+    world.execute(TRIGGER).await;
+    world.post(body("LP001")).await.accepted();
+    eventually("the first to wait", async || (!rows(&world).await?.0).then_some(())).await;
+    world.stored(&world.post(body("")).await.accepted()).await;
+    let database = async || {
+        let list = world.workers[0].ops("/readyz").await.json();
+        let check = list.as_array().unwrap().iter().find(|entry| entry["name"] == "database").unwrap().clone();
+        (check["ok"].as_bool().unwrap(), check["detail"].as_str().unwrap().to_owned())
+    };
+    eventually("one row to be taken", async || database().await.0.then_some(())).await;
+    world.execute("CREATE FUNCTION drops() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$").await;
+    world.execute("CREATE TRIGGER drops BEFORE INSERT ON signals FOR EACH ROW EXECUTE FUNCTION drops()").await;
+    world.post(body("")).await.accepted();
+    eventually("the worker to say so", async || {
+        let (ok, detail) = database().await;
+        (!ok && detail.contains("taken no row") && detail.starts_with("PostgreSQL")).then_some(())
+    })
+    .await;
+    world.execute("DROP TRIGGER drops ON signals").await;
+    world.until("SELECT count(*) FROM signals", 2_i64).await;
+    eventually("a row to be taken again", async || database().await.0.then_some(())).await;
+}
+
+#[tokio::test]
 async fn a_batch_of_all_that_may_be_unacknowledged_does_not_wait_for_one_such_row() {
     let mut world = setup().workers(0).start().await;
     let stream = eventually("the stream", || async { world.jetstream().await.get_stream("SIGNALS").await.ok() }).await;

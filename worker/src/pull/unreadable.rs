@@ -91,7 +91,7 @@ impl UnreadableScan {
     ) -> anyhow::Result<()> {
         let name = &stream.cached_info().config.name;
         if bury(rest.span, &mut self.done, name, session, database).await? {
-            self.done = rest.behind.or(self.done);
+            self.done = self.done.max(rest.behind);
         }
         Ok(())
     }
