@@ -185,7 +185,8 @@ async fn session(
         _ = watching => {}
     }
     watch.end(&session);
-    session.has_lost_connection()
+    // A client that has just ended fails its pullers before it is known to have ended.
+    session.has_lost_connection() || session.failure().is_some()
 }
 
 fn cannot_look<T: Default>(error: &anyhow::Error) -> T {

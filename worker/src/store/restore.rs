@@ -62,7 +62,7 @@ impl Store {
             Err(error) => return Err(error),
         }
         // A refusal is a row's fault only while the tables fit.
-        self.transact(SETTINGS, |tx| async move { migrate::fits(&tx).await }).await.map_err(StoreError::from_check)?;
+        self.transact(SETTINGS, |tx| async move { migrate::fits(&tx).await.map_err(StoreError::from_check) }).await?;
         let mut all = Restored::default();
         for record in records {
             match self.restore_together(&[record]).await {
