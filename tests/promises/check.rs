@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use async_nats::jetstream;
 use async_nats::jetstream::consumer::pull;
@@ -9,6 +10,7 @@ use async_nats::jetstream::stream::{Config, DiscardPolicy};
 use futures_util::future::join_all;
 use local::{NatsOptions, NatsServer, Postgres, PostgresOptions, Scratch, ports};
 use serde_json::Value;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use world::{Ran, eventually, programs};
 
 use crate::{fixture, setup};
@@ -451,6 +453,43 @@ async fn a_right_that_a_login_lacks_is_named_and_trying_it_has_no_effect() {
     assert_eq!(consumer.num_waiting, 0, "and no request waits for the next message");
 }
 
+/// A port whose bytes reach this server half a second later, and come back as late.
+async fn far_away(port: u16) -> u16 {
+    async fn carry(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin) {
+        let mut bytes = vec![0; 1 << 16];
+        while let Ok(count @ 1..) = from.read(&mut bytes).await {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            if to.write_all(&bytes[..count]).await.is_err() {
+                return;
+            }
+        }
+    }
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let here = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let server = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+            let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
+            tokio::spawn(carry(from_client, to_server));
+            tokio::spawn(carry(from_server, to_client));
+        }
+    });
+    here
+}
+
+#[tokio::test]
+async fn a_refusal_that_comes_late_is_waited_for() {
+    let servers = locked().await;
+    let far = far_away(servers.nats.port()).await;
+    let url_of = |user: String| format!("nats://{user}:{SECRET}@127.0.0.1:{far}");
+    let unasked = url_of(format!("worker-{}", WORKER_RIGHTS.len() - 1));
+    let checked = servers.worker(&[("NATS_URL", &unasked)]).await;
+    assert!(checked.well().found("not tried").contains("$JS.API.INFO"), "{:#}", checked.json);
+    let left_out = servers.worker(&[("NATS_URL", &url_of("worker-2".into()))]).await;
+    left_out.fails_for(&["NATS permissions", WORKER_RIGHTS[2]]);
+    assert_eq!(left_out.found("problem").lines().count(), 1, "{:#}", left_out.json);
+}
+
 impl Servers {
     /// The stream with three messages and the consumer, as the programs make them.
     async fn door(&self) {
@@ -684,6 +723,17 @@ async fn a_database_that_would_not_do_is_named() {
     assert!(weak.well().found("warning").contains("synchronous_commit"), "{:#}", weak.json);
     servers.sql(&format!("ALTER DATABASE {name} SET default_transaction_read_only = on")).await;
     servers.worker(&[]).await.fails_for(&["PostgreSQL", "standby", "primary"]);
+}
+
+#[tokio::test]
+async fn a_migration_that_runs_is_no_problem_of_the_database() {
+    let servers = Servers::start(|_| ()).await;
+    let migrating = servers.sql("SELECT pg_advisory_lock(7813586407274147444)").await; // the lock of migrations
+    let checked = servers.worker(&[]).await;
+    assert!(checked.well().found("not tried").contains("tables: "), "{:#}", checked.json);
+    drop(migrating);
+    let made = || async { servers.worker(&[]).await.found("ok").contains("a start makes").then_some(()) };
+    eventually("the lock to be free", made).await;
 }
 
 #[tokio::test]

@@ -165,3 +165,44 @@ async fn a_stream_that_is_limited_by_a_number_of_messages_takes_deliveries_again
     eventually("room", async || (stream.get_info().await.unwrap().state.messages <= 80).then_some(())).await;
     assert_eq!(world.value::<i64>("SELECT count(*) FROM signals").await, 250);
 }
+
+#[tokio::test]
+async fn a_worker_that_hangs_while_it_makes_room_keeps_no_other_from_it() {
+    let world = setup().gateway("NATS_MAX_BYTES", "1MiB").start().await;
+    // The first delivery waits, and all behind it with it: the worker tries to make room every second, in vain.
+    world
+        .execute(
+            "CREATE FUNCTION unclear() RETURNS trigger LANGUAGE plpgsql AS
+                 $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = 'LP001'; END $$;
+             CREATE TRIGGER unclear BEFORE INSERT ON issues FOR EACH ROW
+                 WHEN (NEW.signal_payload ? 'fails') EXECUTE FUNCTION unclear()",
+        )
+        .await;
+    world.post(r#"{"fails":1}"#).await.accepted();
+    for _ in 0..54 {
+        post_16_kb(&world).await; // 85 %
+    }
+    world.until("SELECT count(*) FROM signals", 54_i64).await;
+    let locks = "SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+        WHERE l.locktype = 'advisory' AND d.datname = current_database()";
+    // NATS hangs again and again, until the worker has the lock meanwhile. Then the worker hangs as well.
+    eventually("the worker to hang with the lock", async || {
+        world.nats.process().freeze().unwrap();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let held = world.value::<i64>(locks).await == 1;
+        if held {
+            world.workers[0].process().freeze().unwrap();
+        }
+        world.nats.process().thaw().unwrap();
+        held.then_some(())
+    })
+    .await;
+    assert_eq!(world.value::<i64>(locks).await, 1, "it hangs with the lock");
+    world.until(locks, 0_i64).await;
+    world.workers[0].process().thaw().unwrap();
+    world.execute("DROP TRIGGER unclear ON issues").await;
+    world.until("SELECT count(*) FROM signals", 55_i64).await;
+    let stream = world.jetstream().await.get_stream("SIGNALS").await.unwrap();
+    eventually("room", async || (stream.get_info().await.unwrap().state.bytes <= (1 << 20) / 10 * 8).then_some(()))
+        .await;
+}

@@ -4,7 +4,8 @@
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::consumer::pull;
-use world::{Connection, Post, World, eventually};
+use futures_util::{FutureExt as _, StreamExt as _};
+use world::{Connection, Post, RawClient, World, eventually};
 
 use crate::setup;
 
@@ -130,13 +131,99 @@ async fn more_such_rows_than_half_of_what_may_be_unacknowledged_are_an_outage() 
     })
     .await;
     let held = stream.consumer_info("worker").await.unwrap().num_ack_pending;
-    assert!(held <= 20 + 2 * 5, "half of 40, and a batch for each puller: {held}");
+    assert!(held <= 20 + 3 * 5, "half of 40, the batch that passed it, and a batch for each puller: {held}");
     let stored = signals(&world).await;
     assert!(stored < 10, "{stored}");
     world.execute("DROP TRIGGER unclear ON issues").await;
     world.until("SELECT count(*) FROM signals", 60_i64).await;
     world.all_acknowledged().await;
     assert_eq!(world.value::<i64>("SELECT count(*) FROM ingest.dead_letters").await, 0);
+}
+
+#[tokio::test]
+async fn a_table_that_takes_no_row_any_more_is_told_also_while_an_older_row_waits() {
+    let world = setup().start().await;
+    world.execute(TRIGGER).await;
+    world.post(body("LP001")).await.accepted();
+    eventually("the first to wait", async || (!rows(&world).await?.0).then_some(())).await;
+    world.stored(&world.post(body("")).await.accepted()).await;
+    let database = async || {
+        let list = world.workers[0].ops("/readyz").await.json();
+        let check = list.as_array().unwrap().iter().find(|entry| entry["name"] == "database").unwrap().clone();
+        (check["ok"].as_bool().unwrap(), check["detail"].as_str().unwrap().to_owned())
+    };
+    eventually("one row to be taken", async || database().await.0.then_some(())).await;
+    world.execute("CREATE FUNCTION drops() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$").await;
+    world.execute("CREATE TRIGGER drops BEFORE INSERT ON signals FOR EACH ROW EXECUTE FUNCTION drops()").await;
+    world.post(body("")).await.accepted();
+    eventually("the worker to say so", async || {
+        let (ok, detail) = database().await;
+        (!ok && detail.contains("taken no row") && detail.starts_with("PostgreSQL")).then_some(())
+    })
+    .await;
+    world.execute("DROP TRIGGER drops ON signals").await;
+    world.until("SELECT count(*) FROM signals", 2_i64).await;
+    eventually("a row to be taken again", async || database().await.0.then_some(())).await;
+}
+
+#[tokio::test]
+async fn a_batch_of_all_that_may_be_unacknowledged_does_not_wait_for_one_such_row() {
+    let mut world = setup().workers(0).start().await;
+    let stream = eventually("the stream", || async { world.jetstream().await.get_stream("SIGNALS").await.ok() }).await;
+    let config = pull::Config { durable_name: Some("worker".into()), max_ack_pending: 20, ..Default::default() };
+    stream.create_consumer(config).await.unwrap();
+    assert_eq!(world.worker(&["migrate"]).await.code, Some(0));
+    world.execute(TRIGGER).await;
+    let mut connection = Connection::open(world.port()).await.unwrap();
+    for number in 0..20 {
+        let fails = if number == 7 { "LP001" } else { "" };
+        connection.send(&Post::signed(body(fails))).await.unwrap().accepted();
+    }
+    world.on_stream(20).await;
+    world.start_worker().await;
+    world.until("SELECT count(*) FROM signals", 19_i64).await;
+    world.execute("DROP TRIGGER unclear ON issues").await;
+    world.until("SELECT count(*) FROM signals", 20_i64).await;
+    world.all_acknowledged().await;
+}
+
+#[tokio::test]
+async fn a_row_that_waits_does_not_make_each_lost_connection_read_the_stream_again() {
+    const UNREADABLE: &[u8] = b"NATS/1.0\r\nX: a\rb\r\n\r\n";
+    let world = setup().start().await;
+    world.execute(TRIGGER).await;
+    let spy = async_nats::connect(world.nats.url()).await.unwrap();
+    let mut pulled = spy.subscribe("$JS.API.CONSUMER.MSG.NEXT.>").await.unwrap();
+    let mut fetched = spy.subscribe("$JS.API.STREAM.MSG.GET.>").await.unwrap();
+    spy.flush().await.unwrap();
+    let mut connection = Connection::open(world.port()).await.unwrap();
+    for number in 0..400 {
+        let fails = if number == 0 { "LP001" } else { "" };
+        connection.send(&Post::signed(body(fails))).await.unwrap().accepted();
+    }
+    world.until("SELECT count(*) FROM signals", 399_i64).await;
+    // The worker loses its connection over what another program sends to it. Nothing on the stream is unreadable.
+    let inbox = pulled.next().await.unwrap().reply.unwrap();
+    let mut hostile = RawClient::connect(world.nats.port()).await;
+    hostile.publish(inbox.as_str(), UNREADABLE, b"").await;
+    hostile.flush().await;
+    for _ in 0..400 {
+        tokio::time::timeout(Duration::from_secs(60), fetched.next())
+            .await
+            .expect("the stream to be looked at")
+            .unwrap();
+    }
+    // From here on it knows all but what comes now.
+    hostile.publish("signals.sentry.issue", UNREADABLE, b"").await;
+    hostile.flush().await;
+    world.until("SELECT count(*) FROM ingest.dead_letters", 1_i64).await;
+    let mut more = 0;
+    while fetched.next().now_or_never().is_some() {
+        more += 1;
+    }
+    assert!(more < 100, "{more} messages were fetched again");
+    let later = world.post(body("")).await.accepted();
+    world.stored(&later).await;
 }
 
 #[tokio::test]

@@ -334,6 +334,67 @@ async fn a_replay_ends_although_letters_outlived_the_ledger_and_a_row_is_refused
 }
 
 #[tokio::test]
+async fn a_deleted_row_that_is_refused_for_an_unclear_reason_keeps_no_other_out() {
+    let world = setup().start().await;
+    let mut ids = post(&world, 3).await;
+    let refused = world.post(r#"{"fails":"LP001"}"#).await.accepted();
+    ids.push(refused.clone());
+    for id in &ids {
+        world.stored(id).await;
+    }
+    world.all_acknowledged().await;
+    world
+        .execute(
+            "DELETE FROM signals; DELETE FROM issues;
+             CREATE FUNCTION unclear() RETURNS trigger LANGUAGE plpgsql AS
+                 $$ BEGIN RAISE EXCEPTION 'hunter2' USING ERRCODE = 'LP001'; END $$;
+             CREATE TRIGGER unclear BEFORE INSERT ON issues FOR EACH ROW
+                 WHEN (NEW.signal_payload ? 'fails') EXECUTE FUNCTION unclear()",
+        )
+        .await;
+    let replay = world.worker(&["replay", "--restore-deleted", "--verbose"]).await;
+    let counts = ["restored", "could not be restored"].map(|what| replay.number(what));
+    assert_eq!((replay.code, counts), (Some(1), [3, 1]), "{replay:?}");
+    let line = replay.out.lines().find(|line| line.contains(&refused)).unwrap();
+    assert!(line.contains("SQLSTATE LP001") && !replay.out.contains("hunter2"), "{replay:?}");
+
+    world.execute("DROP TRIGGER unclear ON issues").await;
+    let again = world.worker(&["replay", "--restore-deleted"]).await;
+    assert_eq!((again.code, again.number("restored")), (Some(0), 1), "{again:?}");
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM signals").await, 4);
+}
+
+#[tokio::test]
+async fn a_dry_run_names_a_row_that_is_refused_for_an_unclear_reason_and_goes_on() {
+    let world = setup().start().await;
+    let deleted = world.post(r#"{"fails":"deleted"}"#).await.accepted();
+    world.stored(&deleted).await;
+    world.all_acknowledged().await;
+    world.workers[0].kill().await;
+    post(&world, 3).await;
+    let refused = world.post(r#"{"fails":"LP001"}"#).await.accepted();
+    world.on_stream(5).await;
+    world
+        .execute(
+            "DELETE FROM signals; DELETE FROM issues;
+             CREATE FUNCTION unclear(body jsonb) RETURNS boolean LANGUAGE plpgsql AS $$
+                 BEGIN
+                     IF body ? 'fails' THEN RAISE EXCEPTION 'hunter2' USING ERRCODE = 'LP001'; END IF;
+                     RETURN true;
+                 END $$;
+             ALTER TABLE issues ADD CONSTRAINT unclear CHECK (unclear(signal_payload))",
+        )
+        .await;
+    let dry_run = world.worker(&["replay", "--dry-run", "--restore-deleted", "--verbose"]).await;
+    let counts = ["would insert", "could not be stored", "could not be restored"].map(|what| dry_run.number(what));
+    assert_eq!((dry_run.code, counts), (Some(1), [3, 1, 1]), "{dry_run:?}");
+    for id in [&deleted, &refused] {
+        let line = dry_run.out.lines().find(|line| line.contains(id)).unwrap();
+        assert!(line.contains("SQLSTATE LP001") && !dry_run.out.contains("hunter2"), "{dry_run:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_dry_run_of_a_role_without_temporary_tables_ends_at_once() {
     let name = format!("limited_{}", uuid::Uuid::new_v4().simple());
     let url = world::postgres().await.create_database(&name).await.unwrap();

@@ -13,7 +13,7 @@ use crate::Config;
 use crate::commands::{Ending, print};
 use crate::migrate::{self, MigrateError};
 use crate::settings::SETTINGS;
-use crate::store::{Statement, Store, StoreError};
+use crate::store::{Class, Statement, Store, StoreError};
 
 /// How long one try may take.
 const TRY_WITHIN: Duration = Duration::from_secs(6);
@@ -202,8 +202,12 @@ async fn tables(store: &Store, migrate: bool) -> Vec<Finding> {
         Err(error @ MigrateError::MayNotCreate { .. }) => {
             vec![Finding::problem("tables", error.to_string(), "then look again")]
         }
+        Err(MigrateError::Store(StoreError::Outage(outage))) if outage.class() == Class::Lock => {
+            let detail = format!("a session holds a lock that the look needs: {outage}");
+            vec![Finding::not_tried("tables", detail, "look again; somebody may be migrating right now")]
+        }
         Err(MigrateError::Store(error)) => {
-            vec![Finding::problem("tables", error.to_string(), "look again; somebody may be migrating right now")]
+            vec![Finding::problem("tables", error.to_string(), "look again")]
         }
     }
 }

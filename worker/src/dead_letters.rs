@@ -2,6 +2,7 @@
 //! with the reason, and the ledger keeps its id, so that a redelivery changes nothing.
 
 pub(crate) mod command;
+mod letters;
 
 use async_nats::HeaderMap;
 use serde_json::{Map, Value};

@@ -20,7 +20,7 @@ use tokio::time::sleep;
 
 use crate::metrics::Metrics;
 use crate::pull::{Database, Session};
-use crate::store::{SEARCH_PATH, Store, StoreError, Tx, within};
+use crate::store::{Store, StoreError, Tx, within};
 
 /// How often the stream's size is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -32,6 +32,12 @@ const LOW: u64 = 70;
 const STEP_BYTES: u64 = 64 << 20;
 /// The advisory lock of whoever purges (the bytes of "loophist").
 const LOCK: i64 = 0x6c6f_6f70_6869_7374;
+
+/// For the transaction that holds the lock. A worker that hangs, or that the network has cut off, must not keep the lock:
+/// PostgreSQL may notice after hours. Making room may take longer; then another worker begins beside it.
+const SETTINGS: &str = "\
+    SET LOCAL search_path = pg_catalog, pg_temp;
+    SET LOCAL idle_in_transaction_session_timeout = '30s'";
 
 /// Makes room whenever it is needed. Never returns.
 pub async fn keep_room(stream: &Stream, session: &Session, store: &Store, database: &Database) {
@@ -66,7 +72,7 @@ struct Room<'a> {
 
 impl Room<'_> {
     /// Makes room where no other worker is doing it. The lock goes with its transaction, so it also works behind a
-    /// connection pooler, and a worker that dies holds it no longer than PostgreSQL needs to notice.
+    /// connection pooler.
     async fn make_alone(&self, store: &Store) -> anyhow::Result<()> {
         let alone = |tx: Tx| async move {
             let mine = within(tx.query_one("SELECT pg_try_advisory_xact_lock($1)", &[&LOCK])).await?;
@@ -75,7 +81,7 @@ impl Room<'_> {
                 false => Ok(Ok(())),
             }
         };
-        match store.transact(SEARCH_PATH, alone).await {
+        match store.transact(SETTINGS, alone).await {
             Ok(made) => made,
             Err(error) => {
                 tracing::debug!("history waits for the lock: {error}");

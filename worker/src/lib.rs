@@ -151,12 +151,20 @@ async fn session(
     let begun = shutdown.run_until_cancelled(until_done("consumer", readiness, begin));
     let Some((session, stream, consumer)) = begun.await else { return false };
     watch.begin(&stream.cached_info().config, consumer.cached_info());
-    if let Some(scan) = suspect {
-        let bury = Box::pin(scan.bury(&stream, &session, database)); // large, and seldom
-        if let Some(Err(error)) = shutdown.run_until_cancelled(bury).await {
-            tracing::warn!("cannot look for messages that cannot be read: {error:#}");
+    let suspect = match suspect {
+        None => None,
+        Some(scan) => {
+            let recent = Box::pin(scan.bury_recent(&stream, &session, database)); // large, and seldom
+            let rest = shutdown.run_until_cancelled(recent).await.unwrap_or(Ok(None));
+            rest.unwrap_or_else(|error| cannot_look(&error)).map(|rest| (scan, rest))
         }
-    }
+    };
+    let scanning = Box::pin(async {
+        if let Some((scan, rest)) = suspect {
+            let ended = scan.bury_rest(rest, &stream, &session, database).await;
+            ended.unwrap_or_else(|error| cannot_look(&error));
+        }
+    });
     let pulling = (0..config.concurrency).map(|_| async {
         let puller = Puller { consumer: consumer.clone(), session: &session, database, batch_max: config.batch_max };
         puller.run(shutdown).await.unwrap_or_else(|error| {
@@ -170,14 +178,20 @@ async fn session(
         let unstored: Vec<_> = join_all(pulling).await.into_iter().flatten().collect();
         session.hand_back(&unstored).await
     };
-    let watching =
-        async { tokio::join!(watch.run(&stream, &session), history::keep_room(&stream, &session, store, database)) };
+    let room = history::keep_room(&stream, &session, store, database);
+    let watching = async { tokio::join!(watch.run(&stream, &session), room, scanning) };
     tokio::select! {
         () = pulling => {}
         _ = watching => {}
     }
     watch.end(&session);
-    session.has_lost_connection()
+    // A client that has just ended fails its pullers before it is known to have ended.
+    session.has_lost_connection() || session.failure().is_some()
+}
+
+fn cannot_look<T: Default>(error: &anyhow::Error) -> T {
+    tracing::warn!("cannot look for messages that cannot be read: {error:#}");
+    T::default()
 }
 
 /// Makes or checks the tables, as `WORKER_MIGRATE` says, and tells what was made.

@@ -87,7 +87,7 @@ impl Puller<'_> {
         self.database.metrics().pulled(messages.len());
         let (messages, batch) = read_all(messages).await;
         // Tried again for as long as the session lasts; what is not stored by then comes again in the next.
-        let stored = self.database.persist(&batch, || !self.session.is_over(), || self.may_set_back());
+        let stored = self.database.persist(&batch, || !self.session.is_over(), || self.may_set_back(messages.len()));
         let kept = async {
             self.session.keep(&messages, self.progress_every()).await;
             std::future::pending().await // a try that has begun is worth its end, even without an ack
@@ -104,12 +104,14 @@ impl Puller<'_> {
         Ok(messages)
     }
 
-    /// Returns `true` where a delivery may be given back with a delay. It stays un-acked meanwhile, and at `max_ack_pending` the server
-    /// delivers nothing new. So half of that is kept for deliveries that can be stored.
-    async fn may_set_back(&self) -> bool {
+    /// Returns `true` where a delivery of a batch of `deliveries` may be given back with a delay. It stays un-acked meanwhile,
+    /// and at `max_ack_pending` the server delivers nothing new. So half of that is kept for deliveries that can be stored.
+    async fn may_set_back(&self, deliveries: usize) -> bool {
         let Ok(info) = self.consumer.get_info().await else { return false };
         let limit = info.config.max_ack_pending;
-        limit <= 0 || i64::try_from(info.num_ack_pending).is_ok_and(|pending| pending <= limit / 2)
+        // The batch itself is un-acked as well, and may be all that the server gives out.
+        let others = info.num_ack_pending.saturating_sub(deliveries);
+        limit <= 0 || i64::try_from(others).is_ok_and(|others| others <= limit / 2)
     }
 
     /// Acknowledges messages that are stored, and tells the gateways that they are.
@@ -132,11 +134,14 @@ impl Puller<'_> {
     }
 }
 
-/// The messages whose deliveries are set back, and all others.
+/// The messages whose deliveries are set back, and all others. A message that cannot become a row may have the id of one
+/// that can.
 fn part(messages: Vec<Pulled>, batch: &Batch, stored: &Stored) -> (Vec<Pulled>, Vec<Pulled>) {
     let ids: HashSet<&str> = stored.set_back.iter().map(|row| row.delivery_id.as_str()).collect();
-    let records = batch.records.iter().filter(|record| ids.contains(record.delivery_id.as_str()));
-    let sequences: HashSet<u64> = records.map(|record| record.stream_sequence).collect();
+    let records = batch.records.iter().map(|record| (&record.delivery_id, record.stream_sequence));
+    let letters = batch.dead_letters.iter().map(|letter| (&letter.delivery_id, letter.stream_sequence));
+    let of_them = records.chain(letters).filter(|(id, _)| ids.contains(id.as_str()));
+    let sequences: HashSet<u64> = of_them.map(|(_, sequence)| sequence).collect();
     messages.into_iter().partition(|pulled| sequences.contains(&pulled.sequence))
 }
 
@@ -153,4 +158,43 @@ async fn read_all(messages: Vec<Pulled>) -> (Vec<Pulled>, Batch) {
         (messages, batch)
     };
     tokio::task::spawn_blocking(read).await.expect("reading isolates its panics")
+}
+
+#[cfg(test)]
+mod tests {
+    use async_nats::jetstream::{self, Message};
+
+    use super::*;
+    use crate::store::SetBack;
+
+    #[tokio::test]
+    async fn no_message_of_a_delivery_that_is_set_back_is_acknowledged() {
+        // A client that never connects.
+        let client = async_nats::ConnectOptions::new().retry_on_initial_connect().connect("127.0.0.1:1").await.unwrap();
+        let context = jetstream::new(client);
+        let mut headers = async_nats::HeaderMap::new();
+        headers.insert(shared::delivery::DELIVERY_ID, "a");
+        let pulled = |sequence: u64, body: &'static str, headers: Option<&async_nats::HeaderMap>| {
+            let message = async_nats::Message {
+                subject: "signals.sentry.issue".into(),
+                reply: Some(format!("$JS.ACK.SIGNALS.worker.1.{sequence}.9.1700000000000000000.0").into()),
+                payload: body.into(),
+                headers: headers.cloned(),
+                status: None,
+                description: None,
+                length: body.len(),
+            };
+            Pulled::of(Message { message, context: context.clone() }).unwrap()
+        };
+        // The last has the id of the first, and cannot become a row.
+        let messages =
+            vec![pulled(1, "{}", Some(&headers)), pulled(2, "{}", None), pulled(3, "no JSON", Some(&headers))];
+        let (messages, batch) = read_all(messages).await;
+        assert_eq!((batch.records.len(), batch.dead_letters.len()), (2, 1));
+        let row = SetBack { delivery_id: "a".into(), sqlstate: "LP001".into(), reason: String::new() };
+        let stored = Stored { set_back: vec![row], ..Stored::default() };
+        let (set_back, stored) = part(messages, &batch, &stored);
+        let sequences = |messages: &[Pulled]| messages.iter().map(|pulled| pulled.sequence).collect::<Vec<_>>();
+        assert_eq!((sequences(&set_back), sequences(&stored)), (vec![1, 3], vec![2]));
+    }
 }

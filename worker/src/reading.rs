@@ -146,7 +146,7 @@ pub struct Reading {
 }
 
 impl Reading {
-    /// Begins to read `span` of the stream called `name`. With `headers_only` the bodies stay where they are.
+    /// Begins to read `span` of the stream called `name`.
     ///
     /// # Errors
     /// Where there is no such stream, or NATS does not answer.

@@ -27,7 +27,7 @@ use crate::Config;
 use crate::commands::{self, Ending, Progress, count, patiently, patiently_while};
 use crate::dead_letters::DeadLetter;
 use crate::reading::Reading;
-use crate::store::{Batch, Dead, LOOK_UP, Record, SetBack, Store, StoreError, Stored, tell};
+use crate::store::{Batch, Dead, LOOK_UP, Record, SetBack, Store, StoreError, Stored, Tried, tell};
 
 use findings::{Found, Outcome, Totals, find};
 use options::Options;
@@ -85,7 +85,8 @@ struct Done {
     ids: HashSet<String>,
     /// Those of them that are dead letters now, and those that could not be restored.
     dead: Vec<Dead>,
-    /// Those that are not stored, because their rows are refused for an unclear reason.
+    /// Those that are not stored, because their rows are refused for an unclear reason. In a dry run also those that would
+    /// not be restored.
     left: Vec<SetBack>,
 }
 
@@ -165,8 +166,8 @@ impl Replay<'_> {
                 Outcome::Inserted | Outcome::TakenBack => {
                     letter().map_or((outcome, None), |dead| (Outcome::Buried, Some(&dead.reason)))
                 }
-                Outcome::Restored => match letter() {
-                    Some(dead) => (Outcome::NotRestored, Some(&dead.reason)),
+                Outcome::Restored => match letter().map(|dead| &dead.reason).or(left.map(|left| &left.reason)) {
+                    Some(reason) => (Outcome::NotRestored, Some(reason)),
                     None if mine => (outcome, None),
                     None => (Outcome::There, None),
                 },
@@ -232,14 +233,14 @@ impl Replay<'_> {
             missing.records.iter().chain(deleted).filter(|record| fresh(&record.delivery_id)).collect();
         let letters: Vec<&DeadLetter> =
             missing.dead_letters.iter().filter(|letter| fresh(&letter.delivery_id)).collect();
-        let mut dead = patiently(|| self.store.try_out(&records)).await?;
+        let Tried { refused: mut dead, set_back: left } = patiently(|| self.store.try_out(&records)).await?;
         dead.extend(
             letters
                 .iter()
                 .map(|letter| Dead { delivery_id: letter.delivery_id.clone(), reason: letter.reason.clone() }),
         );
         let ids = records.iter().map(|record| &record.delivery_id).chain(letters.iter().map(|it| &it.delivery_id));
-        Ok(Done { ids: ids.cloned().collect(), dead, left: Vec::new() })
+        Ok(Done { ids: ids.cloned().collect(), dead, left })
     }
 }
 

@@ -5,14 +5,14 @@
 mod making;
 mod rights;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_nats::header::NATS_EXPECTED_STREAM;
 use async_nats::jetstream::context::{AccountError, AccountErrorKind, ConsumerInfoErrorKind};
 use async_nats::jetstream::{self, ErrorCode, consumer, stream};
 use async_nats::{Client, Event, HeaderMap, Request, RequestErrorKind, ServerAddr, ServerError, ServerInfo};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::{Finding, size};
 use crate::delivery::HEADERS_MAX;
@@ -22,12 +22,14 @@ use crate::stream::{
     lies_beyond,
 };
 use crate::tls::is_loopback;
-use rights::{ACCOUNT_INFO, Rights, STREAM_NAMES, consumer_info, is_about, reset, stream_create, stream_info};
+use rights::{ACCOUNT_INFO, END, Rights, STREAM_NAMES, consumer_info, is_about, reset, stream_create, stream_info};
 
 /// How long one try may take: a server that needs longer is as good as away.
 const TRY_WITHIN: Duration = Duration::from_secs(4);
 /// How long the server's word on what we may not do can take after a request got no answer.
 const DENIAL_WITHIN: Duration = Duration::from_millis(300);
+/// How often is looked whether it has come.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// Servers warn of a `max_payload` above this, and refuse one above 64 MiB
 /// (<https://docs.nats.io/running-a-nats-service/configuration>).
 const PAYLOAD_ADVISED: usize = 8 << 20;
@@ -64,13 +66,28 @@ struct Link {
 
 impl Link {
     /// The refusals that the server has sent so far, sorted. A refusal is no answer to a request: it comes as an event.
+    ///
+    /// The server works in order: its answer to this request, or its refusal, comes after all refusals before.
     async fn denied(&self) -> Vec<String> {
-        let _ = timeout(TRY_WITHIN, self.client.flush()).await;
-        tokio::time::sleep(DENIAL_WITHIN).await;
-        let mut denied = self.denied.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.heard().retain(|refusal| !is_about(refusal, END));
+        let answer = self.client.send_request(END, Request::new().timeout(Some(TRY_WITHIN)));
+        let refused = async {
+            while !self.heard().iter().any(|refusal| is_about(refusal, END)) {
+                sleep(LOOK_EVERY).await;
+            }
+        };
+        tokio::select! {
+            _ = answer => sleep(DENIAL_WITHIN).await, // the events may still be on their way
+            () = refused => {}
+        }
+        let mut denied: Vec<String> = self.heard().iter().filter(|refusal| !is_about(refusal, END)).cloned().collect();
         denied.sort();
         denied.dedup();
         denied
+    }
+
+    fn heard(&self) -> MutexGuard<'_, Vec<String>> {
+        self.denied.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

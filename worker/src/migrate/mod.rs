@@ -20,10 +20,11 @@ pub use check::Problem;
 const LOCK: i64 = 0x6c6f_6f70_7365_6e74;
 
 /// Waiting for somebody who holds the lock ends with an error and not with `statement_timeout`, which a person may
-/// have set for the role and which would name the wrong thing.
+/// have set for the role and which would name the wrong thing. A worker that hangs gives its locks up.
 const SETTINGS: &str = "\
     SET LOCAL search_path = pg_catalog, pg_temp;
     SET LOCAL statement_timeout = 0;
+    SET LOCAL idle_in_transaction_session_timeout = '30s';
     SET LOCAL lock_timeout = '30s'";
 
 /// For a look that changes nothing.
@@ -37,6 +38,7 @@ const READ_ONLY: &str = "\
 const REHEARSAL: &str = "\
     SET LOCAL search_path = pg_catalog, pg_temp;
     SET LOCAL statement_timeout = '5s';
+    SET LOCAL idle_in_transaction_session_timeout = '5s';
     SET LOCAL lock_timeout = '2s'";
 
 /// What was found and what was done, one line an object.

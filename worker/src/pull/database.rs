@@ -298,7 +298,7 @@ impl Database {
     /// Shows the state on `/readyz`.
     fn show(&self, state: &State) {
         let set_back = state.set_back.describe();
-        let takes_none = state.set_back.since().is_some_and(|since| state.written.is_none_or(|at| at < since));
+        let takes_none = state.set_back.newest().is_some_and(|newest| state.written.is_none_or(|at| at < newest));
         let database = match (&state.wait, &state.outage, &set_back) {
             (Some(wait), ..) if wait.holder.is_some() => Err(wait.to_string()),
             (_, Some((_, reason)), _) => Err(reason.clone()),

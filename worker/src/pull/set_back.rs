@@ -71,9 +71,9 @@ impl SetBackRows {
         self.0.len() < before
     }
 
-    /// Since when the first of them waits.
-    pub(super) fn since(&self) -> Option<Instant> {
-        self.0.values().map(|row| row.first).min()
+    /// When the last of them was set back for the first time.
+    pub(super) fn newest(&self) -> Option<Instant> {
+        self.0.values().map(|row| row.first).max()
     }
 
     /// Their number, by code.
@@ -130,7 +130,7 @@ mod tests {
         assert_eq!(rows.counts(), BTreeMap::from([("P0002".into(), 1), ("XX000".into(), 1)]));
         assert!(rows.describe().unwrap().starts_with("2 deliveries wait alone"), "{:?}", rows.describe());
         assert!(rows.note(&stored(&["a"], &[]), begin).is_empty());
-        assert!(rows.forget_old(begin + FORGOTTEN_AFTER) && rows.describe().is_none() && rows.since().is_none());
+        assert!(rows.forget_old(begin + FORGOTTEN_AFTER) && rows.describe().is_none() && rows.newest().is_none());
     }
 
     #[test]

@@ -5,6 +5,8 @@
 //! acknowledged, one message at a time and unparsed. One that cannot be read becomes a dead letter with its raw bytes. It
 //! is then acknowledged in the worker's name, so that no worker meets it again.
 
+use std::ops::RangeInclusive;
+
 use async_nats::jetstream::stream::Stream;
 use shared::hostile::StoredMessage;
 use shared::stream::{CONSUMER, SUBJECTS};
@@ -20,47 +22,107 @@ use crate::store::{Batch, tell};
 /// Longest wait for the server to confirm an ack.
 const ACK_WITHIN: Duration = Duration::from_secs(1);
 
+/// The newest messages, by sequence, that are looked at before a session pulls. The one that ended the connection before is
+/// among them, unless it was given out long ago: see [`UnreadableScan::bury_rest`].
+const RECENT: u64 = 16_384;
+
+/// A message by which the stream is known again: its sequence, and when the stream stored it.
+type Place = (u64, OffsetDateTime);
+
 /// Finds unreadable messages, in one session after another.
 #[derive(Debug, Default)]
 pub struct UnreadableScan {
-    /// Every message up to this sequence is readable, or a dead letter whose ack was confirmed. 0 after a scan that found
-    /// nothing, because the stream's files may have gone back in time since.
-    done: u64,
+    /// Every message up to this one is readable, or a dead letter whose ack was confirmed.
+    done: Option<Place>,
+}
+
+/// Older messages that are still to be looked at.
+#[derive(Debug)]
+pub struct Rest {
+    span: RangeInclusive<u64>,
+    /// The newest message of those behind the span that are done.
+    behind: Option<Place>,
 }
 
 impl UnreadableScan {
-    /// Makes dead letters of what cannot be read among the messages that the consumer has given out.
+    /// Makes dead letters of what cannot be read among the newest messages that the consumer has given out. Returns the
+    /// older ones, where there are any.
     ///
     /// # Errors
     /// NATS gives no answer. Messages that were found are dead letters; the others are looked at after the next loss.
-    pub async fn bury(&mut self, stream: &Stream, session: &Session, database: &Database) -> anyhow::Result<()> {
+    pub async fn bury_recent(
+        &mut self,
+        stream: &Stream,
+        session: &Session,
+        database: &Database,
+    ) -> anyhow::Result<Option<Rest>> {
         let consumer = stream.consumer_info(CONSUMER).await?;
         let info = stream.get_info().await?;
-        let (floor, delivered) = (consumer.ack_floor.stream_sequence, consumer.delivered.stream_sequence);
-        if info.state.last_sequence < self.done {
-            self.done = 0;
-        }
         let name = &info.config.name;
-        let (mut next, last) = (floor.max(self.done) + 1, delivered.min(info.state.last_sequence));
-        let (mut found, mut whole) = (false, true);
-        while next <= last && !session.is_over() {
-            // A stream may hold messages of others between deliveries.
-            let message = StoredMessage::first(session.context(), name, SUBJECTS, next).await?;
-            let Some(message) = message.filter(|message| message.sequence <= last) else { break };
-            if let Some(letter) = unreadable_letter(&message) {
-                found = true;
-                whole &= set_apart(letter, message.stored_at, name, session, database).await;
-            }
-            if whole {
-                self.done = message.sequence;
-            }
-            next = message.sequence + 1;
+        if let Some((sequence, stored_at)) = self.done {
+            // The stream's files may have gone back in time since.
+            let message = StoredMessage::at(session.context(), name, sequence).await?;
+            self.done = message.filter(|message| message.stored_at == stored_at).and(self.done);
         }
-        if !found && !session.is_over() {
-            self.done = 0;
+        let done = self.done.map_or(0, |(sequence, _)| sequence);
+        let first = consumer.ack_floor.stream_sequence.max(done) + 1;
+        let last = consumer.delivered.stream_sequence.min(info.state.last_sequence);
+        let recent = first.max((last + 1).saturating_sub(RECENT));
+        let mut behind = self.done;
+        bury(recent..=last, &mut behind, name, session, database).await?;
+        if first < recent {
+            return Ok(Some(Rest { span: first..=recent - 1, behind }));
+        }
+        self.done = behind;
+        Ok(None)
+    }
+
+    /// The same for older messages. There may be millions, behind a delivery that waits un-acked. So sessions pull
+    /// meanwhile. Where the session ends first, the next scan goes on.
+    ///
+    /// # Errors
+    /// As [`UnreadableScan::bury_recent`].
+    pub async fn bury_rest(
+        &mut self,
+        rest: Rest,
+        stream: &Stream,
+        session: &Session,
+        database: &Database,
+    ) -> anyhow::Result<()> {
+        let name = &stream.cached_info().config.name;
+        if bury(rest.span, &mut self.done, name, session, database).await? {
+            self.done = self.done.max(rest.behind);
         }
         Ok(())
     }
+}
+
+/// Looks at the messages of `span`, and moves `done` on to the last before which all are done. Returns `true` when all are.
+async fn bury(
+    span: RangeInclusive<u64>,
+    done: &mut Option<Place>,
+    stream: &str,
+    session: &Session,
+    database: &Database,
+) -> anyhow::Result<bool> {
+    let (mut next, last) = span.into_inner();
+    let mut whole = true;
+    while next <= last {
+        if session.is_over() {
+            return Ok(false);
+        }
+        // A stream may hold messages of others between deliveries.
+        let message = StoredMessage::first(session.context(), stream, SUBJECTS, next).await?;
+        let Some(message) = message.filter(|message| message.sequence <= last) else { break };
+        if let Some(letter) = unreadable_letter(&message) {
+            whole &= set_apart(letter, message.stored_at, stream, session, database).await;
+        }
+        if whole {
+            *done = Some((message.sequence, message.stored_at));
+        }
+        next = message.sequence + 1;
+    }
+    Ok(whole)
 }
 
 /// Stores a dead letter and acknowledges its message. Returns `true` when the server has confirmed the ack.

@@ -59,6 +59,7 @@ pub(crate) use taken::DEAD_LETTERS;
 pub(crate) use told::{tell, tell_set_back};
 pub(crate) use transact::{End, Failure, Tx, within};
 use transact::{Lease, in_order, savepoint};
+pub use trial::Tried;
 pub use url::{BadDatabaseUrl, DatabaseUrl, TLS_SETTINGS};
 
 /// Claims deliveries: `$1` to `$10` are columns, one array each. Returns the ids that nobody had claimed before. Where

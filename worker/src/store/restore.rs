@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use tokio_postgres::types::{ToSql, Type};
 
 use super::rows::{JsonText, Statements, issue_ids, signal_ids, statement_len};
-use super::{Dead, Record, SETTINGS, Statement, Store, StoreError, Tx, taken};
+use super::{Dead, Outage, Record, SETTINGS, Statement, Store, StoreError, Tx, taken};
 use crate::migrate;
 
 /// Keeps two restorers apart. No worker waits for it: an `ON CONFLICT DO NOTHING` looks past locks on rows.
@@ -45,7 +45,7 @@ pub struct Restored {
     /// These deliveries have both rows again. A delivery that had both by now, by somebody else's doing, is in neither
     /// list.
     pub restored: Vec<String>,
-    /// PostgreSQL refuses these rows today.
+    /// PostgreSQL refuses these rows today, for what they say or for an unclear reason.
     pub refused: Vec<Dead>,
 }
 
@@ -58,16 +58,16 @@ impl Store {
     pub async fn restore(&self, records: &[&Record]) -> Result<Restored, StoreError> {
         match self.restore_together(records).await {
             Ok(restored) => return Ok(Restored { restored, refused: Vec::new() }),
-            Err(StoreError::Refused(_)) => {}
-            Err(error @ (StoreError::Outage(_) | StoreError::Denied(_))) => return Err(error),
+            Err(error) if error.may_be_of_one_row() => {}
+            Err(error) => return Err(error),
         }
         // A refusal is a row's fault only while the tables fit.
-        self.transact(SETTINGS, |tx| async move { migrate::fits(&tx).await }).await.map_err(StoreError::from_check)?;
+        self.transact(SETTINGS, |tx| async move { migrate::fits(&tx).await.map_err(StoreError::from_check) }).await?;
         let mut all = Restored::default();
         for record in records {
             match self.restore_together(&[record]).await {
                 Ok(restored) => all.restored.extend(restored),
-                Err(StoreError::Refused(reason)) => {
+                Err(StoreError::Refused(reason) | StoreError::Outage(Outage { reason, of_row: Some(_), .. })) => {
                     all.refused.push(Dead { delivery_id: record.delivery_id.clone(), reason });
                 }
                 Err(error @ (StoreError::Outage(_) | StoreError::Denied(_))) => return Err(error),

@@ -8,7 +8,9 @@
 //! Not tried, because only the real tables could tell: triggers, foreign keys and unique indexes that somebody added.
 
 use super::rows::Statements;
-use super::{Dead, ISSUES, LEDGER, Record, SETTINGS, SIGNALS, Store, StoreError, Tx, savepoint, within};
+use super::{
+    Dead, ISSUES, LEDGER, Outage, Record, SETTINGS, SIGNALS, SetBack, Store, StoreError, Tx, savepoint, within,
+};
 
 /// The right to make temporary tables, and the names of role and database, for the GRANT.
 const MAY: &str = "\
@@ -35,20 +37,29 @@ const TABLES: &str = "\
         END LOOP;
     END $$";
 
+/// The rows that PostgreSQL would not take.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tried {
+    /// For what they say.
+    pub refused: Vec<Dead>,
+    /// For an unclear reason.
+    pub set_back: Vec<SetBack>,
+}
+
 impl Store {
-    /// Which of these rows PostgreSQL would refuse, and why. Changes nothing.
+    /// Tries these rows. Changes nothing.
     ///
     /// # Errors
     /// [`StoreError::Outage`]; [`StoreError::Denied`] where the role may make no temporary tables.
-    pub async fn try_out(&self, records: &[&Record]) -> Result<Vec<Dead>, StoreError> {
+    pub async fn try_out(&self, records: &[&Record]) -> Result<Tried, StoreError> {
         if records.is_empty() {
-            return Ok(Vec::new());
+            return Ok(Tried::default());
         }
         self.rehearse(SETTINGS, |tx| async move { try_out(&tx, records).await }).await
     }
 }
 
-async fn try_out(tx: &Tx, records: &[&Record]) -> Result<Vec<Dead>, StoreError> {
+async fn try_out(tx: &Tx, records: &[&Record]) -> Result<Tried, StoreError> {
     let row = within(tx.query_one(MAY, &[])).await?;
     if !row.get::<_, bool>(0) {
         let (role, database): (String, String) = (row.get(1), row.get(2));
@@ -64,18 +75,22 @@ async fn try_out(tx: &Tx, records: &[&Record]) -> Result<Vec<Dead>, StoreError> 
         signals: SIGNALS
             .map(|sql| sql.replace("public.signals", "pg_temp.signals").replace("public.issues", "pg_temp.issues")),
     };
-    let mut refused = Vec::new();
+    let mut tried = Tried::default();
     match savepoint(tx, statements.insert(tx, records)).await {
-        Ok(()) => return Ok(refused),
-        Err(StoreError::Refused(_)) => {}
-        Err(error @ (StoreError::Outage(_) | StoreError::Denied(_))) => return Err(error),
+        Ok(()) => return Ok(tried),
+        Err(error) if error.may_be_of_one_row() => {}
+        Err(error) => return Err(error),
     }
     for record in records {
+        let delivery_id = record.delivery_id.clone();
         match savepoint(tx, statements.insert(tx, &[record])).await {
             Ok(()) => {}
-            Err(StoreError::Refused(reason)) => refused.push(Dead { delivery_id: record.delivery_id.clone(), reason }),
+            Err(StoreError::Refused(reason)) => tried.refused.push(Dead { delivery_id, reason }),
+            Err(StoreError::Outage(Outage { reason, of_row: Some(sqlstate), .. })) => {
+                tried.set_back.push(SetBack { delivery_id, sqlstate, reason });
+            }
             Err(error @ (StoreError::Outage(_) | StoreError::Denied(_))) => return Err(error),
         }
     }
-    Ok(refused)
+    Ok(tried)
 }

@@ -16,6 +16,9 @@ pub(super) const ACCOUNT_INFO: &str = "$JS.API.INFO";
 /// The request for the names of streams. Only a check sends it.
 pub(super) const STREAM_NAMES: &str = "$JS.API.STREAM.NAMES";
 
+/// The request for what the server knows of this login, which has no effect. Only a check sends it.
+pub(super) const END: &str = "$SYS.REQ.USER.INFO";
+
 /// The rights that one program needs.
 pub(super) struct Rights {
     /// Subjects, each with the message that tries it.
