@@ -3,7 +3,7 @@
 //! - `status` and `redrive` read without the lock, so also while a gateway runs on the journal.
 //! - `drain` takes the lock: it is for the journal of a gateway that is no more.
 //!
-//! Each ends within a second of SIGINT or SIGTERM, whatever NATS does.
+//! Each ends within a second of SIGINT or SIGTERM, whatever NATS does. A disk that hangs costs `drain` two more.
 
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
@@ -276,7 +276,7 @@ async fn drain(config: &JournalConfig, shutdown: CancellationToken) -> anyhow::R
     let stats = journal.stats();
     let (left, aside, unreadable) =
         (unconfirmed(&stats), stats.share(State::SetAside).tally.entries, stats.unreadable_entries);
-    journal.close().await;
+    crate::close(&journal, tokio::time::Instant::now() + crate::CLOSING).await;
     let counts = metrics.counts();
     let result = format!("published {}, confirmed {}", counts.published, counts.confirmed);
     let logged = format!("{result}, left {left}, set aside {aside}, unreadable {unreadable}");
