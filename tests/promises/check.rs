@@ -697,6 +697,42 @@ async fn a_database_that_hangs_is_named_and_not_waited_for() {
     postgres.process().thaw().unwrap();
 }
 
+#[tokio::test]
+async fn a_server_that_answers_and_takes_no_connection_is_not_called_away() {
+    let servers = Servers::start(|options| options.extra = "max_connections: 1".into()).await;
+    let name = servers.database.rsplit('/').next().unwrap();
+    servers.sql(&format!("UPDATE pg_database SET datallowconn = false WHERE datname = '{name}'")).await;
+    let checked = servers.worker(&[]).await;
+    checked.fails_for(&["PostgreSQL", "55000", "look at its log"]);
+    let only = world::RawClient::connect(servers.nats.port()).await;
+    let checked = servers.gateway(&[]).await;
+    checked.fails_for(&["NATS 127.0.0.1:", "maximum connections exceeded", "look at its log"]);
+    drop(only);
+}
+
+#[tokio::test]
+async fn a_journal_whose_disk_hangs_is_named_and_not_waited_for() {
+    const TEST: &str = "a_journal_whose_disk_hangs_is_named_and_not_waited_for";
+    const UNDER: [&str; 7] =
+        ["strace", "-f", "-o", "/dev/null", "-e", "trace=fdatasync", "-einject=fdatasync:delay_enter=12000000"];
+    let may_trace = Command::new("strace").args(["-o", "/dev/null", "/bin/true"]).output();
+    if !may_trace.is_ok_and(|tried| tried.status.success()) {
+        return world::skipped(TEST, "there is no `strace` on PATH that may trace");
+    }
+    let servers = Servers::start(|_| ()).await;
+    let (url, dir) = (servers.nats.url(), servers.journal());
+    std::fs::create_dir(&dir).unwrap();
+    let environment = [
+        ("SENTRY_CLIENT_SECRET", SECRET),
+        ("NATS_URL", url.as_str()),
+        ("GATEWAY_LISTEN", "127.0.0.1:0"),
+        ("GATEWAY_OPS_LISTEN", "127.0.0.1:0"),
+        ("GATEWAY_JOURNAL_DIR", &dir),
+        ("GATEWAY_JOURNAL_MAX_BYTES", "64MiB"),
+    ];
+    check(GATEWAY, &UNDER, &environment).await.fails_for(&["journal", "no answer within"]);
+}
+
 #[test]
 fn mistakes_in_the_settings_are_64_for_a_check_as_for_a_start() {
     for (program, wrong) in

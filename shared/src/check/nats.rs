@@ -86,8 +86,12 @@ async fn connect_once(nats: &NatsSettings, server: &ServerAddr, side: Side<'_>) 
     match nats.connection().try_one(side.client_name(), server, TRY_WITHIN, observe).await {
         Ok(client) => Ok(Link { client, denied }),
         Err((error, advice)) => {
-            let reach = || "start it, or let this machine reach it; NATS_URL says where it is".to_owned();
-            Err((error, advice.unwrap_or_else(reach)))
+            // The client puts this before the server's own words.
+            let advice = advice.unwrap_or_else(|| match error.starts_with("nats: ") {
+                true => "it answers and takes no connection: look at its log".to_owned(),
+                false => "start it, or let this machine reach it; NATS_URL says where it is".to_owned(),
+            });
+            Err((error, advice))
         }
     }
 }
