@@ -248,8 +248,8 @@ async fn redrive_one(
 
 /// Publishes an orphaned journal and waits until every delivery in it is confirmed.
 ///
-/// What NATS refused before is tried once more, under today's limits. What the disk does not give is tried for
-/// [`READ_AGAIN_FOR`].
+/// Entries that NATS refused before are tried once more, under today's limits. Entries that the disk does not give are
+/// tried for [`READ_AGAIN_FOR`].
 async fn drain(config: &JournalConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
     let dir = config.journal.dir.clone();
     // Opening makes a journal where there is none, and the operator may have mistyped the directory.

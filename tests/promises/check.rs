@@ -254,7 +254,7 @@ async fn a_stream_or_consumer_that_would_break_a_promise_is_named() {
     };
     jetstream.create_stream(Config { discard: DiscardPolicy::Old, ..good.clone() }).await.unwrap();
     for checked in [servers.gateway(&[]).await, servers.worker(&[]).await] {
-        checked.fails_for(&["stream SIGNALS, discard", "would drop what nobody has read"]);
+        checked.fails_for(&["stream SIGNALS, discard", "would drop what no worker has read"]);
     }
     let stream = jetstream.get_stream("SIGNALS").await.unwrap();
     assert_eq!(stream.cached_info().config.discard, DiscardPolicy::Old, "and left as it is");
@@ -659,7 +659,7 @@ async fn a_database_that_would_not_do_is_named() {
         "the role is shown, its password is not"
     );
     servers.worker(&[("WORKER_CONCURRENCY", "64")]).await.well();
-    // What only `worker replay --dry-run` needs.
+    // Only `worker replay --dry-run` needs this.
     let name = servers.database.rsplit('/').next().unwrap();
     servers.sql(&format!("REVOKE TEMPORARY ON DATABASE {name} FROM PUBLIC")).await;
     let warned = servers.worker(&limited).await.found("warning");

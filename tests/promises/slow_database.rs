@@ -1,5 +1,5 @@
-//! A statement that takes long while PostgreSQL answers everything else is waited for, and told as what it is: with the
-//! holder of the lock, where it waits for one. Silence is told as silence.
+//! A statement that takes long while PostgreSQL answers everything else is waited for, and told as what it is. If it waits
+//! for a lock, the lock's holder is named. Silence is told as silence.
 
 use std::time::{Duration, Instant};
 

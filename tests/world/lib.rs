@@ -367,7 +367,7 @@ impl Running {
         self.child.id().expect("it has not been waited for")
     }
 
-    /// What it has written to stdout so far.
+    /// Its output on stdout so far.
     pub fn out(&self) -> String {
         std::fs::read_to_string(&self.out).unwrap()
     }

@@ -372,8 +372,8 @@ fn tell_consumer(
     Finding::ok(what, format!("as it would be made; {pending} not delivered yet, {held} not acknowledged"))
 }
 
-/// Tries the subjects without a message for anybody. The stream is asked to store one only if it has a name that no stream
-/// can have: it says no, and so shows that it would have heard us. [`Rights`] tries a worker's subjects.
+/// Tries the subjects without a message that a program hears. A message for the stream names, as the one to store it, a
+/// stream that cannot be. The stream says no, and so shows that it hears us. [`Rights`] tries a worker's subjects.
 ///
 /// Returns `true` where a stream has answered, and what is not well.
 async fn may_publish(client: &Client, side: Side<'_>) -> (bool, Option<Finding>) {

@@ -35,7 +35,7 @@ const SLOW_AFTER: Duration = Duration::from_secs(15);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// A batch that takes so long is asked about, and told.
 const TOLD_AFTER: Duration = Duration::from_secs(5);
-/// How long PostgreSQL may take to tell what a batch waits for.
+/// Time within which PostgreSQL has to tell what a batch waits for.
 const TOLD_WITHIN: Duration = Duration::from_secs(2);
 /// After so many failures of a batch, each for a reason that may lie in one row, it is run row by row.
 const FAILURES_TOGETHER: u32 = 3;
