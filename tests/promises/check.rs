@@ -706,7 +706,7 @@ async fn a_server_that_answers_and_takes_no_connection_is_not_called_away() {
     checked.fails_for(&["PostgreSQL", "55000", "look at its log"]);
     let only = world::RawClient::connect(servers.nats.port()).await;
     let checked = servers.gateway(&[]).await;
-    checked.fails_for(&["NATS 127.0.0.1:", "maximum connections exceeded", "look at its log"]);
+    checked.fails_for(&["NATS nats://127.0.0.1:", "maximum connections exceeded", "look at its log"]);
     drop(only);
 }
 
