@@ -25,6 +25,7 @@ mod logs;
 mod meaning;
 mod metrics;
 mod old_journals;
+mod older_worker;
 mod outages;
 mod pooler;
 mod programs;
