@@ -12,6 +12,7 @@ use nix::unistd::geteuid;
 use shared::check::nats::{self, Side};
 use shared::check::{self, Finding, Report, size};
 use shared::settings;
+use shared::text::print;
 use tokio::time::timeout;
 
 use crate::descriptors;
@@ -35,7 +36,7 @@ pub fn command() -> Command {
 /// Looks, prints what was found; gives whether there is no problem.
 ///
 /// # Errors
-/// None: what goes wrong is a finding. (The signature is that of the other commands.)
+/// Fails when its output cannot be written. All else that goes wrong is a finding.
 pub async fn run(arguments: &ArgMatches, config: &Config) -> anyhow::Result<bool> {
     let in_use = settings::in_use(&SETTINGS, arguments, |variable| shown(variable, config));
     let journal = config.journal.clone();
@@ -55,9 +56,9 @@ pub async fn run(arguments: &ArgMatches, config: &Config) -> anyhow::Result<bool
     findings.extend(nats::look(&config.nats, side).await);
     let report = Report::new("gateway", in_use, findings);
     if arguments.get_flag("json") {
-        println!("{}", report.to_json())
+        print(&format!("{}\n", report.to_json()))?;
     } else {
-        print!("{report}")
+        print(&report.to_string())?;
     }
     Ok(report.is_well())
 }

@@ -19,7 +19,7 @@ use shared::operator;
 use shared::ops::Readiness;
 use shared::receipt::ReceiptTo;
 use shared::stream::{ensure_stream, until_ready};
-use shared::text::{printable, printable_json, printable_lines};
+use shared::text::{print, printable, printable_json, printable_lines};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio_util::sync::CancellationToken;
@@ -84,9 +84,9 @@ pub async fn run(arguments: &ArgMatches, mut config: JournalConfig, shutdown: Ca
             let looked = shutdown.run_until_cancelled(look(&config.journal.dir)).await;
             let snapshot = looked.context("stopped")??;
             if arguments.get_flag("json") {
-                println!("{}", printable_json(&status_json(&snapshot).to_string()))
+                print(&format!("{}\n", printable_json(&status_json(&snapshot).to_string())))?;
             } else {
-                print!("{}", printable_lines(&status(&snapshot)))
+                print(&printable_lines(&status(&snapshot)))?;
             }
             Ok(())
         }
@@ -177,7 +177,7 @@ async fn redrive(
     let gateway = snapshot.gateway_id().unwrap_or_default().to_owned();
     let due = || snapshot.entries().filter(|entry| entry.received_at() >= since);
     let count = due().count();
-    println!("{count} deliveries received since {} are in the journal", when(since));
+    print(&format!("{count} deliveries received since {} are in the journal\n", when(since)))?;
     if dry {
         return Ok(());
     }
@@ -209,7 +209,7 @@ async fn redrive(
     let left = count - published - failed;
     let result = format!("published {published}, failed {failed}, left {left}");
     operator::log_end("gateway journal redrive", &format!("--since {}", when(since)), &result);
-    println!("published {published}");
+    print(&format!("published {published}\n"))?;
     if left > 0 {
         bail!("stopped with {left} deliveries not published again, or without an acknowledgement; run it again");
     }
@@ -286,8 +286,7 @@ async fn drain(config: &JournalConfig, shutdown: CancellationToken) -> anyhow::R
             0 => "it is empty and can go".to_owned(),
             files => format!("{files} damaged files are kept in it for you to look at"),
         };
-        println!("{}", printable(&format!("drained {dir}: {result}; {damaged}")));
-        return Ok(());
+        return Ok(print(&format!("{}\n", printable(&format!("drained {dir}: {result}; {damaged}"))))?);
     }
     let some = |count: u64, what: &str| (count > 0).then(|| format!("{count} {what}"));
     let reasons =
@@ -307,7 +306,7 @@ async fn until_drained(journal: &Journal, publisher: &Publisher, shutdown: &Canc
         looked |= stats.share(State::SetAside).tally.entries == 0;
         let left = unconfirmed(&stats);
         if told != Some(left) {
-            println!("{left} deliveries are not confirmed yet");
+            let _ = print(&format!("{left} deliveries are not confirmed yet\n")); // the work goes on unseen
             told = Some(left);
         }
         let nothing_is_left = looked && left == 0;
