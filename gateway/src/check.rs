@@ -12,6 +12,8 @@ use nix::unistd::geteuid;
 use shared::check::nats::{self, Side};
 use shared::check::{self, Finding, Report, size};
 use shared::settings;
+use shared::text::print;
+use tokio::time::timeout;
 
 use crate::descriptors;
 use crate::journal::Outside;
@@ -23,6 +25,9 @@ use crate::signature::Form;
 /// <https://nginx.org/en/docs/http/ngx_http_upstream_module.html#keepalive_timeout>
 const PROXIES_KEEP: Duration = Duration::from_secs(60);
 
+/// Time for the journal's directory and disk. A healthy disk needs half of it.
+const DISK_WITHIN: Duration = Duration::from_secs(8);
+
 /// The command line below `gateway check`.
 pub fn command() -> Command {
     check::command("Look before a deployment: what would be used, and whether it would work")
@@ -31,14 +36,16 @@ pub fn command() -> Command {
 /// Looks, prints what was found; gives whether there is no problem.
 ///
 /// # Errors
-/// None: what goes wrong is a finding. (The signature is that of the other commands.)
+/// Fails when its output cannot be written. All else that goes wrong is a finding.
 pub async fn run(arguments: &ArgMatches, config: &Config) -> anyhow::Result<bool> {
     let in_use = settings::in_use(&SETTINGS, arguments, |variable| shown(variable, config));
-    let dir = config.journal.dir.clone();
-    let outside = tokio::task::spawn_blocking(move || Outside::look(&dir)).await?.ok();
-    let running = outside.as_ref().and_then(|outside| outside.held_by);
     let journal = config.journal.clone();
-    let mut findings = tokio::task::spawn_blocking(move || disk::look(&journal)).await?;
+    let looked = tokio::task::spawn_blocking(move || (Outside::look(&journal.dir).ok(), disk::look(&journal)));
+    let (outside, mut findings) = match timeout(DISK_WITHIN, looked).await {
+        Ok(looked) => looked?,
+        Err(_) => (None, vec![disk::hangs(&config.journal.dir, DISK_WITHIN)]),
+    };
+    let running = outside.as_ref().and_then(|outside| outside.held_by);
     findings.push(client_secrets(config));
     findings.extend(config.secrets.path().map(secret_file));
     findings.extend(listeners(config, running).await);
@@ -49,9 +56,9 @@ pub async fn run(arguments: &ArgMatches, config: &Config) -> anyhow::Result<bool
     findings.extend(nats::look(&config.nats, side).await);
     let report = Report::new("gateway", in_use, findings);
     if arguments.get_flag("json") {
-        println!("{}", report.to_json())
+        print(&format!("{}\n", report.to_json()))?;
     } else {
-        print!("{report}")
+        print(&report.to_string())?;
     }
     Ok(report.is_well())
 }

@@ -3,7 +3,7 @@
 //! - `status` and `redrive` read without the lock, so also while a gateway runs on the journal.
 //! - `drain` takes the lock: it is for the journal of a gateway that is no more.
 //!
-//! Each ends within a second of SIGINT or SIGTERM, whatever NATS does.
+//! Each ends within a second of SIGINT or SIGTERM, whatever NATS does. A disk that hangs costs `drain` two more.
 
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
@@ -19,7 +19,7 @@ use shared::operator;
 use shared::ops::Readiness;
 use shared::receipt::ReceiptTo;
 use shared::stream::{ensure_stream, until_ready};
-use shared::text::{printable, printable_json, printable_lines};
+use shared::text::{print, printable, printable_json, printable_lines};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio_util::sync::CancellationToken;
@@ -84,9 +84,9 @@ pub async fn run(arguments: &ArgMatches, mut config: JournalConfig, shutdown: Ca
             let looked = shutdown.run_until_cancelled(look(&config.journal.dir)).await;
             let snapshot = looked.context("stopped")??;
             if arguments.get_flag("json") {
-                println!("{}", printable_json(&status_json(&snapshot).to_string()))
+                print(&format!("{}\n", printable_json(&status_json(&snapshot).to_string())))?;
             } else {
-                print!("{}", printable_lines(&status(&snapshot)))
+                print(&printable_lines(&status(&snapshot)))?;
             }
             Ok(())
         }
@@ -177,7 +177,7 @@ async fn redrive(
     let gateway = snapshot.gateway_id().unwrap_or_default().to_owned();
     let due = || snapshot.entries().filter(|entry| entry.received_at() >= since);
     let count = due().count();
-    println!("{count} deliveries received since {} are in the journal", when(since));
+    print(&format!("{count} deliveries received since {} are in the journal\n", when(since)))?;
     if dry {
         return Ok(());
     }
@@ -211,10 +211,8 @@ async fn redrive(
     let left = count - published - let_go - failed;
     let result = format!("published {published}, let go {let_go}, failed {failed}, left {left}");
     operator::log_end("gateway journal redrive", &format!("--since {}", when(since)), &result);
-    match let_go {
-        0 => println!("published {published}"),
-        _ => println!("published {published}, {let_go} let go by the gateway meanwhile"),
-    }
+    let gone = if let_go == 0 { String::new() } else { format!(", {let_go} let go by the gateway meanwhile") };
+    print(&format!("published {published}{gone}\n"))?;
     if left > 0 {
         bail!("stopped with {left} deliveries not published again, or without an acknowledgement; run it again");
     }
@@ -253,8 +251,8 @@ async fn redrive_one(
 
 /// Publishes an orphaned journal and waits until every delivery in it is confirmed.
 ///
-/// What NATS refused before is tried once more, under today's limits. What the disk does not give is tried for
-/// [`READ_AGAIN_FOR`].
+/// Entries that NATS refused before are tried once more, under today's limits. Entries that the disk does not give are
+/// tried for [`READ_AGAIN_FOR`].
 async fn drain(config: &JournalConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
     let dir = config.journal.dir.clone();
     // Opening makes a journal where there is none, and the operator may have mistyped the directory.
@@ -281,7 +279,7 @@ async fn drain(config: &JournalConfig, shutdown: CancellationToken) -> anyhow::R
     let stats = journal.stats();
     let (left, aside, unreadable) =
         (unconfirmed(&stats), stats.share(State::SetAside).tally.entries, stats.unreadable_entries);
-    journal.close().await;
+    crate::close(&journal, tokio::time::Instant::now() + crate::CLOSING).await;
     let counts = metrics.counts();
     let result = format!("published {}, confirmed {}", counts.published, counts.confirmed);
     let logged = format!("{result}, left {left}, set aside {aside}, unreadable {unreadable}");
@@ -291,8 +289,7 @@ async fn drain(config: &JournalConfig, shutdown: CancellationToken) -> anyhow::R
             0 => "it is empty and can go".to_owned(),
             files => format!("{files} damaged files are kept in it for you to look at"),
         };
-        println!("{}", printable(&format!("drained {dir}: {result}; {damaged}")));
-        return Ok(());
+        return Ok(print(&format!("{}\n", printable(&format!("drained {dir}: {result}; {damaged}"))))?);
     }
     let some = |count: u64, what: &str| (count > 0).then(|| format!("{count} {what}"));
     let reasons =
@@ -312,7 +309,7 @@ async fn until_drained(journal: &Journal, publisher: &Publisher, shutdown: &Canc
         looked |= stats.share(State::SetAside).tally.entries == 0;
         let left = unconfirmed(&stats);
         if told != Some(left) {
-            println!("{left} deliveries are not confirmed yet");
+            let _ = print(&format!("{left} deliveries are not confirmed yet\n")); // the work goes on unseen
             told = Some(left);
         }
         let nothing_is_left = looked && left == 0;

@@ -235,7 +235,7 @@ async fn tell_repeat(journal: &Journal, entry: &Unconfirmed, cause: Repeat) {
 }
 
 /// Returns `true` where nothing has failed: a request was sent twice, or a worker stored the delivery while this gateway
-/// did not run, and its receipt found nobody.
+/// did not run, and its receipt was lost.
 fn is_expected(entry: &Unconfirmed, cause: Repeat) -> bool {
     match cause {
         Repeat::Duplicate => true,

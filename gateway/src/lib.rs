@@ -166,13 +166,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     telemetry::tell_suppressed();
     let ops = ops.await;
     let grace_ends = stopped_at.get().map_or_else(Instant::now, |at| *at + config.grace);
-    if tokio::time::timeout_at(grace_ends, journal.close()).await.is_err() {
-        tracing::warn!(
-            "the journal's disk does not finish: the journal is left as it is, and the next start reads it through"
-        );
-    }
-    // Leaves in good order; whether NATS notices is its own affair.
-    let _ = publisher.link().current().client.drain().await;
+    close(&journal, grace_ends).await;
+    // Leaves in good order, unless the client is busy with a server that hangs. The server finds out by itself.
+    let _ = tokio::time::timeout(LEAVING, publisher.link().current().client.drain()).await;
     ops.context("the ops listener failed")?;
     tracing::info!("stopped");
     Ok(())
@@ -181,6 +177,17 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
 /// The part of the grace period in which the journal is closed, a quarter of it at most. It takes milliseconds unless the
 /// disk hangs.
 const CLOSING: Duration = Duration::from_secs(2);
+/// Time for telling NATS that this client leaves.
+const LEAVING: Duration = Duration::from_millis(100);
+
+/// Closes the journal. A disk that hangs is waited for until this moment.
+async fn close(journal: &Journal, until: Instant) {
+    if tokio::time::timeout_at(until, journal.close()).await.is_err() {
+        tracing::warn!(
+            "the journal's disk does not finish: the journal is left as it is, and the next start reads it through"
+        );
+    }
+}
 
 /// What brings entries from the journal to their receipts.
 struct Settling<'a> {

@@ -174,8 +174,8 @@ impl Publisher {
         published.expect("publishing does not end, and what panics in it is caught there");
     }
 
-    /// Waits until the journal holds nothing that could be published now, or NATS is away. What the disk does not give is
-    /// not waited for.
+    /// Waits until the journal holds nothing that could be published now, or NATS is away. It does
+    /// not wait for entries that the disk does not give.
     pub async fn drained(&self) {
         while self.is_up() && self.0.journal.stats().to_publish() > 0 {
             tokio::time::sleep(Duration::from_millis(20)).await;

@@ -161,8 +161,8 @@ impl Told {
         let counts = counts.iter().filter(|(_, count)| *count > 0).map(|(reason, count)| format!("{count} {reason}"));
         let counts = counts.collect::<Vec<_>>().join(", ");
         tracing::warn!(
-            "refused receipts that no worker of this gateway's deliveries sends ({counts}); another program publishes \
-             on its subject. No delivery is let go by them"
+            "refused receipts that do not fit the journal's entries ({counts}). Either another program publishes on this \
+             gateway's subject, or the journal has a new key of receipts. No delivery is let go by them"
         );
         *self = Told { since: Some(Instant::now()), refused: [0; Refused::ALL.len()] };
     }

@@ -28,7 +28,7 @@ use crate::settings::Limits;
 /// saves calls of the kernel on large bodies, less bounds the memory of many connections more tightly. A body of 16 KB comes
 /// in one piece with its headers.
 const BUFFER_BYTES: usize = 24 * 1024;
-/// What a connection takes beside these buffers: its task, its headers, its socket.
+/// Memory that a connection takes beside these buffers: its task, its headers, its socket.
 const TASK_BYTES: usize = 16 * 1024;
 /// Time after which a connection beyond the limit is looked at again, before it is answered 503. Sentry waits for a second.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(100);

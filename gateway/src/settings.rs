@@ -26,7 +26,7 @@ const SENTRY_CLIENT_SECRET_FILE: Setting = Setting::bare(
 const SENTRY_SECRET_GRACE: Setting = Setting::new(
     "SENTRY_SECRET_GRACE",
     "10min",
-    "How long a secret stays valid after it was taken out of the file; 0 for not at all",
+    "Time for which a secret stays valid after it was taken out of the file; 0 for none",
 );
 const SENTRY_SIGNATURE_FORM: Setting = Setting::new(
     "SENTRY_SIGNATURE_FORM",

@@ -1,4 +1,4 @@
-//! Files that settings name: opened without waiting for anybody.
+//! Files that settings name: opened without waiting for another program.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _};

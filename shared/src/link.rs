@@ -282,7 +282,8 @@ impl Shared {
         };
         if old.has_ended() {
             tracing::error!(
-                "the NATS client had ended, most likely over a message that it could not read; a new one takes its place"
+                "the NATS client had ended, as it does over a message that it cannot read; a new one takes its place. If it \
+                 panicked, the panic stands above"
             );
         } else {
             tracing::warn!(

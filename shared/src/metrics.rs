@@ -144,7 +144,7 @@ struct Replaced {
 
 impl Collector for Replaced {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let help = "NATS clients that were replaced: they had ended over a message that they could not read, or too many answers never came";
+        let help = "NATS clients that were replaced: they had ended, as over a message that they cannot read, or too many answers never came";
         let replaced = ConstCounter::new(self.link.replaced());
         replaced.encode(encoder.encode_descriptor(&self.name, help, None, replaced.metric_type())?)
     }

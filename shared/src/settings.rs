@@ -260,11 +260,17 @@ pub fn size(text: &str) -> Result<u64, String> {
     if size == 0 { Err("a size above 0, such as 8MiB or a number of bytes".into()) } else { Ok(size) }
 }
 
-/// A span of time: `25s`, `2 min`, `30d`, or seconds as a plain number. Not 0.
+/// Longest span that a setting may have. A moment that far away can still be computed.
+const LONGEST: Duration = Duration::from_secs(101 * 365 * 86_400);
+
+/// A span of time: `25s`, `2 min`, `30d`, or seconds as a plain number. Not 0, and at most a century.
 pub fn duration(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().map(Duration::from_secs);
     let span = seconds.or_else(|_| humantime::parse_duration(text)).unwrap_or_default();
-    if span.is_zero() { Err("a time above 0, such as 25s, 2min or 30d".into()) } else { Ok(span) }
+    if span.is_zero() || span >= LONGEST {
+        return Err("a time above 0 and of at most 100 years, such as 25s, 2min or 30d".into());
+    }
+    Ok(span)
 }
 
 /// A whole number in `range`.
@@ -343,6 +349,11 @@ mod tests {
         for bad in ["", "0", "-1", "x", "5 parsecs"] {
             assert!(size(bad).is_err() && duration(bad).is_err(), "{bad}");
         }
+        // A moment so far away cannot be computed.
+        for too_long in ["18446744073709551615", "100000000000y", "102y"] {
+            assert!(duration(too_long).is_err(), "{too_long}");
+        }
+        assert!(duration("100y").is_ok());
     }
 
     #[test]

@@ -102,7 +102,7 @@ impl NatsSettings {
     }
 
     /// The stream as the gateway makes it: keeps everything (limits retention), refuses what is new when it is full
-    /// rather than drop what nobody has read.
+    /// rather than drop what no worker has read.
     pub(crate) fn stream_config(&self) -> stream::Config {
         stream::Config {
             name: self.stream.clone(),
@@ -239,7 +239,7 @@ pub fn is_shared(stream: &stream::Config) -> bool {
     subjects_held(stream).any(|subject| !covers(SUBJECTS, subject))
 }
 
-/// The subjects that messages of the stream may have. What comes from other streams may have any.
+/// The subjects that messages of the stream may have. Messages from other streams may have any.
 fn subjects_held(stream: &stream::Config) -> impl Iterator<Item = &str> {
     let sourced = stream.sources.as_ref().is_some_and(|sources| !sources.is_empty());
     stream.subjects.iter().map(String::as_str).chain(sourced.then_some(">"))
@@ -287,7 +287,7 @@ pub fn lies_beyond(consumer: &consumer::Info, last_sequence: u64) -> bool {
 /// Moves a consumer that lies beyond the stream's end back to the stream's first message. Returns `true` where it did.
 ///
 /// Nothing tells which messages came after the files went back in time: sequences are used again. So all are delivered
-/// again. The ledger knows those that are stored, which costs time and changes nothing. Where the stream has grown past
+/// again. The ledger knows those that are stored, which costs time and changes nothing. If the stream has grown past
 /// the consumer's position before the first look, nothing can be seen here: the gateway publishes again what has no
 /// receipt.
 async fn mend_position(stream: &stream::Stream, consumer: &consumer::Info) -> Result<bool, NotReady> {
@@ -437,7 +437,7 @@ fn compare_storage(comparison: &mut Comparison, found: &stream::Config, wanted: 
     comparison.check("retention", &found.retention, &wanted.retention, no_replay, retention);
     let forgets = Breaks("a restart would lose what was accepted");
     comparison.check("storage", &found.storage, &wanted.storage, forgets, ANOTHER);
-    let drops = Breaks("a full stream would drop what nobody has read");
+    let drops = Breaks("a full stream would drop what no worker has read");
     comparison.check("discard", &found.discard, &wanted.discard, drops, "--discard=new");
     let silent = Breaks("nothing would say that a delivery is stored");
     comparison.check("no_ack", &found.no_ack, &wanted.no_ack, silent, "--ack");

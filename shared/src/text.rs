@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
+use std::io::{self, Write as _};
 
 use unicode_properties::{GeneralCategory, UnicodeGeneralCategory as _};
 
@@ -22,6 +23,18 @@ pub fn is_hidden(c: char) -> bool {
     matches!(category, Control | Format | LineSeparator | ParagraphSeparator | PrivateUse) && !JOINERS.contains(&c)
         || is_noncharacter
         || matches!(c, '\u{e0000}'..='\u{effff}')
+}
+
+/// Writes `text` to stdout. A command outlives the reader of its output, such as `head`.
+///
+/// # Errors
+/// Any but that of a reader that has gone: a full disk, say.
+pub fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        printed => printed,
+    }
 }
 
 /// Gives `text` as one line, without characters that [`is_hidden`] names. White space at the ends is left out, other runs

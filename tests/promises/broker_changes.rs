@@ -361,7 +361,7 @@ async fn limits_of_the_consumer_on_requests_are_held_to_and_told() {
 
 #[tokio::test]
 async fn a_consumer_that_refuses_every_request_is_told_for_as_long_as_deliveries_wait() {
-    // Requests for messages go where nobody hears them. The look at the consumer still works.
+    // Requests for messages go to a subject that no program hears. The look at the consumer still works.
     let mappings = r#"mappings = { "$JS.API.CONSUMER.MSG.NEXT.SIGNALS.worker": "nobody.hears.this" }"#;
     let world = setup().nats(|options| options.extra = mappings.into()).launch().await;
     world.gateway.ready().await;

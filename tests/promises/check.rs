@@ -256,7 +256,7 @@ async fn a_stream_or_consumer_that_would_break_a_promise_is_named() {
     };
     jetstream.create_stream(Config { discard: DiscardPolicy::Old, ..good.clone() }).await.unwrap();
     for checked in [servers.gateway(&[]).await, servers.worker(&[]).await] {
-        checked.fails_for(&["stream SIGNALS, discard", "would drop what nobody has read"]);
+        checked.fails_for(&["stream SIGNALS, discard", "would drop what no worker has read"]);
     }
     let stream = jetstream.get_stream("SIGNALS").await.unwrap();
     assert_eq!(stream.cached_info().config.discard, DiscardPolicy::Old, "and left as it is");
@@ -698,7 +698,7 @@ async fn a_database_that_would_not_do_is_named() {
         "the role is shown, its password is not"
     );
     servers.worker(&[("WORKER_CONCURRENCY", "64")]).await.well();
-    // What only `worker replay --dry-run` needs.
+    // Only `worker replay --dry-run` needs this.
     let name = servers.database.rsplit('/').next().unwrap();
     servers.sql(&format!("REVOKE TEMPORARY ON DATABASE {name} FROM PUBLIC")).await;
     let warned = servers.worker(&limited).await.found("warning");
@@ -745,6 +745,42 @@ async fn a_database_that_hangs_is_named_and_not_waited_for() {
     postgres.process().freeze().unwrap();
     servers.worker(&[("DATABASE_URL", &url)]).await.fails_for(&["PostgreSQL 127.0.0.1:", "no answer within"]);
     postgres.process().thaw().unwrap();
+}
+
+#[tokio::test]
+async fn a_server_that_answers_and_takes_no_connection_is_not_called_away() {
+    let servers = Servers::start(|options| options.extra = "max_connections: 1".into()).await;
+    let name = servers.database.rsplit('/').next().unwrap();
+    servers.sql(&format!("UPDATE pg_database SET datallowconn = false WHERE datname = '{name}'")).await;
+    let checked = servers.worker(&[]).await;
+    checked.fails_for(&["PostgreSQL", "55000", "look at its log"]);
+    let only = world::RawClient::connect(servers.nats.port()).await;
+    let checked = servers.gateway(&[]).await;
+    checked.fails_for(&["NATS nats://127.0.0.1:", "maximum connections exceeded", "look at its log"]);
+    drop(only);
+}
+
+#[tokio::test]
+async fn a_journal_whose_disk_hangs_is_named_and_not_waited_for() {
+    const TEST: &str = "a_journal_whose_disk_hangs_is_named_and_not_waited_for";
+    const UNDER: [&str; 7] =
+        ["strace", "-f", "-o", "/dev/null", "-e", "trace=fdatasync", "-einject=fdatasync:delay_enter=12000000"];
+    let may_trace = Command::new("strace").args(["-o", "/dev/null", "/bin/true"]).output();
+    if !may_trace.is_ok_and(|tried| tried.status.success()) {
+        return world::skipped(TEST, "there is no `strace` on PATH that may trace");
+    }
+    let servers = Servers::start(|_| ()).await;
+    let (url, dir) = (servers.nats.url(), servers.journal());
+    std::fs::create_dir(&dir).unwrap();
+    let environment = [
+        ("SENTRY_CLIENT_SECRET", SECRET),
+        ("NATS_URL", url.as_str()),
+        ("GATEWAY_LISTEN", "127.0.0.1:0"),
+        ("GATEWAY_OPS_LISTEN", "127.0.0.1:0"),
+        ("GATEWAY_JOURNAL_DIR", &dir),
+        ("GATEWAY_JOURNAL_MAX_BYTES", "64MiB"),
+    ];
+    check(GATEWAY, &UNDER, &environment).await.fails_for(&["journal", "no answer within"]);
 }
 
 #[test]

@@ -287,3 +287,20 @@ async fn the_last_hour_is_counted_without_reading_the_whole_ledger() {
     let plan: Vec<String> = world.query(counted, &[]).await.iter().map(|row| row.get(0)).collect();
     assert!(plan.iter().any(|line| line.contains("deliveries_stored_at")), "{plan:#?}");
 }
+
+#[tokio::test]
+async fn a_command_of_the_gateways_outlives_the_reader_of_its_output() {
+    let mut world = setup().workers(0).start().await;
+    world.post(fixture!("issue_created")).await.accepted();
+    world.on_stream(1).await;
+    for arguments in [&["check"][..], &["journal", "status"], &["journal", "status", "--json"]] {
+        let (code, err) = world.gateway_command_unread(arguments).await;
+        assert!(code == Some(0) && !err.contains("panicked"), "{arguments:?}: {code:?} {err}");
+    }
+    world.gateway.kill().await;
+    world.start_worker().await;
+    for arguments in [&["journal", "redrive", "--since", "1h"][..], &["journal", "drain"]] {
+        let (code, err) = world.gateway_command_unread(arguments).await;
+        assert!(code == Some(0) && !err.contains("panicked"), "{arguments:?}: {code:?} {err}");
+    }
+}

@@ -112,7 +112,7 @@ async fn seven_bad_of_five_hundred_become_letters_that_a_fix_brings_back() {
 
 const LETTERS: &str = "SELECT count(*) FROM ingest.dead_letters";
 
-/// Runs a command of the worker's on a terminal, at which somebody types `answer`.
+/// Runs a command of the worker's on a terminal, at which a person types `answer`.
 async fn on_a_terminal(world: &World, arguments: &[&str], answer: &str) -> Ran {
     let inside = world.worker_command(arguments);
     let words: Vec<_> = std::iter::once(inside.as_std().get_program()).chain(inside.as_std().get_args()).collect();
@@ -148,7 +148,7 @@ async fn letters_are_discarded_only_where_it_is_meant_and_come_back() {
             assert!(ran.err.contains("--reason"), "{ran:?}");
         }
     }
-    // Without a terminal somebody has to say that it is meant.
+    // Without a terminal the operator has to say that it is meant.
     let asked = world.worker(&["dead-letters", "discard", "--all"]).await;
     assert_eq!(asked.code, Some(64), "{asked:?}");
     assert!(asked.err.contains("--yes") && asked.err.contains("--dry-run"), "{asked:?}");

@@ -69,7 +69,7 @@ async fn nothing_is_published_while(world: &World, setting: &str) -> Vec<String>
     .await;
     let ids = post(world, 20).await; // published, the first would be on the stream long before the last is answered
     let state = stream.get_info().await.unwrap().state;
-    assert_eq!(state.last_sequence, before, "published to a stream that drops what nobody has read");
+    assert_eq!(state.last_sequence, before, "published to a stream that drops what no worker has read");
     ids
 }
 

@@ -207,7 +207,7 @@ async fn connections_that_are_dropped_at_the_limit_are_counted() {
     const MANY: usize = 700;
     let world = setup().workers(0).gateway("GATEWAY_MAX_CONNECTIONS", "1").start().await;
     let mut kept = Connection::open(world.port()).await.unwrap();
-    kept.send(&Post::signed(BODY)).await.unwrap().accepted(); // and so makes room for nobody
+    kept.send(&Post::signed(BODY)).await.unwrap().accepted(); // and so makes room for no other connection
     let more = silent(world.port(), MANY).await;
     let told = "gateway_answers_total{status=\"503\",reason=\"too_many_connections\"}";
     eventually("each to be answered or dropped, and counted", async || {

@@ -1,7 +1,7 @@
 //! A journal that an older gateway left is delivered by this one.
 //!
-//! `fixtures/journals/N` was written by the last gateway of format version N, with the secret of the tests: segment 1
-//! (five deliveries) was sealed by an orderly stop, segment 2 (four) was being written when the gateway was killed. Zeros
+//! `fixtures/journals/N` was written by the last gateway of format version N, with the secret of the tests.
+//! Segment 1 (five deliveries) was sealed by an orderly stop. The gateway was killed while it wrote segment 2 (four). Zeros
 //! at the end of segment 2 are left out.
 
 use std::fs::{self, File};

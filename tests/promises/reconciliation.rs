@@ -1,4 +1,4 @@
-//! What has no receipt is looked after: in bounded memory, soon, and without copies of what the stream has already.
+//! Entries without a receipt are looked after: in bounded memory, soon, and without copies of what the stream has already.
 
 use std::time::Duration;
 
@@ -127,7 +127,7 @@ async fn a_stream_purged_while_the_gateway_was_down_is_filled_again_soon() {
     exactly_once(&world, &ids, 0).await;
 }
 
-/// Permissions of the one login that everybody has.
+/// Permissions of the one login that every program has.
 fn permissions(deny: &str) -> String {
     format!(
         r#"authorization {{

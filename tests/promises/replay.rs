@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::join_all;
@@ -11,6 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shared::delivery::Delivery;
 use shared::receipt::ReceiptTo;
+use tokio::io::{AsyncBufReadExt as _, BufReader};
 use world::{Connection, Post, Ran, World, eventually};
 
 use crate::{fixture, setup};
@@ -299,6 +301,26 @@ async fn a_replay_goes_on_after_an_outage_of_the_database() {
         JOIN ingest.deliveries l ON l.issue_id = i.id";
     assert!(world.query(in_order, &[&ids]).await[0].get::<_, bool>(0), "numbers follow the stream");
     assert_eq!(world.worker(&["audit"]).await.code, Some(0));
+}
+
+#[tokio::test]
+async fn a_replay_tells_that_nats_is_away_and_goes_on_afterwards() {
+    let mut world = setup().workers(0).start().await;
+    assert_eq!(world.worker(&["migrate"]).await.code, Some(0));
+    publish(&world, 4_000).await;
+    let mut replay = world.worker_command(&["replay", "--rate", "400"]).spawn().unwrap();
+    eventually("its first batch", || async {
+        (world.value::<i64>("SELECT count(*) FROM signals").await > 0).then_some(())
+    })
+    .await;
+    world.nats.kill().await;
+    let mut lines = BufReader::new(replay.stderr.take().unwrap()).lines();
+    let told = async { while !lines.next_line().await.unwrap().unwrap().contains("will try again: NATS") {} };
+    tokio::time::timeout(Duration::from_secs(40), told).await.expect("it says what it waits for");
+    world.nats.start_again().await.unwrap();
+    let replay = Ran::of(replay.wait_with_output().await.unwrap());
+    assert_eq!(replay.code, Some(0), "{replay:?}");
+    assert_eq!(replay.number("inserted"), 4_000, "{replay:?}");
 }
 
 #[tokio::test]

@@ -230,7 +230,7 @@ async fn wrong_signatures_without_a_right_one_are_told_within_a_minute() {
     let warnings = |log: &str| log.lines().filter(|it| it.contains(" WARN ") && it.contains("strangers")).count();
     eventually("one warning", async || (warnings(&wrong.gateway.log()) > 0).then_some(())).await;
     assert_eq!(warnings(&wrong.gateway.log()), 1, "once a minute: {}", wrong.gateway.log());
-    // Where right ones come, too, there is nothing to tell.
+    // If right ones come, too, there is nothing to tell.
     assert!(begin.elapsed() > Duration::from_secs(30));
     assert_eq!(mixed.metric("gateway_check_ok{check=\"secrets\"}").await, 1.0);
     assert_eq!(warnings(&mixed.gateway.log()), 0);

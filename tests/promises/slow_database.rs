@@ -1,5 +1,5 @@
-//! A statement that takes long while PostgreSQL answers everything else is waited for, and told as what it is: with the
-//! holder of the lock, where it waits for one. Silence is told as silence.
+//! A statement that takes long while PostgreSQL answers everything else is waited for, and told as what it is. If it waits
+//! for a lock, the lock's holder is named. Silence is told as silence.
 
 use std::time::{Duration, Instant};
 
@@ -222,6 +222,28 @@ async fn silence_beside_a_slow_statement_is_found() {
     .await;
     assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed()); // 10 s, and a busy machine
     world.postgres.as_ref().unwrap().process().thaw().unwrap();
+    world.connect_sql().await;
+    world.until("SELECT count(*) FROM signals", 1_i64).await;
+    world.workers[0].ready().await;
+}
+
+#[tokio::test]
+async fn a_wait_for_a_lock_is_not_called_over_while_postgresql_is_silent() {
+    let mut world = setup().own_postgres().start().await;
+    let (mut locker, pid) = session(&world, "night_job").await;
+    let lock = locker.transaction().await.unwrap();
+    lock.batch_execute("LOCK TABLE issues").await.unwrap();
+    world.post(fixture!("issue_created")).await.accepted();
+    let told = async |words: &str| check(&world, "database").await.1.contains(words).then_some(());
+    let holder = format!("a lock held by pid {pid}");
+    eventually("the holder to be named", async || told(&holder).await).await;
+    world.postgres.as_ref().unwrap().process().freeze().unwrap();
+    eventually("the silence to be told", async || told("has not answered").await).await;
+    let over = "no batch waits for a lock any more";
+    assert!(!world.workers[0].log().contains(over), "PostgreSQL has not said so");
+    world.postgres.as_ref().unwrap().process().thaw().unwrap();
+    drop(lock);
+    drop(locker); // the lock goes with the session
     world.connect_sql().await;
     world.until("SELECT count(*) FROM signals", 1_i64).await;
     world.workers[0].ready().await;

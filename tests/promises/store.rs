@@ -360,9 +360,10 @@ async fn an_outage_in_the_middle_of_row_by_row_is_no_poison() {
     let killed = async {
         let kill = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity \
                     WHERE datname = current_database() AND wait_event = 'advisory'";
-        while database.admin.query_one(kill, &[]).await.unwrap().get::<_, i64>(0) == 0 {
-            tokio::task::yield_now().await;
-        }
+        eventually("the third record to wait", async || {
+            (database.admin.query_one(kill, &[]).await.unwrap().get::<_, i64>(0) > 0).then_some(())
+        })
+        .await;
     };
     let (outcome, ()) = tokio::join!(store.persist(&batch), killed);
     assert!(outcome.as_ref().is_err_and(|err| err.is_outage()), "{outcome:?}");

@@ -90,7 +90,7 @@ async fn only_the_subjects_of_sentry_become_signals() {
     let status = world.worker(&["status"]).await;
     assert!(status.out.contains("5 of them are deliveries") && status.out.contains("nothing pending"), "{status:?}");
 
-    // What the database lost comes back; what others wrote stays theirs.
+    // Deliveries that the database lost come back; messages of others stay theirs.
     world.execute("TRUNCATE ingest.deliveries, signals, issues").await;
     let audit = world.worker(&["audit", "--json"]).await;
     assert_eq!((audit.code, &audit.json()["missing"]), (Some(1), &5.into()), "{audit:?}");

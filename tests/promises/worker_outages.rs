@@ -15,7 +15,7 @@ use world::{Connection, Post, SmallDisk, World, eventually, programs};
 
 use crate::{fixture, setup};
 
-/// How long the stream waits for an ack before it delivers a message again.
+/// Time that the stream waits for an ack before it delivers a message again.
 const ACK_WAIT: Duration = Duration::from_secs(30);
 /// `SHUTDOWN_GRACE` where nothing else is set.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(25);

@@ -192,6 +192,17 @@ impl World {
         (output.status.code(), text(output.stdout), text(output.stderr))
     }
 
+    /// The same with a stdout that no process reads any more: exit code, stderr.
+    pub async fn gateway_command_unread(&self, arguments: &[&str]) -> (Option<i32>, String) {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = tokio::process::Command::from((self.gateway.command)());
+        command.args(arguments).stdout(writer).stderr(Stdio::piped()).kill_on_drop(true);
+        let output = command.spawn().unwrap().wait_with_output();
+        let output = tokio::time::timeout(PATIENCE, output).await.expect("it ends").unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    }
+
     /// Starts the gateway's program with these arguments and this world's settings. Ends when it is dropped.
     pub fn gateway_process(&self, arguments: &[&str]) -> Running {
         let mut command = (self.gateway.command)();
@@ -367,7 +378,7 @@ impl Running {
         self.child.id().expect("it has not been waited for")
     }
 
-    /// What it has written to stdout so far.
+    /// Its output on stdout so far.
     pub fn out(&self) -> String {
         std::fs::read_to_string(&self.out).unwrap()
     }

@@ -80,7 +80,7 @@ pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result
     Ok(if audit.missing() == 0 { Ending::Well } else { Ending::LookAtIt })
 }
 
-/// How far the consumer is.
+/// The position of the consumer.
 #[derive(Debug, Default)]
 struct Position {
     /// Everything up to this sequence is acknowledged.
@@ -183,7 +183,7 @@ impl Audit {
         }
     }
 
-    /// How many of the unsettled must be missing: more cannot be pending than the consumer says.
+    /// Number of the unsettled that must be missing: more cannot be pending than the consumer says.
     fn missing_among(&self) -> u64 {
         self.unsettled.count.saturating_sub(self.consumer.unacknowledged)
     }

@@ -100,6 +100,8 @@ fn away(what: &str, error: &StoreError, config: &Config) -> Finding {
         "the server has no connection left: end some, or raise its max_connections"
     } else if says("tls") || says("ssl") || says("certificate") {
         "look at sslmode in DATABASE_URL, PGSSLROOTCERT and the server's certificate"
+    } else if says("sqlstate") {
+        "it answers and does not take this login: look at its log"
     } else {
         "start it, or let this machine reach it; DATABASE_URL says where it is"
     };

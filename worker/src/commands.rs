@@ -104,7 +104,7 @@ pub async fn execute(arguments: &ArgMatches, config: &Config, interruption: &Can
 }
 
 /// Runs a command, at most [`WIND_UP`] longer than until it is interrupted, whatever it waits for. None where it did not
-/// end by itself. What it had not committed, the database rolls back.
+/// end by itself. The database rolls back what it had not committed.
 pub async fn until_interrupted<T>(interruption: &CancellationToken, command: impl Future<Output = T>) -> Option<T> {
     let too_long = async {
         interruption.cancelled().await;

@@ -1,10 +1,10 @@
 //! History: what was acknowledged stays in the stream for replays, for as long as there is room.
 //!
-//! The stream refuses what is new when it is full, rather than drop what nobody has read. So workers make room:
-//! above 80 % of a limit of the stream (bytes or messages) the oldest deliveries are purged, down to 70 %, but never one
-//! that the consumer has not acknowledged. Only one worker does it at a time, the one that gets an advisory lock; that
-//! saves work and is no more than that. Two that purge at once, or a worker that cannot ask PostgreSQL for the lock, do
-//! no harm: each purges up to a sequence that was acknowledged, and purging that twice changes nothing.
+//! The stream refuses what is new when it is full, rather than drop what no worker has read. So workers make room:
+//! above 80 % of a limit of the stream (bytes or messages) they purge the oldest deliveries, down to 70 %. They never purge
+//! one that the consumer has not acknowledged. Only one worker does it at a time, the one that gets an advisory lock; that
+//! saves work and is no more than that. Two that purge at once do no harm, nor does a worker that cannot ask PostgreSQL for
+//! the lock. Each purges up to a sequence that was acknowledged, and purging that twice changes nothing.
 //!
 //! A stream may hold subjects of others, and others may read deliveries there. Then only deliveries are purged, and none
 //! that a consumer of the others has not read. A consumer that stands still keeps the stream full: the log names it.
@@ -63,7 +63,7 @@ pub async fn keep_room(stream: &Stream, session: &Session, store: &Store, databa
     }
 }
 
-/// What room is made in, and by whom.
+/// The stream in which room is made, and the worker that makes it.
 struct Room<'a> {
     stream: &'a Stream,
     session: &'a Session,
@@ -184,8 +184,8 @@ fn is_over(used: u64, limit: i64, percent: u64) -> bool {
 }
 
 /// The sequence below which to purge now; `None` where there is room, or nothing more that may go. `first` is the first
-/// delivery, and `unread` the first that stays in any case. A quarter of what the average size promises, because the
-/// oldest may be larger than the average, and history is not to be cut deeper than it has to be.
+/// delivery, and `unread` the first that stays in any case. It purges a quarter of what the average size
+/// promises: the oldest may be larger than the average, and history is not to be cut deeper than needed.
 fn cut(state: &State, config: &Config, first: u64, unread: u64) -> Option<u64> {
     if !is_above(state, config, LOW) {
         return None;

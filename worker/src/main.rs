@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{ArgMatches, Command};
 use shared::settings::{self, EX_USAGE};
-use shared::text::printable_lines;
+use shared::text::{print, printable_lines};
 use shared::{core_dumps, operator, shutdown, telemetry};
 use tokio::runtime::Runtime;
 use worker::{Config, commands};
@@ -73,6 +73,5 @@ async fn migrate(config: &Config) -> anyhow::Result<()> {
         Err(_) => "failed, nothing created".to_owned(),
     };
     operator::log_end("worker migrate", "", &result);
-    print!("{}", ended?);
-    Ok(())
+    Ok(print(&ended?.to_string())?)
 }

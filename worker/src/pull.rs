@@ -125,7 +125,7 @@ impl Puller<'_> {
         receipt::send(self.session.client(), &stored).await;
     }
 
-    /// Three times within the consumer's ack wait, which somebody may have set to less than ours. A `backoff` takes the
+    /// Three times within the consumer's ack wait, which an operator may have set to less than ours. A `backoff` takes the
     /// place of the ack wait: its first time counts for the first delivery, its second for the second.
     fn progress_every(&self) -> Duration {
         let config = &self.consumer.cached_info().config;

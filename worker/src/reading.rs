@@ -9,7 +9,7 @@
 //! Times are the stream's, the time at which JetStream stored a message: the server can seek to those. A delivery that
 //! the gateway received at T is on the stream at T or later, never earlier, so "since T" holds all received since T.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use async_nats::jetstream::consumer::DeliverPolicy;
@@ -41,6 +41,8 @@ const ASK_AFTER: Duration = Duration::from_secs(2);
 const BEGIN_AGAIN: u32 = 2;
 /// Pause while NATS is away.
 const AWAY: Duration = Duration::from_millis(200);
+/// Longest wait for NATS. PostgreSQL has as long.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Messages behind an unreadable one that are fetched singly.
 const SINGLY: usize = 500;
 
@@ -142,6 +144,8 @@ pub struct Reading {
     next: u64,
     /// Times that reading was begun again since the last message.
     begun_again: u32,
+    /// Time of the first failure to fetch a message, until one succeeds.
+    away: Option<Instant>,
     ended: bool,
 }
 
@@ -202,15 +206,29 @@ impl Reading {
             From::Oldest => 1,
         };
         let messages = Some(consumer.messages().await.context("cannot read the stream")?);
-        let (singly, begun_again, ended) = (0, 0, total == 0);
-        Ok(Reading { link, stream, subject, messages, session, singly, total, last, before, next, begun_again, ended })
+        let (singly, begun_again, away, ended) = (0, 0, None, total == 0);
+        Ok(Reading {
+            link,
+            stream,
+            subject,
+            messages,
+            session,
+            singly,
+            total,
+            last,
+            before,
+            next,
+            begun_again,
+            away,
+            ended,
+        })
     }
 
-    /// The next messages, in their order: at most `most`, and not much more than 32 MiB. None at the end. NATS away is
-    /// waited for.
+    /// The next messages, in their order: at most `most`, and not much more than 32 MiB. None at the end. A short outage of
+    /// NATS is waited for.
     ///
     /// # Errors
-    /// Where the stream can no longer be read: it was deleted, say.
+    /// Where the stream can no longer be read: it was deleted, say, or NATS is away for longer than [`PATIENCE`].
     pub async fn batch(&mut self, most: usize) -> anyhow::Result<Option<Vec<Entry>>> {
         let (mut batch, mut bytes) = (Vec::new(), 0);
         while !self.ended && batch.len() < most && bytes < BATCH_BYTES {
@@ -271,7 +289,10 @@ impl Reading {
         let linked = self.link.current();
         let name = &self.stream.cached_info().config.name;
         let message = match StoredMessage::first(&linked.context, name, &self.subject, self.next).await {
-            Ok(Some(message)) => message,
+            Ok(Some(message)) => {
+                self.away = None;
+                message
+            }
             Ok(None) => {
                 self.ended = true; // what was to come may have been purged
                 return Ok(None);
@@ -286,6 +307,14 @@ impl Reading {
                     && is_final(&error)
                 {
                     return Err(error).context("reading the stream ended too early");
+                }
+                let since = *self.away.get_or_insert_with(|| {
+                    tracing::warn!("will try again: NATS does not give the next message: {error}");
+                    Instant::now()
+                });
+                if since.elapsed() >= PATIENCE {
+                    let words = format!("NATS has not given the next message for {} s", PATIENCE.as_secs());
+                    return Err(error).context(words);
                 }
                 tokio::time::sleep(AWAY).await;
                 return Ok(None);

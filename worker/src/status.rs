@@ -63,7 +63,7 @@ pub(crate) async fn run(config: &Config, matches: &ArgMatches) -> anyhow::Result
 struct Nats {
     stream: String,
     messages: u64,
-    /// How many of the messages are deliveries, where others write into the stream, too.
+    /// Number of messages that are deliveries, if others write into the stream, too.
     deliveries: Option<u64>,
     bytes: u64,
     max_bytes: Option<u64>,

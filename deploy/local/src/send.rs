@@ -111,22 +111,14 @@ const ROW: &str = "
 
 /// Waits for the rows of the delivery `id` and writes them for a person.
 async fn rows(database_url: &str, id: &str) -> anyhow::Result<String> {
-    let (mut client, connection) =
-        tokio_postgres::connect(database_url, NoTls).await.context("cannot look into the database")?;
-    tokio::spawn(connection);
-    let begin = Instant::now();
-    let row = loop {
-        if let Some(row) = row(&mut client, id).await.context("cannot look into the database")? {
-            break row;
-        }
-        if begin.elapsed() > ROWS {
-            bail!(
-                "accepted, but not stored within {ROWS:?} (delivery {id}). It is not lost: is a worker running? Its \
-                 /readyz says what it lacks"
-            );
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    let late = || {
+        format!(
+            "accepted, but not found in the database within {ROWS:?} (delivery {id}). It is not lost: is a worker running? Its \
+             /readyz says what it lacks"
+        )
     };
+    let found = tokio::time::timeout(ROWS, first_row(database_url, id)).await.with_context(late)?;
+    let row = found.context("cannot look into the database")?;
     let state: String = row.try_get("state")?;
     match state.as_str() {
         "dead" => {
@@ -137,6 +129,18 @@ async fn rows(database_url: &str, id: &str) -> anyhow::Result<String> {
         "stored" if row.try_get::<_, Option<String>>("issue_id")?.is_some() => Ok(block(&row, id)?),
         "stored" => bail!("delivery {id} was stored, but its signal or issue has since been deleted"),
         _ => bail!("delivery {id} is {state}"),
+    }
+}
+
+/// Looks for the row until it is there.
+async fn first_row(database_url: &str, id: &str) -> Result<Row, tokio_postgres::Error> {
+    let (mut client, connection) = tokio_postgres::connect(database_url, NoTls).await?;
+    tokio::spawn(connection);
+    loop {
+        if let Some(row) = row(&mut client, id).await? {
+            return Ok(row);
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
@@ -196,5 +200,14 @@ mod tests {
     fn an_answer_cannot_steer_the_terminal() {
         let answer = Response::builder().status(502).body(Bytes::from("<h1>\u{202e}\u{1b}[2J\u{9b}0m\n\nno")).unwrap();
         assert_eq!(describe(&answer), r"502 Bad Gateway <h1>\u{202e}\u{1b}[2J\u{9b}0m\n\nno");
+    }
+
+    #[tokio::test]
+    async fn a_database_that_says_nothing_is_not_waited_for() {
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("postgres://loop@{}/loop", silent.local_addr().unwrap());
+        let looked = tokio::time::timeout(ROWS * 3, rows(&url, "an id")).await.expect("it gives up");
+        let error = format!("{:#}", looked.unwrap_err());
+        assert!(error.contains("an id") && error.contains("is not lost"), "{error}");
     }
 }

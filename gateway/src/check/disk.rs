@@ -47,6 +47,13 @@ pub(super) fn look(journal: &JournalSettings) -> Vec<Finding> {
     findings
 }
 
+/// The finding where [`look`] has no answer in time.
+pub(super) fn hangs(dir: &Path, within: Duration) -> Finding {
+    let detail = format!("no answer within {} s of its disk", within.as_secs());
+    let advice = "no delivery would be taken while it hangs: look at the disk, or at the server of its file system";
+    Finding::problem(format!("journal {}", dir.display()), detail, advice)
+}
+
 /// Whether the directory can be used, and what stands for it: itself, or the nearest above that is there.
 fn directory(what: &str, dir: &Path) -> (Option<PathBuf>, Finding) {
     let advice = "GATEWAY_JOURNAL_DIR names a directory of this gateway's own, which its user may write to";

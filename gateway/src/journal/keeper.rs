@@ -201,7 +201,7 @@ fn make_spare(shared: &Shared) {
 
 /// Writes the states of every segment in which one changed. Hints for the next start and for `gateway journal status`:
 /// not synced, and an error is no more than a repeat of some entries.
-fn write_marks(shared: &Shared) {
+pub(super) fn write_marks(shared: &Shared) {
     let changed: Vec<u64> = {
         let table = shared.table();
         table.segments.values().filter(|segment| segment.marks_changed).map(|segment| segment.number).collect()
@@ -215,7 +215,10 @@ fn write_marks(shared: &Shared) {
         let bytes = format::encode_marks(check, &marks);
         let path = files::marks(&shared.dir, number);
         if let Err(error) = files::write_whole(&shared.dir, &path, &bytes, false) {
-            tracing::debug!(file = %path.display(), %error, "marks not written");
+            tracing::debug!(file = %path.display(), %error, "marks not written, will try again");
+            if let Some(segment) = shared.table().segments.get_mut(&number) {
+                segment.marks_changed = true;
+            }
         }
     }
 }

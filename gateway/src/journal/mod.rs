@@ -110,7 +110,7 @@
 //! A damaged segment is left as it is, delivered as far as it is intact, and renamed to `.damaged` when it would
 //! otherwise be removed. A record found damaged later, when it is read, is treated alike; one that the disk then does
 //! not give keeps its segment and is read again later ([`unreadable`]). An index found damaged when its segment is woken
-//! is no loss then either: the records are read. Where the disk does not give those, all of the segment is read again
+//! is no loss then either: the records are read. If the disk does not give those, all of the segment is read again
 //! later. Only one thing cannot be told apart: damage in the very last batch before a crash looks like a torn tail, and
 //! is reported as one.
 //!
@@ -205,7 +205,7 @@ impl Limits {
     /// The least [`Limits::max_bytes_on_disk`] of a journal that takes entries of so many bytes, header block included. The
     /// segment that is written to stays until the next one is there, and each may hold such an entry.
     pub fn least_for(entry_bytes: usize) -> u64 {
-        /// What a segment holds beside the bytes of one entry, and more.
+        /// More than a segment holds beside the bytes of one entry.
         const BESIDE: u64 = 64 << 10;
         2 * (entry_bytes as u64 + BESIDE)
     }
@@ -638,8 +638,8 @@ impl Journal {
         }
     }
 
-    /// Entries that the stream has yet to show, and those whose publish was acknowledged at least `age` ago and that are
-    /// not confirmed: the oldest `at_most` of those that come `after` a place. Ages are exact to a tenth of a second.
+    /// Unconfirmed entries that the stream has yet to show, or whose publish was acknowledged at least `age` ago. Gives the
+    /// oldest `at_most` of those that come `after` a place. Ages are exact to a tenth of a second.
     pub fn unconfirmed(&self, age: Duration, after: Option<Place>, at_most: usize) -> Vec<Unconfirmed> {
         let shared = &self.0.shared;
         // None where nothing was published that long ago.

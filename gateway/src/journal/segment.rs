@@ -297,8 +297,8 @@ impl Segment {
         }
     }
 
-    /// The disk does not give what would wake it. Nobody gets its entries, as if somebody had them already, until
-    /// [`Segment::offer_again`]. Whether that was news.
+    /// The disk does not give what would wake it. The publisher gets none of its entries until [`Segment::offer_again`].
+    /// Returns `true` when that is news.
     pub(super) fn give_up(&mut self) -> bool {
         let news = self.counts.waiting > 0;
         if let Rows::Asleep(alike) = &mut self.rows

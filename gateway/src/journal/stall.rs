@@ -1,5 +1,5 @@
-//! A disk that hangs. A system call that does not come back reports nothing, so the thread that writes notes each
-//! operation before it begins, and the threads that serve requests look at that note.
+//! A disk that hangs. A system call that does not come back reports nothing. So the thread that writes notes each
+//! operation before it begins. The threads that serve requests look at that note.
 
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 /// An operation that takes longer is a fault: Sentry waits a second for its answer.
 const STALL_AFTER: Duration = Duration::from_secs(1);
 
-/// What the writer waits for.
+/// An operation that the writer waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
     /// Bytes to be written to a segment.
     Write,
-    /// What was written to be made durable.
+    /// A batch that was written to be made durable.
     Sync,
     /// The next segment to be made, and others to be removed for it.
     NewSegment,
@@ -34,7 +34,7 @@ impl fmt::Display for Operation {
 pub struct Stall {
     /// The operation.
     pub operation: Operation,
-    /// How long it has taken so far.
+    /// The time that it has taken so far.
     pub lasts: Duration,
 }
 

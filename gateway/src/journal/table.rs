@@ -37,11 +37,11 @@ pub(super) struct Table {
     pub(super) reserved: u64,
     /// The keeper makes a spare.
     pub(super) making_spare: bool,
-    /// How many segments are being removed.
+    /// Number of segments that are being removed.
     pub(super) being_removed: usize,
-    /// How many segments the keeper is to seal. Each gives back what it does not need.
+    /// Number of segments that the keeper is to seal. Each gives back what it does not need.
     pub(super) being_sealed: usize,
-    /// How often any of these has ended.
+    /// Number of these that have ended.
     pub(super) space_given: u64,
     /// Bytes and number of files kept for people.
     pub(super) kept: (u64, usize),
@@ -214,7 +214,7 @@ impl Table {
         self.unreadable.refused(place, 1, Instant::now(), error)
     }
 
-    /// The disk gave this entry, or nobody needs it any more.
+    /// The disk gave this entry, or no reader needs it any more.
     pub(super) fn forget_unreadable(&mut self, place: Place) {
         if self.unreadable.entries() > 0 {
             self.unreadable.forget(place);

@@ -1,4 +1,4 @@
-//! What the disk has refused to give, and when it is read again.
+//! Entries that the disk has refused to give, and the moments at which they are read again.
 //!
 //! A disk that fails for a moment (a path that fails over, a controller that resets) is well again within seconds, so the
 //! first wait is short. It doubles each time: a sector that is lost costs next to nothing.

@@ -34,7 +34,7 @@ const WRITE_BYTES: usize = 1 << 20;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Time that the writer waits for space that the keeper is about to give, before it makes a segment itself, lets one go or
-/// refuses. What waits for longer counts as a disk that hangs.
+/// refuses. A longer wait counts as a disk that hangs.
 const WAIT_FOR_SPACE: Duration = Duration::from_secs(1);
 
 /// What the thread is asked to do.

@@ -77,7 +77,7 @@ impl Overdue {
     }
 }
 
-/// What is wrong, and the next step. It follows a number of deliveries.
+/// The fault, and the next step. It follows a number of deliveries.
 fn advice(delay: Delay, words: &str) -> String {
     match delay {
         Delay::TimedOut => format!(

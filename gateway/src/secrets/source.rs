@@ -1,8 +1,8 @@
 //! The variable or the file that the client secrets come from.
 //!
-//! A file is read again whenever its content changes. It is looked at once a second, by reading it: that sees an edit, a
-//! `mv`, and the swap of a directory's symbolic link (Kubernetes replaces `..data` under a mounted Secret) alike, on every
-//! file system, where notifications of the kernel see some of them.
+//! A file is read again whenever its content changes. It is read once a second. Reading sees an edit and a `mv`. It
+//! also sees the swap of a directory's symbolic link: Kubernetes replaces `..data` under a mounted Secret. Notifications of
+//! the kernel see only some of these, and not on every file system.
 //!
 //! A secret that is taken out of the file stays valid for a grace time. Why: the moment at which Sentry uses the new one
 //! and the moment at which the file has it are not the same.
@@ -23,7 +23,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{LARGEST_FILE, Secrets, Unusable, show_time};
 
-/// How often the file is looked at.
+/// Time between two looks at the file.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// For how long a changed file must stay as it is before it counts: who writes it in place may be half-way.
 const SETTLED_AFTER: Duration = Duration::from_millis(100);
@@ -33,7 +33,7 @@ const WARN_EVERY: Duration = Duration::from_secs(60);
 /// A secret that has signed a delivery within this time is in use: at the end of its grace time deliveries are lost.
 const STILL_USED: Duration = Duration::from_secs(60);
 
-/// Where the secrets are from: `SENTRY_CLIENT_SECRET`, or the file of `SENTRY_CLIENT_SECRET_FILE`.
+/// The source of the secrets: `SENTRY_CLIENT_SECRET`, or the file of `SENTRY_CLIENT_SECRET_FILE`.
 #[derive(Debug)]
 pub struct Source {
     current: watch::Sender<Secrets>,
@@ -221,7 +221,7 @@ impl SecretFile {
         see(&mut self.condition.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// What the file holds now, where that is something else than what was `taken`.
+    /// The file's secrets now, if they are others than those that were `taken`.
     async fn look(&self, taken: &str) -> Result<Option<(Content, Secrets)>, Unusable> {
         let mut seen = self.read().await;
         loop {

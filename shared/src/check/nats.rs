@@ -103,8 +103,12 @@ async fn connect_once(nats: &NatsSettings, server: &ServerAddr, side: Side<'_>) 
     match nats.connection().try_one(side.client_name(), server, TRY_WITHIN, observe).await {
         Ok(client) => Ok(Link { client, denied }),
         Err((error, advice)) => {
-            let reach = || "start it, or let this machine reach it; NATS_URL says where it is".to_owned();
-            Err((error, advice.unwrap_or_else(reach)))
+            // The client puts this before the server's own words.
+            let advice = advice.unwrap_or_else(|| match error.starts_with("nats: ") {
+                true => "it answers and takes no connection: look at its log".to_owned(),
+                false => "start it, or let this machine reach it; NATS_URL says where it is".to_owned(),
+            });
+            Err((error, advice))
         }
     }
 }
@@ -385,8 +389,8 @@ fn tell_consumer(
     Finding::ok(what, format!("as it would be made; {pending} not delivered yet, {held} not acknowledged"))
 }
 
-/// Tries the subjects without a message for anybody. The stream is asked to store one only if it has a name that no stream
-/// can have: it says no, and so shows that it would have heard us. [`Rights`] tries a worker's subjects.
+/// Tries the subjects without a message that a program hears. A message for the stream names, as the one to store it, a
+/// stream that cannot be. The stream says no, and so shows that it hears us. [`Rights`] tries a worker's subjects.
 ///
 /// Returns `true` where a stream has answered, and what is not well.
 async fn may_publish(client: &Client, side: Side<'_>) -> (bool, Option<Finding>) {

@@ -62,11 +62,11 @@ async fn answer(request: Request<Incoming>, keyed: Option<&Hmac<Sha256>>) -> Res
     Ok(response)
 }
 
-/// What anybody would write first: verifies the raw signature, publishes to JetStream, and answers 202 when the broker
+/// The gateway that most people would write first: verifies the raw signature, publishes to JetStream, and answers 202 when the broker
 /// has acknowledged. Nothing is synced: the broker does that every two minutes.
 ///
 /// # Errors
-/// Where it cannot listen, or the broker refuses the stream.
+/// Fails if it cannot listen, or if the broker refuses the stream.
 pub(crate) fn minimal_gateway(port: u16, nats: &str) -> anyhow::Result<()> {
     let keyed = Hmac::<Sha256>::new_from_slice(SECRET.as_bytes()).expect("HMAC takes a key of any length");
     tokio::runtime::Runtime::new()?.block_on(async {

@@ -38,8 +38,19 @@ impl Faults {
 
     /// The same in the threads of these names.
     pub(super) async fn begin_in(threads: &[&str], drill: &str, world: &World, fault: &str) -> Option<Self> {
+        Self::begin_in_process(world.gateway.process().pid(), threads, drill, world, fault).await
+    }
+
+    /// The same in the process with this number.
+    pub(super) async fn begin_in_process(
+        pid: u32,
+        threads: &[&str],
+        drill: &str,
+        world: &World,
+        fault: &str,
+    ) -> Option<Self> {
         let (trace, inject) = (format!("trace={CALLS}"), format!("inject={fault}"));
-        let threads: Vec<_> = threads.iter().map(|name| thread(world.gateway.process().pid(), name)).collect();
+        let threads: Vec<_> = threads.iter().map(|name| thread(pid, name)).collect();
         let attach = threads.iter().flat_map(|thread| ["-p", thread]);
         let arguments: Vec<_> = ["-e", &trace, "-e", &inject].into_iter().chain(attach).collect();
         Faults::attach(drill, world, &arguments, threads.len()).await

@@ -96,6 +96,31 @@ async fn a_gateway_whose_disk_hangs_stops_inside_its_grace_period() {
     exactly_once(&world, &accepted, 1).await;
 }
 
+#[tokio::test]
+async fn a_drain_whose_disk_hangs_can_be_interrupted() {
+    const DRILL: &str = "a_drain_whose_disk_hangs_can_be_interrupted";
+    let world = watchful().workers(0).start().await;
+    post(&world, 3).await;
+    world.gateway.kill().await;
+    let mut drain = world.gateway_process(&["journal", "drain"]);
+    let begun = async || drain.out().contains("3 deliveries are not confirmed yet").then_some(());
+    eventually("the drain to wait for receipts", begun).await;
+    let fault = format!("fdatasync,fsync,write,pwrite64:{HANG}");
+    let faults = Faults::begin_in_process(drain.pid(), &[WRITER, KEEPER], DRILL, &world, &fault).await;
+    let Some(faults) = faults else { return };
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(drain.pid().cast_signed()), Signal::SIGINT).unwrap();
+    // Until strace lets go of its threads, the process that has ended is a zombie.
+    let ended = || async {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", drain.pid())).unwrap();
+        stat.contains(") Z ").then_some(())
+    };
+    eventually("the drain to end while its disk hangs", ended).await;
+    faults.end().await;
+    let drain = drain.ended().await;
+    assert_eq!(drain.code, Some(1), "{drain:?}");
+    assert!(drain.err.contains("3 not confirmed yet"), "{drain:?}");
+}
+
 /// A delivery is answered before its body is there.
 async fn refuses_before_the_body(world: &World) {
     let (_socket, answer) = raw(world.port(), &head(&sign(world::SECRET, b"{}"), "Content-Length: 2\r\n")).await;

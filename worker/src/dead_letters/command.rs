@@ -167,7 +167,7 @@ async fn confirm(summary: &str) -> anyhow::Result<()> {
 }
 
 async fn list(store: &Store, filter: &Filter, json: bool) -> anyhow::Result<Ending> {
-    // What comes before the first letter, and before each other.
+    // The text before the first letter, and before each other.
     let titles = format!("{:36}  {:20}  {:>8}  {:>9}  REASON\n", "DELIVERY", "FAILED AT", "ATTEMPTS", "BYTES");
     let (first, next) = if json { ("[", ",") } else { (titles.as_str(), "") };
     let mut before = first;

@@ -35,7 +35,7 @@ const SLOW_AFTER: Duration = Duration::from_secs(15);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// A batch that takes so long is asked about, and told.
 const TOLD_AFTER: Duration = Duration::from_secs(5);
-/// How long PostgreSQL may take to tell what a batch waits for.
+/// Time within which PostgreSQL has to tell what a batch waits for.
 const TOLD_WITHIN: Duration = Duration::from_secs(2);
 /// After so many failures of a batch, each for a reason that may lie in one row, it is run row by row.
 const FAILURES_TOGETHER: u32 = 3;
@@ -202,8 +202,10 @@ impl Database {
             }
             match answer {
                 Ok(Ok(())) => {
-                    let wait = self.wait_of(&slow).await;
-                    self.waits(&mut self.lock(), wait);
+                    match self.wait_of(&slow).await {
+                        Some(wait) => self.waits(&mut self.lock(), wait),
+                        None => self.forget_wait(&mut self.lock()),
+                    }
                     // It may answer and yet refuse every row (read-only, disk full): then a batch has the last word.
                     if self.lock().held == 0 {
                         self.proven();
@@ -212,7 +214,7 @@ impl Database {
                 Ok(Err(error)) => self.failed(&error),
                 Err(_) => {
                     self.lock().silent.get_or_insert_with(Instant::now);
-                    self.waits(&mut self.lock(), None);
+                    self.forget_wait(&mut self.lock());
                     self.failed(&silent(ANSWERS_WITHIN));
                 }
             }
@@ -233,15 +235,22 @@ impl Database {
         slow
     }
 
-    /// The wait of the first of these batches. None also where PostgreSQL does not tell: its catalog may be locked, or the
-    /// role may not ask.
-    async fn wait_of(&self, slow: &[Arc<InHand>]) -> Option<Wait> {
+    /// The wait of the first of these batches, if one waits. None where PostgreSQL does not tell: its catalog may be locked,
+    /// or the role may not ask.
+    async fn wait_of(&self, slow: &[Arc<InHand>]) -> Option<Option<Wait>> {
         let sessions: Vec<i32> = slow.iter().flat_map(|batch| batch.pids()).collect();
         if sessions.is_empty() {
-            return None;
+            return Some(None);
         }
         let delays = timeout(TOLD_WITHIN, self.store.delays(&sessions)).await.ok()?.ok()?;
-        Wait::of(slow, &delays)
+        Some(Wait::of(slow, &delays))
+    }
+
+    /// PostgreSQL does not tell any more what batches wait for. The log calls no wait over that may go on.
+    fn forget_wait(&self, state: &mut State) {
+        if state.wait.take().is_some() {
+            self.show(state);
+        }
     }
 
     /// Keeps in mind what a batch waits for. The log tells of locks.

@@ -45,7 +45,7 @@ pub(super) enum Lost {
     Client(String),
 }
 
-/// What one request asks for.
+/// The limits of one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Limits {
     messages: usize,

@@ -42,7 +42,7 @@ impl Session {
         Session { linked, connection, ended: CancellationToken::new(), failure: OnceLock::new() }
     }
 
-    /// Ends it for everybody, because pulling has failed.
+    /// Ends it for every puller, because pulling has failed.
     pub fn fail(&self, why: String) {
         let _ = self.failure.set(why); // the first says most
         self.end();

@@ -21,9 +21,9 @@ const STANDSTILL: Duration = Duration::from_secs(10);
 /// Looks at the consumer in one session after another: where each ends at once, deliveries wait all the same.
 pub struct Watch<'a> {
     nats: &'a NatsSettings,
-    /// Where the state is told.
+    /// Shows the state.
     pub readiness: &'a Readiness,
-    /// Where batches go.
+    /// Stores the batches.
     pub database: &'a Database,
     moved: Movement,
     /// Why pulling ended last.
@@ -47,10 +47,10 @@ impl<'a> Watch<'a> {
         self.failure = session.failure().map(str::to_owned);
     }
 
-    /// Looks for as long as the session lasts. A standstill is told on `/readyz`. What makes its acks wrong ends it,
-    /// also for pullers that hold a batch through an outage of PostgreSQL and ask for nothing: a consumer or stream that is
-    /// gone, another stream under the same name, a position beyond the stream's end; and so do settings that have become
-    /// unfit. The next session begins by mending what can be.
+    /// Looks for as long as the session lasts. A standstill is told on `/readyz`. A change that makes its acks wrong ends it:
+    /// a consumer or stream that is gone, another stream under the same name, a position beyond the stream's end. Settings
+    /// that have become unfit end it, too. That also reaches pullers that hold a batch through an outage of PostgreSQL and
+    /// ask for nothing. The next session begins by mending what can be.
     pub async fn run(&mut self, stream: &Stream, session: &Session) {
         let fault = |text| self.readiness.set("consumer", Err(text));
         while !session.is_over() {

@@ -122,7 +122,7 @@ impl Totals {
 pub(super) struct Found {
     pub(super) sequence: u64,
     pub(super) delivery_id: String,
-    /// Where nothing goes wrong: `Inserted`, `TakenBack` and `Restored` are still to be done.
+    /// If nothing goes wrong: `Inserted`, `TakenBack` and `Restored` are still to be done.
     pub(super) outcome: Outcome,
     pub(super) read: Option<Result<Box<Record>, Box<DeadLetter>>>,
 }

@@ -38,7 +38,7 @@ impl Outage {
         Outage { reason: self.reason + more, ..self }
     }
 
-    /// What kind of trouble.
+    /// The kind of trouble.
     pub fn class(&self) -> Class {
         self.class
     }
@@ -67,12 +67,12 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// What an error of one statement means.
+    /// The meaning of an error of one statement.
     pub(crate) fn from_sql(err: &tokio_postgres::Error) -> StoreError {
         sqlstate::judge(err)
     }
 
-    /// Whether trying again later can help.
+    /// Returns `true` when trying again later can help.
     pub fn is_outage(&self) -> bool {
         match self {
             StoreError::Outage(_) => true,

@@ -88,7 +88,7 @@ impl Store {
 async fn retry(tx: &Tx, delivery_id: &str) -> Result<Retried, StoreError> {
     let ledger = LEDGER.map(|sql| sql.replace("DO NOTHING", IF_DEAD));
     let statements = Statements { ledger, ..Statements::new(UNLESS_THERE) };
-    // What would be refused at COMMIT has to be refused while its savepoint is open.
+    // A row that would be refused at COMMIT has to be refused while its savepoint is open.
     within(tx.batch_execute("SET CONSTRAINTS ALL IMMEDIATE")).await?;
     let Some(letter) = take(tx, delivery_id).await? else { return Ok(Retried::NotThere) };
     let attempts = letter.origin.attempts + 1;

@@ -41,7 +41,7 @@ pub enum Class {
     Resources,
     /// A lock could not be had.
     Lock,
-    /// The statement took too long, or somebody canceled it.
+    /// The statement took too long, or was canceled.
     Canceled,
     /// The server is shutting down, starting up or recovering.
     Shutdown,
@@ -126,7 +126,7 @@ const TABLE: &[(&str, Fault, &str)] = &[
     ("54001", Fault::Row, "the payload is nested deeper than PostgreSQL's stack allows (max_stack_depth)"),
     ("54", Fault::Row, "a value is larger than PostgreSQL can hold"),
     ("55P03", Fault::Ours(Class::Lock), "a lock could not be had"),
-    ("57014", Fault::Unclear(Class::Canceled), "the statement took too long, or somebody canceled it"),
+    ("57014", Fault::Unclear(Class::Canceled), "the statement took too long, or was canceled"),
     ("57", Fault::Ours(Class::Shutdown), "the server is shutting down, starting up or recovering"),
     ("58", Fault::Ours(Class::Server), "the server's operating system failed it"),
     ("P0001", Fault::Row, "a trigger refuses it"),

@@ -63,6 +63,23 @@ async fn many_at_once_share_a_sync_and_each_gets_its_own_place() {
 }
 
 #[tokio::test]
+async fn marks_that_could_not_be_written_are_written_once_they_can() {
+    let dir = tempdir().unwrap();
+    let (journal, _) = open(dir.path(), limits(5)).await;
+    let place = append_all(&journal, &[entry(1, 300)]).await[0];
+    let marks = files::marks(dir.path(), place.segment);
+    // No file can be made in the place of a directory.
+    let obstacle = marks.with_extension("marks.new");
+    fs::create_dir(&obstacle).unwrap();
+    journal.mark_published(place, 1);
+    keeper::write_marks(&journal.0.shared);
+    assert!(!marks.exists());
+    fs::remove_dir(&obstacle).unwrap();
+    journal.close().await;
+    assert!(marks.exists());
+}
+
+#[tokio::test]
 async fn a_second_process_is_kept_out_and_told_by_whom() {
     let dir = tempdir().unwrap();
     let (journal, _) = open(dir.path(), limits(3)).await;

@@ -12,7 +12,7 @@ use super::{Link, Side, TRY_WITHIN, tried_subject};
 use crate::check::{Finding, size};
 use crate::stream::{NatsSettings, SUBJECT_PREFIX};
 
-/// What the connection and the account say: replicas, storage, number of streams.
+/// The words of the connection and the account: replicas, storage, number of streams.
 pub(super) fn look(
     what: &str,
     nats: &NatsSettings,
@@ -40,7 +40,7 @@ pub(super) fn look(
         findings.push(Finding::warning(format!("{what}, replicas"), detail, advice));
     }
     let Some(account) = account else { return findings };
-    // Where limits are by tier, as for replicated streams in the cloud, the tier's hold and the account's are none.
+    // If limits are by tier, as for replicated streams in the cloud, the tier's hold and the account has none.
     let tier = account.tiers.get(&format!("R{}", wanted.num_replicas));
     let (limits, storage, streams) = tier
         .map_or((account.limits, account.storage, account.streams), |tier| (tier.limits, tier.storage, tier.streams));
@@ -74,7 +74,7 @@ struct Names {
     streams: Option<Vec<String>>,
 }
 
-/// Whether another stream has some of the subjects. NATS refuses a second one with them. `listed`: this login may list
+/// Tells if another stream has some of the subjects. NATS refuses a second one with them. `listed`: this login may list
 /// streams. `heard`: a stream has answered on [`tried_subject`].
 pub(super) async fn subjects(what: &str, link: &Link, listed: bool, heard: bool) -> Finding {
     let (what, subjects) = (format!("{what}, subjects"), format!("{SUBJECT_PREFIX}.*"));
@@ -110,7 +110,7 @@ async fn other_streams(link: &Link, subjects: &str) -> Option<Vec<String>> {
     Some(serde_json::from_slice::<Names>(&answer.payload).ok()?.streams.unwrap_or_default())
 }
 
-/// Whether the server's own storage limit leaves room for the stream. No client can ask for that limit. So the check asks
+/// Tells if the server's own storage limit leaves room for the stream. No client can ask for that limit. So the check asks
 /// for a stream that cannot be made: its last part is no subject. The server looks at its limit first.
 ///
 /// Not in a cluster: there one server takes the request and another looks at the limit.

@@ -36,7 +36,7 @@ struct Shared {
     ended: Mutex<Ended>,
 }
 
-/// What came of a load.
+/// The result of a load.
 #[derive(Debug)]
 pub(crate) struct Ended {
     /// Answers by status.

@@ -1,7 +1,7 @@
-//! How long the slowest answers take when 32 connections send as fast as they are answered.
+//! The time that the slowest answers take when 32 connections send as fast as they are answered.
 //!
 //! Gateway and broker share the machine's disk: the gateway syncs each batch, the broker writes what is published. Beside
-//! it a gateway that anybody would write: it answers when JetStream has acknowledged, and syncs nothing. Both in turns,
+//! it a gateway that most people would write: it answers when JetStream has acknowledged, and syncs nothing. Both in turns,
 //! each with a broker of its own.
 //!
 //! A connection that waits for a slow answer sends nothing meanwhile, so the closed loop sees a stall once where many
