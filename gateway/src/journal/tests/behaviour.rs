@@ -220,7 +220,7 @@ async fn too_much_waiting_is_refused() {
 }
 
 /// Each operation of such a disk is short enough, and those before it in the queue are many.
-#[tokio::test(start_paused = true)]
+#[tokio::test]
 async fn an_append_waits_only_so_long_for_a_disk_that_is_slow_and_does_not_hang() {
     let dir = tempdir().unwrap();
     let (journal, _) = open(dir.path(), limits(5)).await;
