@@ -6,7 +6,7 @@
 //! and [`pace`] what they may cost, [`said`] that every word of theirs is ours, [`secrets`] the client secrets, which may change.
 //! [`duplicate_bodies`] recognises a body that comes again. [`source`] finds the address that a request came from, [`top_sources`] counts by it.
 //! Behind the answer, [`publish`] takes entries from the journal to JetStream, and [`confirm`] looks after each until a
-//! worker has stored it. [`receipts`] says when it has. [`restarted`] keeps both going. [`commands`] and [`check`] are for operators.
+//! worker has stored it. [`receipts`] says when it has. [`mod@restarted`] keeps both going. [`commands`] and [`check`] are for operators.
 
 pub mod body;
 pub mod canonical;

@@ -172,7 +172,7 @@ pub async fn check(store: &Store) -> Result<Report, MigrateError> {
 /// The same within a transaction. Gives the notes.
 ///
 /// # Errors
-/// As [`check`].
+/// As [`check()`].
 pub(crate) async fn fits(tx: &Tx) -> Result<Vec<String>, MigrateError> {
     let mut notes = Vec::new();
     fail_if_any(check::problems(tx, &mut notes).await?)?;

@@ -4,8 +4,9 @@
 //! not take, another worker may. An outage is noticed by a batch that fails, or, where the server says nothing at all,
 //! by a question that is asked beside it: storing 8 MiB may take a slow server half a minute, `SELECT 1` may not.
 //!
-//! A batch that takes long while questions are answered is waited for. [`waits`] tells what it waits for. A batch that
-//! fails again and again for a reason that may lie in one row is run row by row, and such rows are [`set_back`].
+//! A batch that takes long while questions are answered is waited for. [`super::waits`] tells what it waits for. A batch
+//! that fails again and again for a reason that may lie in one row is run row by row. Such rows are set back
+//! ([`super::set_back`]).
 
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
