@@ -123,7 +123,7 @@ async fn a_command_that_changes_something_has_one_line_with_user_and_result() {
     told("gateway journal redrive", &stderr, None);
     let (code, _, stderr) = world.gateway_command_async(&redrive).await;
     assert_eq!(code, Some(0), "{stderr}");
-    told("gateway journal redrive", &stderr, Some(&["--since", "published 2, failed 0"]));
+    told("gateway journal redrive", &stderr, Some(&["--since", "published 2, let go 0, failed 0"]));
 
     world.workers[0].kill().await;
     world.post(fixture!("issue_created")).await.accepted();
