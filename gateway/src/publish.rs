@@ -399,7 +399,7 @@ impl Shared {
             }
             PublishErrorKind::TimedOut => {
                 fit.linked.note_unanswered();
-                // What may not be published is not acknowledged either; the server says so beside.
+                // A denied publish gets no acknowledgement. The server reports the denial separately.
                 if fit.linked.is_denied(subject) {
                     return denied(subject);
                 }

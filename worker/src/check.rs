@@ -206,7 +206,7 @@ async fn tables(store: &Store, migrate: bool) -> Vec<Finding> {
         }
         Err(MigrateError::Store(StoreError::Outage(outage))) if outage.class() == Class::Lock => {
             let detail = format!("a session holds a lock that the look needs: {outage}");
-            vec![Finding::not_tried("tables", detail, "look again; somebody may be migrating right now")]
+            vec![Finding::not_tried("tables", detail, "look again; a worker may be migrating right now")]
         }
         Err(MigrateError::Store(error)) => {
             vec![Finding::problem("tables", error.to_string(), "look again")]

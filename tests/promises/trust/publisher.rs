@@ -243,7 +243,7 @@ async fn a_login_that_may_fetch_no_message_holds_no_worker_up() {
     world.nats.stop().await.unwrap();
     world.nats.start_again().await.unwrap();
     world.execute("ROLLBACK").await;
-    // What comes now waits for a few answers that do not come, and not for 200.
+    // A new delivery waits for a few missing answers, and not for 200.
     ids.push(world.post(BODY).await.accepted());
     all_stored(&world, &ids).await;
 }
